@@ -1,0 +1,150 @@
+"""Checkpoints of a run: one file each, written atomically, loaded without executing pickled code."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrl.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointRotation,
+    JSONCheckpointAdapter,
+    StateDictCheckpointAdapter,
+)
+from torchrl.modules import ProbabilisticActor
+
+from torchrl_marl.modules import GroupShape, make_actor
+
+__all__ = ["FORMAT_VERSION", "CheckpointFolder", "find_checkpoint", "load_policy", "read_metadata"]
+
+FORMAT_VERSION = 1
+"""Version of what a checkpoint holds; it grows whenever an older file could no longer be resumed."""
+
+_SCORE = "score"
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: the two newest and the best.
+
+    Every file is complete under its final name or does not exist: it is written beside and renamed. Tensors are stored by
+    ``torch.save`` and read with ``weights_only=True``; everything else is JSON.
+
+    Args:
+        folder: where the files go; created when the first one is saved.
+        **components: what is saved and restored, by name: objects with a ``state_dict``, or dictionaries of JSON values.
+    """
+
+    def __init__(self, folder: Path, **components: Any) -> None:
+        self._rotation = CheckpointRotation(folder, keep_last=2, keep_best=(_SCORE, "max"))
+        self._checkpoint = _bind(components)
+
+    def save(self, *, frames: int, score: float, metadata: Mapping[str, Any]) -> Path:
+        """Write the state after ``frames`` frames, whose evaluation gave ``score``, and drop what is neither new nor best."""
+        metadata = {"version": FORMAT_VERSION, _SCORE: score, **metadata}
+        return self._rotation.save(self._checkpoint, step=frames, metadata=metadata)
+
+    def load(self, path: Path) -> None:
+        """Restore every component in place.
+
+        Raises:
+            ValueError: if the file is damaged, foreign or of another version. Nothing has been changed then.
+        """
+        _load(self._checkpoint, path)
+
+    @property
+    def latest(self) -> Path | None:
+        """The newest checkpoint, if any."""
+        return self._rotation.latest()
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint with the highest score, if any."""
+        return self._rotation.best()
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return a checkpoint file: ``path`` itself, or the newest one of a run's folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        latest = CheckpointRotation(folder, keep_last=1).latest() if folder.is_dir() else None
+        if latest is not None:
+            return latest
+    raise FileNotFoundError(f"No checkpoint at {path}: name a checkpoint file or the folder of a run that has saved one.")
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself (``config``, ``frames``, ``score``, ...) without loading tensors.
+
+    Raises:
+        ValueError: if the file is damaged, foreign or of another version.
+    """
+    try:
+        metadata = Checkpoint.manifest(path)["metadata"]
+    except (CheckpointError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a complete checkpoint of torchrl_marl: {error}") from error
+    if metadata.get("version") != FORMAT_VERSION:
+        raise ValueError(f"{path} has version {metadata.get('version')}; this release reads {FORMAT_VERSION}.")
+    return metadata
+
+
+def load_policy(path: str | Path, *, device: torch.device | str = "cpu") -> ProbabilisticActor:
+    """Load the decentralised policy of a run.
+
+    It needs no environment and no critic: it acts from local observations alone.
+
+    Args:
+        path: a checkpoint file, or a run's folder (then its best checkpoint).
+        device: where to put it.
+
+    Returns:
+        Actor that reads ``(group, "observation")`` and writes ``(group, "action")``. Use it under
+        ``torchrl.envs.set_exploration_type(ExplorationType.DETERMINISTIC)`` for its deterministic actions.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it is damaged, foreign or of another version.
+    """
+    folder = Path(path).expanduser() / "checkpoints"
+    best = CheckpointRotation(folder, keep_last=1, keep_best=(_SCORE, "max")).best() if folder.is_dir() else None
+    path = best or find_checkpoint(path)
+    recorded = read_metadata(path)["actor"]
+    actor = make_actor(GroupShape(**recorded["shape"]), **recorded["options"])
+    _load(_bind({"actor": actor}), path)
+    return actor.to(device)
+
+
+def actor_record(shape: GroupShape, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`load_policy` needs to rebuild ``make_actor(shape, **options)``, as JSON values."""
+    return {"shape": dataclasses.asdict(shape), "options": dict(options)}
+
+
+def _bind(components: Mapping[str, Any]) -> Checkpoint:
+    checkpoint = Checkpoint(format="archive")
+    for name, component in components.items():
+        plain = isinstance(component, dict)
+        adapter = JSONCheckpointAdapter() if plain else StateDictCheckpointAdapter(payload_format="torch")
+        checkpoint.register(name, component, adapter=adapter)
+    return checkpoint
+
+
+def _load(checkpoint: Checkpoint, path: Path) -> None:
+    read_metadata(path)
+    try:
+        for name, record in Checkpoint.manifest(path)["components"].items():
+            # TorchRL also reads TensorDict payloads, which may hold pickles; ours never are one.
+            if record["files"] not in (["state.pt"], ["value.json"]):
+                raise ValueError(f"component {name!r} holds unexpected files {record['files']}")
+        checkpoint.load(path, map_location="cpu")
+    except (CheckpointError, OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error

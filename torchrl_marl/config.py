@@ -1,0 +1,116 @@
+"""Recipes' command lines: Hydra overrides whose every key is checked, and resuming with a stored configuration."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from torchrl_marl.checkpoints import find_checkpoint, read_metadata
+
+__all__ = ["recipe"]
+
+Result = TypeVar("Result")
+
+
+def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], Result]], Callable[[], None]]:
+    """Turn ``function(cfg)`` into the main function of a recipe script.
+
+    The function gets ``config_folder/name.yaml`` composed with the command line's Hydra overrides (``-m`` for grids works).
+    What a YAML node with a ``_target_`` does not list can be overridden without a ``+`` if the target takes it: defaults
+    live in the class. A key that nothing reads ends the program with the nearest names. ``resume=PATH`` replaces the
+    configuration by the one stored in a checkpoint; other overrides then change single values of it.
+
+    Args:
+        config_folder: folder of the recipes' YAML files.
+        name: file name without ``.yaml``.
+
+    Returns:
+        Decorator; the decorated function takes no arguments and reads ``sys.argv``.
+    """
+
+    def decorate(function: Callable[[DictConfig], Result]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def run(cfg: DictConfig) -> Result:
+            resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+            if resolved.resume is not None:
+                resolved = _stored_config(resolved.resume, HydraConfig.get().overrides.task)
+            check_keys(resolved, OmegaConf.load(config_folder / f"{name}.yaml"))
+            return function(resolved)
+
+        def main() -> None:
+            sys.argv[1:] = [_checked_override(argument, config_folder, name) for argument in sys.argv[1:]]
+            hydra.main(version_base=None, config_path=str(config_folder), config_name=name)(run)()
+
+        return main
+
+    return decorate
+
+
+def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
+    """End the program if the configuration holds a key that nothing reads.
+
+    Args:
+        cfg: the configuration; the keys of a node with a ``_target_`` must be arguments of that target.
+        reference: what the recipe's own YAML file holds; other nodes must have keys of it.
+        path: dotted path of ``cfg`` within the whole configuration.
+
+    Raises:
+        SystemExit: with the key and the nearest names.
+    """
+    target = cfg.get("_target_")
+    known = inspect.signature(get_object(target)).parameters if target else reference
+    for key in cfg:
+        if not str(key).startswith("_"):
+            if path and key not in known:  # keys at the root are checked before Hydra sees them
+                reader = f"argument of {target}" if target else "key of the configuration"
+                _fail(f"{path}{key}", reader, [f"{path}{name}" for name in known])
+            if isinstance(cfg[key], DictConfig) and "_target_" in cfg[key]:
+                check_keys(cfg[key], OmegaConf.create(), f"{path}{key}.")
+            elif isinstance(cfg[key], DictConfig) and isinstance(reference.get(key), DictConfig):
+                check_keys(cfg[key], reference[key], f"{path}{key}.")
+
+
+def _checked_override(argument: str, folder: Path, name: str) -> str:
+    """Check a top-level override by name; let a dotted one through to ``check_keys`` even if its key is new."""
+    match = re.fullmatch(r"([A-Za-z_][\w.]*)=(.*)", argument, flags=re.DOTALL)
+    if match is None or match[1].startswith("hydra."):
+        return argument
+    key, value = match[1], match[2]
+    groups = {path.name: [file.stem for file in path.glob("*.yaml")] for path in folder.iterdir() if path.is_dir()}
+    if "." in key:
+        return f"++{argument}"
+    if key not in groups and key not in OmegaConf.load(folder / f"{name}.yaml"):
+        _fail(key, "key of the configuration", [*groups, *map(str, OmegaConf.load(folder / f"{name}.yaml"))])
+    for choice in value.split(",") if key in groups else []:
+        if choice not in groups[key]:
+            _fail(f"{key}={choice}", "choice", [f"{key}={known}" for known in sorted(groups[key])])
+    return argument
+
+
+def _stored_config(resume: str, overrides: Iterable[str]) -> DictConfig:
+    checkpoint = find_checkpoint(resume)
+    stored = OmegaConf.create(read_metadata(checkpoint)["config"])
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if isinstance(OmegaConf.select(stored, key), DictConfig):
+            raise SystemExit(f"{key}={value}: a resumed run keeps its {key}; single values such as {key}.x=1 can change.")
+        OmegaConf.update(stored, key, OmegaConf.create(f"value: {value}").value)
+    stored.resume = str(checkpoint)
+    return stored
+
+
+def _fail(key: str, what: str, known: Iterable[str]) -> None:
+    known = list(known)
+    nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
+    raise SystemExit(f"{key} is not a {what}; nearest: {', '.join(nearest)}.")

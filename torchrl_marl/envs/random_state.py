@@ -1,0 +1,92 @@
+"""The random generators that a training run shares with everything else in its process."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torchrl.checkpoint import GlobalRNGState
+
+from torchrl_marl.envs.vmas import import_vmas
+
+_VMAS_ENVIRONMENT = "vmas.simulator.environment.environment"
+
+
+class RandomState:
+    """The process-wide random state as a checkpointable object.
+
+    Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's `GlobalRNGState`) and, where
+    VMAS is loaded, the random stream that all VMAS environments share. A generator that an environment owns is not
+    part of it.
+
+    Example:
+        >>> saved = RandomState().state_dict()
+        >>> first = torch.rand(3)
+        >>> RandomState().load_state_dict(saved)
+        >>> torch.equal(torch.rand(3), first)
+        True
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Captures every generator.
+
+        Returns:
+            Tensors, numbers and strings in dicts, lists and tuples, so that
+            `torch.load(..., weights_only=True)` reads it back.
+        """
+        state = GlobalRNGState().state_dict()
+        if _VMAS_ENVIRONMENT in sys.modules:
+            torch_state, (name, keys, *rest), python_state = _vmas_stream()
+            numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
+            state["vmas"] = {"torch_cpu": torch_state, "numpy": numpy_state, "python": python_state}
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores every generator.
+
+        Args:
+            state_dict: from `state_dict`. VMAS is imported if the state holds VMAS's stream.
+
+        Raises:
+            ImportError: if the state holds VMAS's stream and VMAS is not installed.
+        """
+        GlobalRNGState().load_state_dict(state_dict)
+        if "vmas" in state_dict:
+            import_vmas()
+            name, keys, *rest = state_dict["vmas"]["numpy"]
+            numpy_state = (name, keys.numpy().astype(np.uint32), *rest)
+            _vmas_stream()[:] = [state_dict["vmas"]["torch_cpu"], numpy_state, state_dict["vmas"]["python"]]
+        elif _VMAS_ENVIRONMENT in sys.modules:
+            # VMAS was imported after the state was taken. Its stream begins as a copy of the process's state.
+            _vmas_stream()[:] = [torch.get_rng_state(), np.random.get_state(), random.getstate()]
+
+
+@contextlib.contextmanager
+def preserve_random_state() -> Iterator[None]:
+    """Restores the process-wide random state on exit, so that what runs inside leaves no trace on what comes after.
+
+    Yields:
+        None.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> with preserve_random_state():
+        ...     evaluation = torch.rand(1)
+        >>> torch.equal(torch.rand(1), evaluation)
+        True
+    """
+    state = RandomState().state_dict()
+    try:
+        yield
+    finally:
+        RandomState().load_state_dict(state)
+
+
+def _vmas_stream() -> list[Any]:
+    """The list [torch, numpy, python] of generator states from which every VMAS environment draws."""
+    return sys.modules[_VMAS_ENVIRONMENT].Environment.vmas_random_state

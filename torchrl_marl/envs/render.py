@@ -1,0 +1,252 @@
+"""Films of evaluation episodes as GIFs, on machines with and without OpenGL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase, VmasWrapper
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from torchrl_marl.envs.random_state import preserve_random_state
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+
+_SIZE = 360  # longer side of the scene in pixels
+_CAPTION = 24  # height of the line of text above the scene
+_SUPERSAMPLING = 3
+
+
+def render_episode(
+    env: EnvBase,
+    policy: Callable[[TensorDictBase], TensorDictBase],
+    path: str | Path,
+    *,
+    max_steps: int,
+    env_index: int = 0,
+    fps: int = 20,
+) -> Path:
+    """Films one episode of a VMAS task, played with the policy's most likely actions, and writes it as a GIF.
+
+    VMAS draws the frames off screen; where OpenGL is missing we draw the same entities with Pillow. No display is
+    needed. The random state is left as it was, but the environment is reset and stepped: film on one of its own.
+
+    Args:
+        env: a VMAS environment, such as one from `make_env`.
+        policy: writes the actions, such as the actor of a loss.
+        path: file to write; ends in ".gif". Missing folders are made.
+        max_steps: the film stops here, or earlier when the episode ends.
+        env_index: which of the parallel environments to film.
+        fps: frames per second. VMAS simulates 10 steps per second.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ImportError: if Pillow is not installed.
+        ValueError: if the environment is not a VMAS task or an argument is out of its range.
+
+    Example:
+        >>> import tempfile
+        >>> from torchrl_marl.envs import make_env
+        >>> env = make_env("balance", num_envs=2, seed=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     render_episode(env, env.rand_action, Path(folder) / "random.gif", max_steps=3).name
+        'random.gif'
+    """
+    path = Path(path)
+    simulator = next((module for module in env.modules() if isinstance(module, VmasWrapper)), None)
+    if simulator is None:
+        raise ValueError(f"only VMAS environments can be filmed, got {type(env).__name__}")
+    if not 0 <= env_index < env.batch_size[0]:
+        raise ValueError(f"env_index must be in 0..{env.batch_size[0] - 1}, got {env_index}")
+    if max_steps < 1 or fps < 1:
+        raise ValueError(f"max_steps and fps must be at least 1, got {max_steps} and {fps}")
+    if path.suffix.lower() != ".gif":
+        raise ValueError(f"path must end in .gif, got {path}")
+    try:
+        import PIL.Image  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError('filming needs Pillow: pip install "torchrl_marl[vmas]"') from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_gif(_film(env, simulator, policy, max_steps, env_index), path, fps)
+    return path
+
+
+def _film(env: EnvBase, simulator: VmasWrapper, policy: Callable, max_steps: int, env_index: int) -> list[Image]:
+    """Plays the episode and returns its frames with captions."""
+    scenes, captions = [], []
+    photographs: list[Image] | None = []
+    returns = dict.fromkeys(env.reward_keys, 0.0)
+    with torch.no_grad(), preserve_random_state(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        data = env.reset()
+        for step in range(max_steps + 1):
+            scenes.append(_scene(simulator, env_index))
+            captions.append(_caption(step, returns))
+            if photographs is not None:
+                try:
+                    photographs.append(_photograph(simulator, env_index))
+                except Exception:
+                    # Without OpenGL, EGL or a display pyglet fails at the first frame, each in its own way.
+                    photographs = None
+            if step == max_steps or data["done"][env_index].any():
+                break
+            data = env.step(policy(data))
+            for key in returns:
+                returns[key] += data["next", key][env_index].mean().item()
+            data = env.step_mdp(data)
+    images = _draw(scenes, _bounds(scenes)) if photographs is None else photographs
+    return [_with_caption(image, caption) for image, caption in zip(images, captions, strict=True)]
+
+
+def _photograph(simulator: VmasWrapper, env_index: int) -> Image:
+    """VMAS's own picture. Any other mode than rgb_array spoils pyglet for the process where there is no display."""
+    from PIL import Image
+
+    image = Image.fromarray(simulator.render(mode="rgb_array", env_index=env_index).copy())
+    image.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
+    return image
+
+
+@dataclass(frozen=True)
+class _Body:
+    """An entity at one moment, in world coordinates."""
+
+    points: list[tuple[float, float]]
+    radius: float  # 0 unless a disc
+    color: tuple[int, ...]
+    layer: int  # -1 the ground; 0 marks on it, such as goals; 1 obstacles and things to push; 2 agents
+    framed: bool = True  # False for walls and floors, which may leave the frame
+    nose: tuple[float, float] | None = None
+
+
+def _scene(simulator: VmasWrapper, env_index: int) -> list[_Body]:
+    """What is to be seen at the moment, in drawing order."""
+    world = simulator.world
+    bodies = [_body(entity, env_index) for entity in world.entities if entity.is_rendering[env_index]]
+    if world.x_semidim is not None and world.y_semidim is not None and simulator.scenario.visualize_semidims:
+        x, y = float(world.x_semidim), float(world.y_semidim)
+        bodies.append(_Body([(-x, -y), (-x, y), (x, y), (x, -y)], 0.0, (225, 225, 225), layer=-1))
+    return sorted(bodies, key=lambda body: body.layer)
+
+
+def _body(entity: Any, env_index: int) -> _Body:
+    from vmas.simulator.core import Agent
+
+    x, y = entity.state.pos[env_index].tolist()
+    angle = entity.state.rot[env_index].item()
+    cos, sin = math.cos(angle), math.sin(angle)
+    points, radius = _outline(entity.shape)
+    points = [(x + cos * u - sin * v, y + sin * u + cos * v) for u, v in points]
+    color = torch.as_tensor(entity.color)
+    color = (255 * (color[env_index] if color.ndim > 1 else color)[:3].clamp(0, 1)).int().tolist()
+    if isinstance(entity, Agent):
+        return _Body(points, radius, tuple(color), layer=2, nose=_nose(entity, env_index, angle))
+    reach = entity.shape.circumscribed_radius()
+    layer = int(entity.collide or entity.movable)
+    return _Body(points, radius, tuple(color), layer, framed=entity.movable or reach < 1)
+
+
+def _nose(agent: Any, env_index: int, angle: float) -> tuple[float, float]:
+    """From the agent's centre, where it faces or, if its dynamics know no facing, where it moves."""
+    from vmas.simulator.dynamics.holonomic import Holonomic
+
+    radius = agent.shape.circumscribed_radius()
+    if type(agent.dynamics) is not Holonomic:
+        return 1.7 * radius * math.cos(angle), 1.7 * radius * math.sin(angle)
+    x, y = agent.state.vel[env_index].tolist()
+    speed = math.hypot(x, y)
+    length = radius * (1 + min(1, 2 * speed)) if speed > 0.02 else 0.0
+    return length * x / (speed or 1), length * y / (speed or 1)
+
+
+def _outline(shape: Any) -> tuple[list[tuple[float, float]], float]:
+    """The corners of a box, the ends of a line or the centre of a disc, about the entity's position; and the radius."""
+    from vmas.simulator.core import Box, Line
+
+    if isinstance(shape, Box):
+        length, width = shape.length / 2, shape.width / 2
+        return [(-length, -width), (-length, width), (length, width), (length, -width)], 0.0
+    if isinstance(shape, Line):
+        return [(-shape.length / 2, 0.0), (shape.length / 2, 0.0)], 0.0
+    return [(0.0, 0.0)], shape.circumscribed_radius()
+
+
+def _bounds(scenes: list[list[_Body]]) -> tuple[float, float, float, float]:
+    """Left, bottom, right and top of the camera, which stays still and which no framed body ever leaves."""
+    framed = [(point, body.radius) for scene in scenes for body in scene if body.framed for point in body.points]
+    left, right = min(x - radius for (x, _), radius in framed), max(x + radius for (x, _), radius in framed)
+    bottom, top = min(y - radius for (_, y), radius in framed), max(y + radius for (_, y), radius in framed)
+    margin = 0.06 * max(right - left, top - bottom)
+    return left - margin, bottom - margin, right + margin, top + margin
+
+
+def _draw(scenes: list[list[_Body]], bounds: tuple[float, float, float, float]) -> list[Image]:
+    from PIL import Image, ImageDraw
+
+    left, bottom, right, top = bounds
+    scale = _SUPERSAMPLING * _SIZE / max(right - left, top - bottom)
+    size = (round(scale * (right - left)), round(scale * (top - bottom)))
+    images = []
+    for scene in scenes:
+        image = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(image)
+        for body in scene:
+            points = [(scale * (x - left), scale * (top - y)) for x, y in body.points]
+            _draw_body(draw, body, points, scale)
+        images.append(image.resize((size[0] // _SUPERSAMPLING, size[1] // _SUPERSAMPLING), Image.Resampling.LANCZOS))
+    return images
+
+
+def _draw_body(draw: ImageDraw, body: _Body, points: list[tuple[float, float]], scale: float) -> None:
+    width = 2 * _SUPERSAMPLING
+    fill, edge = body.color, tuple(int(0.6 * channel) for channel in body.color)
+    if body.layer < 1:
+        fill, edge = tuple(255 - (255 - channel) // 4 for channel in body.color), body.color
+    if body.nose is not None:
+        x, y = (sum(coordinates) / len(points) for coordinates in zip(*points, strict=True))
+        draw.line([(x, y), (x + scale * body.nose[0], y - scale * body.nose[1])], fill=edge, width=width)
+    if len(points) == 1:
+        draw.circle(points[0], scale * body.radius, fill=fill, outline=edge, width=width)
+    elif len(points) == 2:
+        draw.line(points, fill=edge, width=2 * width)
+    else:
+        draw.polygon(points, fill=fill, outline=edge, width=width)
+
+
+def _caption(step: int, returns: dict[Any, float]) -> str:
+    if len(returns) == 1:
+        return f"step {step}   return {next(iter(returns.values())):.2f}"
+    return "   ".join([f"step {step}", *(f"{key[0]} {value:.2f}" for key, value in returns.items())])
+
+
+def _with_caption(image: Image, caption: str) -> Image:
+    from PIL import Image, ImageDraw, ImageFont
+
+    framed = Image.new("RGB", (image.width, image.height + _CAPTION), "white")
+    framed.paste(image, (0, _CAPTION))
+    draw = ImageDraw.Draw(framed)
+    draw.text((8, _CAPTION // 2), caption, fill=(60, 60, 60), font=ImageFont.load_default(13), anchor="lm")
+    draw.line([(0, _CAPTION - 1), (image.width, _CAPTION - 1)], fill=(220, 220, 220))
+    return framed
+
+
+def _write_gif(frames: list[Image], path: Path, fps: int) -> None:
+    from PIL import Image
+
+    # One palette for all frames keeps colours from flickering and frames small.
+    chosen = [frames[0], frames[len(frames) // 2], frames[-1]]
+    sample = Image.new("RGB", (frames[0].width, frames[0].height * len(chosen)))
+    for row, frame in enumerate(chosen):
+        sample.paste(frame, (0, row * frame.height))
+    palette = sample.quantize(64)
+    first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    durations = [1000 // fps] * len(rest) + [1500]  # the last frame stays a while
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)

@@ -1,0 +1,119 @@
+"""VMAS tasks as TorchRL environments. VMAS is optional (GPLv3) and imported only when a task is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv, VmasEnv
+
+
+def make_env(
+    scenario: str,
+    *,
+    num_envs: int,
+    max_steps: int = 100,
+    time_limit: Literal["truncate", "terminate"] = "truncate",
+    continuous_actions: bool = True,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+    scenario_kwargs: Mapping[str, Any] | None = None,
+) -> EnvBase:
+    """Builds a batch of VMAS environments.
+
+    Each group of agents has its observations, actions and rewards under its name, such as `("agents", "reward")`;
+    `(group, "episode_reward")` sums the rewards of the running episode. Done flags are at the root. Actions out of
+    range are clamped to it, so that a plain Gaussian policy can act.
+
+    All VMAS environments of a process draw from one random stream, which `seed` restarts. Build and step any other
+    environment, for example to evaluate, under `preserve_random_state`, so that it does not change this one's course.
+
+    Args:
+        scenario: name of a VMAS scenario, such as "balance" or "simple_tag".
+        num_envs: number of environments stepped together.
+        max_steps: time limit of an episode.
+        time_limit: how the limit is reported. "truncate" sets `truncated`, so that advantage estimation bootstraps
+            from the value of the last state. "terminate" sets `terminated`, as `VmasEnv(max_steps=...)` does: the
+            value beyond the limit counts as zero. BenchMARL's results are measured with "terminate".
+            A scenario's own end, such as a fall in "balance", is `terminated` in both.
+        continuous_actions: False for discrete actions.
+        seed: restarts VMAS's random stream; None goes on from where it is.
+        device: where VMAS simulates.
+        scenario_kwargs: options of the scenario, such as `{"n_agents": 4}`.
+
+    Returns:
+        A `TransformedEnv` over `VmasEnv` with batch size `[num_envs]`.
+
+    Raises:
+        ImportError: if VMAS is not installed.
+        ValueError: if an argument is out of its range, or VMAS has no such scenario or the scenario no such option.
+
+    Example:
+        >>> env = make_env("balance", num_envs=2, max_steps=5, seed=0)
+        >>> rollout = env.rollout(5)
+        >>> rollout["next", "truncated"][:, -1].all(), rollout["next", "terminated"].any()
+        (tensor(True), tensor(False))
+    """
+    if time_limit not in ("truncate", "terminate"):
+        raise ValueError(f"time_limit must be 'truncate' or 'terminate', got {time_limit!r}")
+    for name, value in (("num_envs", num_envs), ("max_steps", max_steps)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    scenario_kwargs = dict(scenario_kwargs or {})
+    _check_scenario(import_vmas(), scenario, scenario_kwargs)
+    truncate = time_limit == "truncate"
+    env = VmasEnv(
+        scenario,
+        num_envs=num_envs,
+        max_steps=None if truncate else max_steps,
+        continuous_actions=continuous_actions,
+        seed=seed,
+        device=device,
+        clamp_actions=True,
+        scenario_kwargs=scenario_kwargs,
+    )
+    # RewardSum without keys follows every reward of the environment, whatever its groups are called.
+    return TransformedEnv(env, Compose(StepCounter(max_steps), RewardSum()) if truncate else RewardSum())
+
+
+def import_vmas() -> ModuleType:
+    """Imports VMAS without the end-of-life notice that gym, which VMAS still depends on, prints.
+
+    Returns:
+        The module `vmas`.
+
+    Raises:
+        ImportError: if VMAS is not installed.
+
+    Example:
+        >>> import_vmas().__name__
+        'vmas'
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return importlib.import_module("vmas")
+    except ModuleNotFoundError as error:
+        raise ImportError(f'VMAS tasks need more packages ({error}): pip install "torchrl_marl[vmas]"') from error
+
+
+def _check_scenario(vmas: ModuleType, scenario: str, scenario_kwargs: Mapping[str, Any]) -> None:
+    """Rejects unknown names: VMAS answers a wrong scenario with an assertion and a wrong option with a warning."""
+    scenarios = VmasEnv.available_envs
+    if scenario not in scenarios:
+        closest = difflib.get_close_matches(scenario, scenarios, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, closest))}? " if closest else ""
+        raise ValueError(f"VMAS has no scenario {scenario!r}; {hint}torchrl.envs.VmasEnv.available_envs lists them all")
+    root = Path(str(vmas.__file__)).parent / "scenarios"
+    source = next(root.rglob(f"{scenario}.py")).read_text()
+    options = sorted(set(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)["']""", source)))
+    unknown = sorted(set(scenario_kwargs) - set(options))
+    if unknown:
+        raise ValueError(f"scenario {scenario!r} has no option {', '.join(unknown)}; it has {', '.join(options) or 'none'}")

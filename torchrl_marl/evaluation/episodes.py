@@ -1,0 +1,62 @@
+"""Evaluation episodes of a policy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
+
+__all__ = ["Episodes", "ended_episode_returns", "episode_returns", "evaluate"]
+
+
+class Episodes(NamedTuple):
+    """Finished episodes, ``E`` of them."""
+
+    returns: Tensor
+    """Undiscounted return, mean over agents, ``[E]``."""
+    lengths: Tensor
+    """Number of steps, ``[E]``."""
+
+
+@torch.no_grad()
+def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps: int) -> Episodes:
+    """Play one episode in every copy of an environment with the policy's deterministic actions.
+
+    It draws random numbers; enclose it in :func:`torchrl_marl.envs.preserve_random_state` during training.
+
+    Args:
+        env: batch of environments that count ``(group, "episode_reward")``, as ``make_env`` makes them.
+        policy: the policy.
+        seed: of the environments; the same seed gives the same starts.
+        max_steps: the longest that an episode can be.
+
+    Returns:
+        The first episode of every copy.
+
+    Raises:
+        ValueError: if an episode does not end within ``max_steps``.
+    """
+    env.set_seed(seed)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        data = env.rollout(max_steps, policy, break_when_any_done=False)
+    done = data["next", "done"].squeeze(-1)
+    if not done.any(-1).all():
+        raise ValueError(f"{int((~done.any(-1)).sum())} of {len(done)} episodes did not end within {max_steps} steps.")
+    first = done.int().argmax(-1)  # the copies start anew after it
+    returns = episode_returns(data)
+    return Episodes(returns.gather(-1, first.unsqueeze(-1)).squeeze(-1), first + 1)
+
+
+def ended_episode_returns(batch: TensorDictBase) -> Tensor:
+    """Return the returns of the episodes that end within a batch of training data (some began in an earlier one)."""
+    return episode_returns(batch)[batch["next", "done"].squeeze(-1)]
+
+
+def episode_returns(data: TensorDictBase) -> Tensor:
+    """Return so far at every step, mean over the agents of all groups, of the shape of ``data``."""
+    rewards = [value for key, value in data["next"].items(True, True) if "episode_reward" in key]
+    return torch.cat(rewards, -2).mean((-2, -1))

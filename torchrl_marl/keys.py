@@ -1,0 +1,40 @@
+"""The TensorDict keys that the library reads and writes, in TorchRL's multi-agent convention.
+
+``B`` is any batch (environments, environments x time, or shuffled rows), ``N`` the number of agents of a group. The group
+is called ``"agents"`` here; losses take its name from the actor's action key, and ``loss.set_keys`` renames any key.
+
+=========================================  =============  ===========================================================
+key                                        shape          meaning
+=========================================  =============  ===========================================================
+``("agents", "observation")``              ``[B, N, O]``  local observations
+``("agents", "action")``                   ``[B, N, A]``  actions (``[B, N]`` for a categorical)
+``("agents", "action_log_prob")``          ``[B, N]``     log-probability of each agent's action when it was collected
+``("agents", "action_mask")``              ``[B, N, A]``  legal actions (bool), read by the actor of a masked group
+``("agents", "mask")``                     ``[B, N]``     live agents (bool); rows of dead agents take no part in a loss
+``("agents", "state_value")``              ``[B, N, 1]``  the critic's value of each agent, in units of the return
+``("next", "agents", "reward")``           ``[B, N, 1]``  reward of each agent
+``("next", "agents", "episode_reward")``   ``[B, N, 1]``  undiscounted return of the episode so far
+``("next", "done")``                       ``[B, 1]``     the episode ended, by termination or truncation
+``("next", "terminated")``                 ``[B, 1]``     the episode ended and has no future: no bootstrapping
+``"state"``                                ``[B, S]``     global state, where the environment has one
+``"advantage"``, ``"value_target"``        ``[B, N, 1]``  written by a loss's value estimator
+=========================================  =============  ===========================================================
+
+A team reward and a team value (``[B, 1]`` at the root) work too: name them with ``loss.set_keys(reward=..., value=...)``.
+"""
+
+from __future__ import annotations
+
+from tensordict import NestedKey, unravel_key
+
+__all__ = ["sibling"]
+
+
+def sibling(key: NestedKey, name: str) -> NestedKey:
+    """Return the key of the entry ``name`` beside ``key``, in the same group.
+
+    Example:
+        >>> sibling(("agents", "action"), "reward"), sibling("action", "reward")
+        (('agents', 'reward'), 'reward')
+    """
+    return unravel_key((*key[:-1], name)) if isinstance(key, tuple) else name

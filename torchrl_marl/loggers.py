@@ -1,0 +1,146 @@
+"""Where metrics go: CSV files always, Weights & Biases where it is installed, TensorBoard on request."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import netrc
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from torchrl.record import CSVLogger, TensorboardLogger
+
+import torchrl_marl
+
+__all__ = ["MetricLog", "git_commit", "run_group"]
+
+_FRAMES = "counters/total_frames"
+
+
+class MetricLog:
+    """Write the metrics of one run.
+
+    CSV: one file a metric, ``folder/scalars/<metric>.csv``, rows ``frames,value``. W&B: everything over
+    ``counters/total_frames``; online if the user is logged in, else offline in ``folder/wandb`` (send it later with
+    ``wandb sync``); it never asks anything.
+
+    Args:
+        folder: the run's folder.
+        config: the full resolved configuration.
+        name: display name of the run.
+        group: name that runs share which differ only in the seed.
+        tags: words to find the run by.
+        run_id: fixed id, so that a resumed run continues its W&B curve.
+        resumed_at: frames at which a resumed run goes on; rows beyond are dropped. ``None`` for a new run.
+        wandb_project: W&B project; ``None`` turns W&B off.
+        wandb_mode: ``"online"``, ``"offline"`` or ``"disabled"``; ``None`` chooses as above.
+        tensorboard: also write TensorBoard event files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        name: str,
+        group: str,
+        tags: tuple[str, ...],
+        run_id: str,
+        resumed_at: int | None = None,
+        wandb_project: str | None = "torchrl_marl",
+        wandb_mode: str | None = None,
+        tensorboard: bool = False,
+    ) -> None:
+        if resumed_at is not None:
+            _drop_rows_beyond(resumed_at, folder / "scalars")
+        self._folder = folder
+        self._csv = CSVLogger(exp_name="", log_dir=str(folder))
+        self._tensorboard = TensorboardLogger("tensorboard", log_dir=str(folder)) if tensorboard else None
+        self._wandb = None
+        if wandb_project is not None and importlib.util.find_spec("wandb") is not None:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=wandb_project,
+                dir=str(folder),
+                config=dict(config),
+                name=name,
+                group=group,
+                tags=tags,
+                job_type="train",
+                id=run_id,
+                resume="allow",
+                mode=wandb_mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline"),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            self._wandb.define_metric("*", step_metric=_FRAMES)
+
+    def log(self, metrics: Mapping[str, float], frames: int) -> None:
+        """Write metrics measured after ``frames`` frames."""
+        for logger in filter(None, (self._csv, self._tensorboard)):
+            logger.log_metrics(dict(metrics), step=frames)
+        if self._wandb is not None:
+            self._wandb.log({**metrics, _FRAMES: frames})
+
+    def video(self, path: Path, frames: int) -> None:
+        """Send a video file to W&B (locally it already lies in the run's folder)."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"eval/video": wandb.Video(str(path), format=path.suffix[1:]), _FRAMES: frames})
+
+    def finish(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Write ``summary.json`` and the W&B summary, and close everything."""
+        if summary is not None:
+            (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if self._wandb is not None:
+            self._wandb.summary.update(dict(summary or {}))
+            self._wandb.finish()
+
+
+def run_group(method: str, task: str, config: Mapping[str, Any]) -> str:
+    """Name shared by runs that differ in their seed only: ``method_task_hash``.
+
+    Example:
+        >>> run_group("mars", "balance", {"lr": 1, "seed": 0}) == run_group("mars", "balance", {"lr": 1, "seed": 7})
+        True
+    """
+    relevant = {key: value for key, value in config.items() if key not in ("seed", "resume", "folder", "device", "logger")}
+    digest = hashlib.sha1(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+    return f"{method}_{task}_{digest[:8]}"
+
+
+def git_commit() -> str:
+    """Commit of the source tree that this package runs from, with ``-dirty`` if it was changed; else its version."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return f"v{torchrl_marl.__version__}"
+
+
+def _logged_in() -> bool:
+    """Whether W&B finds a key without asking for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _drop_rows_beyond(frames: int, folder: Path) -> None:
+    """Forget what a killed run measured after the checkpoint that it resumes from; it will be measured again."""
+    for path in folder.rglob("*.csv"):
+        rows = path.read_text().splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= frames]
+        if len(kept) < len(rows):
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)

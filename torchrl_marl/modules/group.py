@@ -1,0 +1,83 @@
+"""What a network must know of a group of agents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchrl.data import Bounded, Categorical, TensorSpec
+from torchrl.envs import EnvBase
+
+__all__ = ["GroupShape"]
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """Sizes and action bounds of one group of agents, in plain numbers so that a checkpoint can hold them.
+
+    Args:
+        name: the group's name, the first part of its keys.
+        num_agents: number of agents.
+        observation_size: length of one agent's observation.
+        num_actions: number of discrete actions; ``None`` if actions are continuous.
+        action_low: lower bound of each continuous action; empty if discrete.
+        action_high: upper bound of each continuous action; empty if discrete.
+        masked: whether the environment says which actions are legal, under ``(name, "action_mask")``.
+        state_size: length of the global ``"state"`` at the root; ``None`` if there is none.
+    """
+
+    name: str
+    num_agents: int
+    observation_size: int
+    num_actions: int | None = None
+    action_low: tuple[float, ...] = ()
+    action_high: tuple[float, ...] = ()
+    masked: bool = False
+    state_size: int | None = None
+
+    @classmethod
+    def from_env(cls, env: EnvBase, group: str | None = None) -> GroupShape:
+        """Read the shape of a group off an environment's specs.
+
+        Args:
+            env: environment with a ``group_map``.
+            group: the group; may be left out if there is just one.
+
+        Raises:
+            ValueError: if the group is unknown, must be named, or has spaces that an MLP cannot take.
+        """
+        groups = list(env.group_map)
+        if group is None and len(groups) != 1:
+            raise ValueError(f"The environment has the groups {', '.join(groups)}: name the one meant with group=.")
+        group = groups[0] if group is None else group
+        if group not in groups:
+            raise ValueError(f"Unknown group {group!r}; the environment has {', '.join(groups)}.")
+        observation_spec = env.full_observation_spec_unbatched
+        if (group, "observation") not in observation_spec.keys(True, True):
+            raise ValueError(f"({group!r}, 'observation') is not in the environment; it has {_keys(observation_spec)}.")
+        observation = observation_spec[group, "observation"]
+        if observation.ndim != 2:
+            raise ValueError(f"An MLP needs observations [agents, size]; {group!r} has {tuple(observation.shape)}.")
+        state = observation_spec["state"] if "state" in observation_spec.keys() else None  # noqa: SIM118 (a spec)
+        return cls(
+            name=group,
+            num_agents=len(env.group_map[group]),
+            observation_size=observation.shape[-1],
+            masked=(group, "action_mask") in observation_spec.keys(True, True),
+            state_size=None if state is None else state.shape.numel(),
+            **_action_space(env.full_action_spec_unbatched[group, "action"]),
+        )
+
+
+def _action_space(spec: TensorSpec) -> dict[str, int | tuple[float, ...]]:
+    if isinstance(spec, Categorical) and spec.ndim == 1:
+        return {"num_actions": int(spec.space.n)}
+    if isinstance(spec, Bounded) and spec.ndim == 2 and spec.dtype.is_floating_point:
+        low, high = spec.space.low, spec.space.high
+        if not ((low == low[:1]).all() and (high == high[:1]).all()):
+            raise ValueError("The agents of one group must share their action bounds; put them into separate groups.")
+        return {"action_low": tuple(low[0].tolist()), "action_high": tuple(high[0].tolist())}
+    raise ValueError(f"Actions must be categorical [agents] or bounded and continuous [agents, size], got {spec}.")
+
+
+def _keys(spec: TensorSpec) -> str:
+    return ", ".join(map(str, spec.keys(True, True)))

@@ -1,0 +1,41 @@
+"""Value normalisation as MAPPO's authors do it: the critic predicts normalised values."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torchrl.modules import ValueNorm
+
+__all__ = ["Denormalize"]
+
+
+class Denormalize(nn.Module):
+    """Last layer of a critic whose network predicts normalised values: ``value = mean + scale * prediction``.
+
+    The critic as a whole then speaks in units of the return, which is what value estimators need, while the losses of
+    this library measure its error in units of ``scale``: the network regresses ``(target - mean) / scale``. Call
+    ``loss.update_value_norm(batch)`` once per batch to move the statistics.
+
+    TorchRL's ``MAPPOLoss(value_norm=...)`` alone only rescales the loss; combined with a critic that ends in this layer
+    it is the normalisation of the paper too.
+
+    Reference: Yu et al., 2022, https://arxiv.org/abs/2103.01955, section 5.1 (value normalization).
+
+    Args:
+        value_norm: running statistics, such as :class:`torchrl.modules.PopArtValueNorm` (its default decay is MAPPO's).
+
+    Example:
+        >>> import torch
+        >>> from torchrl.modules import RunningValueNorm
+        >>> value_norm = RunningValueNorm(shape=1)
+        >>> value_norm.update(torch.tensor([[1.0], [5.0]]))  # mean 3, standard deviation 2
+        >>> Denormalize(value_norm)(torch.tensor([0.0, 1.0]).unsqueeze(-1)).flatten()
+        tensor([3., 5.])
+    """
+
+    def __init__(self, value_norm: ValueNorm) -> None:
+        super().__init__()
+        self.value_norm = value_norm
+
+    def forward(self, prediction: Tensor) -> Tensor:
+        """Turn normalised predictions ``[..., 1]`` into values of the same shape."""
+        return self.value_norm.denormalize(prediction)

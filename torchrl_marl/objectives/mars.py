@@ -1,0 +1,102 @@
+"""MARS: a multiplicatively symmetric barrier on the ratio of each agent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+
+from torchrl_marl.objectives.ratio import RatioLoss
+from torchrl_marl.objectives.surrogates import Gain, barrier_gain
+
+__all__ = ["MARSLoss", "additive_target_ratios", "multiplicative_target_ratios"]
+
+
+class MARSLoss(RatioLoss):
+    """Multi-agent ratio symmetry: MAPPO with a multiplicatively symmetric barrier on the ratio in place of the clip.
+
+    The gain of each sample is largest at its target ratio, has a gradient everywhere else, and falls without bound as the
+    ratio goes to zero, so that no finite advantage can drive the probability of an action to extinction.
+
+    Reference: Rethinking Ratio-Based Trust Regions for Policy Optimization in Multi-Agent Reinforcement Learning (MARS),
+    Eqs. (7), (11), (12). The paper's search ranges are not known; the default targets are ours, see ``results/``.
+
+    Keys, shapes and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
+
+    Args:
+        actor_network: decentralised policy.
+        critic_network: sees the joint observations or the state.
+        target_ratios: ``(low, high)`` with ``0 < low < 1 < high``: where the gain is largest for bad and for good actions.
+            The paper's other parameterisations are :func:`multiplicative_target_ratios` and
+            :func:`additive_target_ratios`.
+        gain: another trust region in place of the barrier, with the same bounds.
+        entropy_coeff: weight of the entropy bonus.
+        critic_coeff: weight of the critic's loss.
+        loss_critic_type: ``"smooth_l1"``, ``"l2"`` or ``"l1"``.
+        normalize_advantage: standardise the advantages given to ``forward``; off if the training loop does.
+        normalize_advantage_exclude_dims: dimensions with statistics of their own (default: the agents).
+        functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        ValueError: if the target ratios are on the wrong side of 1.
+    """
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        *,
+        target_ratios: Sequence[float] = (0.8, 1.25),
+        gain: Gain = barrier_gain,
+        entropy_coeff: float = 0.01,
+        critic_coeff: float = 1.0,
+        loss_critic_type: str = "smooth_l1",
+        normalize_advantage: bool = True,
+        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
+        functional: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        low, high = _checked(target_ratios)
+        super().__init__(
+            actor_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )
+
+
+def multiplicative_target_ratios(ratio: float) -> tuple[float, float]:
+    """Target ratios ``(1 / ratio, ratio)``: the same factor up and down (the MARS paper's first ablation).
+
+    Example:
+        >>> multiplicative_target_ratios(1.25)
+        (0.8, 1.25)
+    """
+    return 1 / ratio, ratio
+
+
+def additive_target_ratios(epsilon: float) -> tuple[float, float]:
+    """Target ratios ``(1 - epsilon, 1 + epsilon)``: the same distance up and down (the MARS paper's second ablation).
+
+    Example:
+        >>> additive_target_ratios(0.25)
+        (0.75, 1.25)
+    """
+    return 1 - epsilon, 1 + epsilon
+
+
+def _checked(target_ratios: Sequence[float]) -> tuple[float, float]:
+    if len(target_ratios) != 2 or not 0 < target_ratios[0] < 1 < target_ratios[1]:
+        raise ValueError(
+            f"target_ratios must be a pair (low, high) with 0 < low < 1 < high, got {tuple(target_ratios)}."
+        )
+    return target_ratios[0], target_ratios[1]

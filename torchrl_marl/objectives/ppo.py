@@ -1,0 +1,132 @@
+"""MAPPO and IPPO: the clipped ratio objective for each agent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+
+from torchrl_marl.objectives.ratio import RatioLoss, clip_bounds
+from torchrl_marl.objectives.surrogates import Gain, clip_gain
+
+__all__ = ["IPPOLoss", "MAPPOLoss"]
+
+
+class MAPPOLoss(RatioLoss):
+    """Multi-agent PPO: the clipped gain for each agent, with a centralised critic.
+
+    It equals :class:`torchrl.objectives.multiagent.MAPPOLoss` on the same batch, in value and gradient, and in addition
+    leaves dead agents out of every mean and of the advantage normalisation, and regresses normalised values when the
+    critic ends in a :class:`~torchrl_marl.modules.Denormalize` layer.
+
+    Reference: Yu et al., The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games, 2022,
+    https://arxiv.org/abs/2103.01955; Eq. (2) of the MARS paper. Defaults are TorchRL's. A pair of widths is the MARS
+    paper's asymmetric MAPPO.
+
+    Keys, shapes and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
+
+    Args:
+        actor_network: decentralised policy.
+        critic_network: sees the joint observations or the state.
+        clip_epsilon: half-width of the clip, or a pair ``(low, high)``: ratios count within ``[1 - low, 1 + high]``.
+        gain: another trust region in place of the clip, with the same bounds.
+        entropy_coeff: weight of the entropy bonus.
+        critic_coeff: weight of the critic's loss.
+        loss_critic_type: ``"smooth_l1"``, ``"l2"`` or ``"l1"``.
+        normalize_advantage: standardise the advantages given to ``forward``; off if the training loop does.
+        normalize_advantage_exclude_dims: dimensions with statistics of their own (default: the agents).
+        functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Example:
+        >>> loss = MAPPOLoss(actor, critic, clip_epsilon=(0.2, 0.28))  # doctest: +SKIP
+        >>> sum(value for key, value in loss(data).items() if key.startswith("loss_")).backward()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        *,
+        clip_epsilon: float | Sequence[float] = 0.2,
+        gain: Gain = clip_gain,
+        entropy_coeff: float = 0.01,
+        critic_coeff: float = 1.0,
+        loss_critic_type: str = "smooth_l1",
+        normalize_advantage: bool = True,
+        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
+        functional: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        low, high = clip_bounds(clip_epsilon)
+        super().__init__(
+            actor_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )
+
+
+class IPPOLoss(RatioLoss):
+    """Independent PPO: the clipped gain for each agent, with a critic that sees only that agent's observation.
+
+    The equations are :class:`MAPPOLoss`'s; the critic makes the difference. Build one with
+    ``make_critic(env, observes="observation")``.
+
+    Reference: de Witt et al., Is Independent Learning All You Need in the StarCraft Multi-Agent Challenge?, 2020,
+    https://arxiv.org/abs/2011.09533.
+
+    Keys, shapes and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
+
+    Args:
+        actor_network: decentralised policy.
+        critic_network: sees each agent's own observation.
+        clip_epsilon: half-width of the clip, or a pair ``(low, high)``.
+        gain: another trust region in place of the clip, with the same bounds.
+        entropy_coeff: weight of the entropy bonus.
+        critic_coeff: weight of the critic's loss.
+        loss_critic_type: ``"smooth_l1"``, ``"l2"`` or ``"l1"``.
+        normalize_advantage: standardise the advantages given to ``forward``; off if the training loop does.
+        normalize_advantage_exclude_dims: dimensions with statistics of their own (default: the agents).
+        functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        *,
+        clip_epsilon: float | Sequence[float] = 0.2,
+        gain: Gain = clip_gain,
+        entropy_coeff: float = 0.01,
+        critic_coeff: float = 1.0,
+        loss_critic_type: str = "smooth_l1",
+        normalize_advantage: bool = True,
+        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
+        functional: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        low, high = clip_bounds(clip_epsilon)
+        super().__init__(
+            actor_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )

@@ -1,0 +1,464 @@
+"""The base of every method that weights an advantage by a probability ratio: one loss, any gain."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictParams,
+    dispatch,
+)
+from torch import Tensor
+from torch.distributions import Distribution
+from torchrl.modules import ValueNorm
+from torchrl.modules.distributions.utils import has_analytic_entropy, sample_and_log_prob
+from torchrl.objectives import LossModule, ValueEstimators, distance_loss
+from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
+from torchrl.objectives.utils import dispatch_value_estimator
+from torchrl.objectives.value import ValueEstimatorBase
+
+from torchrl_marl.keys import sibling
+from torchrl_marl.objectives.surrogates import Gain
+
+__all__ = ["RatioLoss", "clip_bounds", "standardize"]
+
+
+class RatioLoss(LossModule):
+    """Actor-critic loss over per-agent probability ratios; abstract: a method chooses the gain and its bounds.
+
+        loss_objective = -mean(gain(log r, A; low, high)),   r = pi(a|o) / pi_old(a|o) of each agent
+        loss_entropy   = -entropy_coeff mean(H(pi(.|o)))
+        loss_critic    =  critic_coeff mean(distance(value, value_target))
+
+    Means run over steps and live agents. Log-probabilities stay per agent: there is no joint ratio. If the critic ends
+    in a :class:`~torchrl_marl.modules.Denormalize` layer, its distance is measured in units of the value scale, so
+    the network regresses normalised targets.
+
+    Keys (see :mod:`torchrl_marl.keys`), all renamable with ``set_keys``: action, ``sample_log_prob`` and their group are read
+    off the actor, ``value`` off the critic; ``mask`` (live agents, ``[B, N]``) is used where the data holds it, together
+    with what TorchRL's ``loss_mask_key`` names. If ``advantage`` is missing, the value estimator computes it first.
+
+    ``ratio_low``, ``ratio_high``, ``entropy_coeff`` and ``critic_coeff`` are buffers that can be scheduled by assignment.
+
+    Args:
+        actor_network: decentralised policy; its ``get_dist`` gives a distribution whose ``log_prob`` is ``[B, N]``.
+        critic_network: writes the value, ``[B, N, 1]`` for each agent or ``[B, 1]`` for the team.
+        gain: the trust region, a function of :mod:`torchrl_marl.objectives.surrogates` or one of yours.
+        low: lower ratio bound or target ratio, in (0, 1).
+        high: upper ratio bound or target ratio, above 1.
+        entropy_coeff: weight of the entropy bonus.
+        critic_coeff: weight of the critic's loss.
+        loss_critic_type: ``"smooth_l1"``, ``"l2"`` or ``"l1"``.
+        normalize_advantage: standardise the advantages of the data given to ``forward``. Turn it off when the training loop
+            does so once for the whole batch with :func:`standardize`, as MAPPO's authors do and our recipes.
+        normalize_advantage_exclude_dims: dimensions with statistics of their own; by default each agent has its own.
+        functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one entry per step and agent, zero for dead agents).
+
+    Raises:
+        ValueError: if the bounds are on the wrong side of 1, or an option is not one of those listed.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        advantage: NestedKey = "advantage"
+        value_target: NestedKey = "value_target"
+        value: NestedKey = ("agents", "state_value")
+        action: NestedKey = ("agents", "action")
+        sample_log_prob: NestedKey = ("agents", "action_log_prob")
+        mask: NestedKey = ("agents", "mask")
+        reward: NestedKey = ("agents", "reward")
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    default_value_estimator = ValueEstimators.MAGAE
+    _schedulable_buffers = frozenset({"ratio_low", "ratio_high", "entropy_coeff", "critic_coeff"})
+
+    out_keys = (
+        "loss_objective",
+        "loss_entropy",
+        "loss_critic",
+        "entropy",
+        "kl_approx",
+        "clip_fraction",
+        "min_ratio",
+        "max_ratio",
+        "explained_variance",
+    )
+
+    actor_network: ProbabilisticTensorDictSequential
+    critic_network: TensorDictModule
+    actor_network_params: TensorDictParams | None
+    critic_network_params: TensorDictParams | None
+    target_actor_network_params: TensorDictParams | None
+    target_critic_network_params: TensorDictParams | None
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        *,
+        gain: Gain,
+        low: float,
+        high: float,
+        entropy_coeff: float,
+        critic_coeff: float,
+        loss_critic_type: str,
+        normalize_advantage: bool,
+        normalize_advantage_exclude_dims: Sequence[int],
+        functional: bool,
+        reduction: str,
+    ) -> None:
+        if type(self) is RatioLoss:
+            raise TypeError("RatioLoss is abstract: use MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss or a subclass.")
+        if not 0 < low < 1 < high:
+            raise ValueError(f"Ratio bounds must satisfy 0 < low < 1 < high, got low={low!r} and high={high!r}.")
+        _check_choice("loss_critic_type", loss_critic_type, ("smooth_l1", "l2", "l1"))
+        _check_choice("reduction", reduction, ("mean", "sum", "none"))
+        super().__init__()
+        self._functional = functional
+        self._hold("actor_network", actor_network)
+        self._hold("critic_network", critic_network)
+        self.gain = gain
+        self.loss_critic_type = loss_critic_type
+        self.normalize_advantage = normalize_advantage
+        self.normalize_advantage_exclude_dims = tuple(normalize_advantage_exclude_dims)
+        self.reduction = reduction
+        device = next((parameter.device for parameter in self.parameters()), None)
+        self.register_coeff_buffer("ratio_low", float(low), device=device)
+        self.register_coeff_buffer("ratio_high", float(high), device=device)
+        self.register_coeff_buffer("entropy_coeff", entropy_coeff, device=device)
+        self.register_coeff_buffer("critic_coeff", critic_coeff, device=device)
+        action = actor_network.dist_sample_keys[0]
+        self.set_keys(
+            action=action,
+            sample_log_prob=actor_network.log_prob_keys[0],
+            value=_value_key(critic_network),
+            mask=sibling(action, "mask"),
+            reward=sibling(action, "reward"),
+        )
+
+    def _hold(self, name: str, network: TensorDictModuleBase) -> None:
+        if self._functional:
+            self.convert_to_functional(network, name, create_target_params=False)
+        else:
+            setattr(self, name, network)
+            setattr(self, f"{name}_params", None)
+
+    @property
+    def functional(self) -> bool:
+        """Whether parameters are held apart from their networks."""
+        return self._functional
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries that ``forward`` reads; ``data.select(*loss.in_keys, strict=False)`` keeps just these."""
+        keys = self.tensor_keys
+        read = [*self.actor_network.in_keys, *self.critic_network.in_keys]
+        read += [keys.action, keys.sample_log_prob, keys.advantage, keys.value_target]
+        return list(dict.fromkeys([*read, *self._mask_keys()]))
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | ValueEstimatorBase | type | None = None, **hyperparams: object
+    ) -> RatioLoss:
+        """Choose how advantages and value targets are computed; default: multi-agent GAE, gamma 0.99, lambda 0.95.
+
+        Args:
+            value_type: as in :meth:`torchrl.objectives.LossModule.make_value_estimator`.
+            **hyperparams: of the estimator, such as ``gamma`` and ``lmbda``.
+
+        Returns:
+            The loss itself.
+        """
+        keys = self.tensor_keys
+        names = ("advantage", "value_target", "value", "reward", "done", "terminated")
+        tensor_keys = {name: getattr(keys, name) for name in names}
+        if isinstance(value_type, (ValueEstimatorBase, type)):
+            super().make_value_estimator(value_type, **hyperparams)
+            self.value_estimator.set_keys(**tensor_keys)
+            return self
+        dispatch_value_estimator(
+            self,
+            value_type or self.default_value_estimator,
+            supported=tuple(ValueEstimators),
+            tensor_keys=tensor_keys,
+            **hyperparams,
+        )
+        return self
+
+    @torch.no_grad()
+    def update_value_norm(self, tensordict: TensorDictBase) -> None:
+        """Fold the value targets of live agents into the critic's running value statistics.
+
+        Call it once per batch, after the value estimator; it does nothing if the critic does not normalise values.
+
+        Args:
+            tensordict: holds the value target and, if any, the mask.
+        """
+        value_norm = self._value_norm()
+        if value_norm is None:
+            return
+        target = tensordict.get(self.tensor_keys.value_target)
+        mask = self._mask(tensordict, target.shape[:-1])
+        with self._parameters_of("critic_network"):
+            value_norm.update(target if mask is None else target[mask])
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Compute the losses and detached diagnostics.
+
+        Args:
+            tensordict: a batch of any shape ``[B]``; it is not changed.
+
+        Returns:
+            A TensorDict with ``loss_objective``, ``loss_entropy`` and ``loss_critic`` (their sum can be back-propagated) and
+            the scalars ``entropy``, ``kl_approx`` (the non-negative estimate ``mean(r - 1 - ln r)``), ``clip_fraction``
+            (share of ratios outside ``[low, high]``), ``min_ratio``, ``max_ratio`` and ``explained_variance`` of the critic.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if shapes do not fit, or stored log-probabilities carry gradients.
+        """
+        tensordict = tensordict.copy()
+        keys = self.tensor_keys
+        if keys.advantage not in tensordict.keys(True):
+            params = None if self.critic_network_params is None else self.critic_network_params.detach()
+            with torch.no_grad():
+                self.value_estimator(tensordict, params=params)
+        distribution, log_ratio = self._log_ratio(tensordict)
+        mask = self._mask(tensordict, log_ratio.shape)
+        if mask is not None:  # dead agents get r = 1: whatever log-probability they stored has no effect
+            log_ratio = torch.where(mask, log_ratio, 0.0)
+        advantage = tensordict.get(keys.advantage)
+        if self.normalize_advantage:
+            dims = self.normalize_advantage_exclude_dims if advantage.ndim > log_ratio.ndim else ()
+            advantage = standardize(advantage, self._mask(tensordict, advantage.shape[:-1]), exclude_dims=dims)
+        advantage = _per_agent(advantage, log_ratio.shape, keys.advantage)
+        if mask is not None:
+            advantage = torch.where(mask, advantage, 0.0)
+        objective = self.objective(log_ratio, advantage)
+        entropy = _entropy(distribution)
+        critic_distance, explained_variance = self._critic_distance(tensordict)
+        losses = {
+            "loss_objective": self._reduce(-objective, mask),
+            "loss_entropy": -self.entropy_coeff * self._reduce(entropy, mask),
+            "loss_critic": self.critic_coeff * critic_distance,
+        }
+        diagnostics = {
+            "entropy": _mean(entropy.detach(), mask),
+            **_ratio_diagnostics(log_ratio.detach(), mask, self.ratio_low, self.ratio_high),
+            "explained_variance": explained_variance,
+        }
+        return TensorDict({**losses, **diagnostics})
+
+    def objective(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        """Return what each agent maximises at each step, ``[B, N]``, before the mean: the gain within the bounds."""
+        return self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
+
+    def _parameters_of(self, name: str) -> contextlib.AbstractContextManager:
+        params = getattr(self, f"{name}_params") if self._functional else None
+        if params is None:
+            return contextlib.nullcontext()
+        return params.to_module(getattr(self, name), preserve_module_state=False)
+
+    def _log_ratio(self, tensordict: TensorDictBase) -> tuple[Distribution, Tensor]:
+        keys = self.tensor_keys
+        stored = _require(tensordict, keys.sample_log_prob)
+        if stored.requires_grad:
+            raise ValueError(
+                f"The stored log-probability {keys.sample_log_prob!r} requires grad: collect under no_grad."
+            )
+        with self._parameters_of("actor_network"):
+            distribution = self.actor_network.get_dist(tensordict)
+        log_prob = distribution.log_prob(_require(tensordict, keys.action))
+        if log_prob.shape != stored.shape:
+            raise ValueError(
+                f"The policy gives log-probabilities of shape {tuple(log_prob.shape)}, but {keys.sample_log_prob!r} "
+                f"has shape {tuple(stored.shape)}: both must be [*batch, agents]."
+            )
+        return distribution, log_prob - stored
+
+    def _critic_distance(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Reduced distance of the critic to its target, in units of the value scale, and its explained variance."""
+        keys = self.tensor_keys
+        target = _require(tensordict, keys.value_target)
+        mask = self._mask(tensordict, target.shape[:-1])
+        value_norm = self._value_norm()
+        with self._parameters_of("critic_network"):
+            value = self.critic_network(tensordict).get(keys.value)
+            scale = None if value_norm is None else value_norm.scale()
+        if value.shape != target.shape:
+            raise ValueError(
+                f"The critic's {keys.value!r} has shape {tuple(value.shape)}, but {keys.value_target!r} has shape "
+                f"{tuple(target.shape)}: recompute advantages and targets with this loss's value estimator."
+            )
+        if mask is not None:
+            value, target = (torch.where(mask.unsqueeze(-1), x, 0.0) for x in (value, target))
+        variance = _variance(target.detach(), mask)
+        unexplained = _variance((target - value).detach(), mask)
+        explained = 1 - unexplained / variance.clamp(min=torch.finfo(variance.dtype).eps)
+        if scale is not None:  # (v - m) / s - (t - m) / s = (v - t) / s: the mean cancels
+            value, target = value / scale, target / scale
+        distance = distance_loss(value, target, self.loss_critic_type).squeeze(-1)
+        return self._reduce(distance, mask), explained
+
+    def _value_norm(self) -> ValueNorm | None:
+        return next((module for module in self.critic_network.modules() if isinstance(module, ValueNorm)), None)
+
+    def _mask_keys(self) -> list[NestedKey]:
+        named = self.loss_mask_key
+        others = () if named is None else AUTO_LOSS_MASK_KEYS if named == "auto" else (named,)
+        return [self.tensor_keys.mask, *others]
+
+    def _mask(self, tensordict: TensorDictBase, shape: torch.Size) -> Tensor | None:
+        """Rows that count, ``[*batch, agents]`` or ``[*batch]`` as ``shape`` says; ``None`` if all do."""
+        mask = None
+        for key in self._mask_keys():
+            found = tensordict.get(key, None)
+            if found is not None:
+                found = _expand_mask(found, shape, tensordict.batch_size, key)
+                mask = found if mask is None else mask & found
+        return mask
+
+    def _reduce(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        if self.reduction == "mean":
+            return _mean(values, mask)
+        values = values if mask is None else torch.where(mask, values, 0.0)
+        return values.sum() if self.reduction == "sum" else values
+
+
+def standardize(values: Tensor, mask: Tensor | None = None, *, exclude_dims: Sequence[int] = ()) -> Tensor:
+    """Shift and scale to mean 0 and standard deviation 1, over everything that counts.
+
+    MAPPO's authors do this once to the advantages of a whole batch, over all steps and live agents.
+
+    Args:
+        values: such as advantages ``[B, N, 1]``.
+        mask: rows that count (bool), of the shape of ``values`` or without its last dimension; others become 0.
+        exclude_dims: dimensions along which every index has statistics of its own.
+
+    Returns:
+        Standardised values, same shape. A constant gives zeros.
+
+    Example:
+        >>> standardize(torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([True, True, False])).flatten()
+        tensor([-0.7071,  0.7071,  0.0000])
+    """
+    dims = sorted(set(range(values.ndim)) - {dim % values.ndim for dim in exclude_dims})
+    if mask is None:
+        mask = torch.ones_like(values, dtype=torch.bool)
+    mask = (mask.unsqueeze(-1) if mask.ndim == values.ndim - 1 else mask).expand_as(values)
+    values = torch.where(mask, values, 0.0)
+    count = mask.sum(dims, keepdim=True)
+    mean = values.sum(dims, keepdim=True) / count.clamp(min=1)
+    centred = torch.where(mask, values - mean, 0.0)
+    deviation = (centred.square().sum(dims, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return centred / deviation.clamp(min=1e-6)
+
+
+def clip_bounds(clip_epsilon: float | Sequence[float]) -> tuple[float, float]:
+    """Ratio bounds ``(1 - low, 1 + high)`` of a half-width, or of a pair ``(low, high)`` of half-widths.
+
+    Raises:
+        ValueError: if a width is not positive, the lower one reaches 1, or there are not one or two of them.
+
+    Example:
+        >>> clip_bounds(0.25), clip_bounds((0.25, 0.5))
+        ((0.75, 1.25), (0.75, 1.5))
+    """
+    widths = (clip_epsilon, clip_epsilon) if isinstance(clip_epsilon, (int, float)) else tuple(clip_epsilon)
+    if len(widths) != 2 or not 0 < widths[0] < 1 or not widths[1] > 0:
+        raise ValueError(
+            f"clip_epsilon must be a number in (0, 1) or a pair (low, high) with 0 < low < 1 and high > 0, got {clip_epsilon}."
+        )
+    return 1 - widths[0], 1 + widths[1]
+
+
+def _ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    ratio = log_ratio.exp()
+    outside = (ratio < low) | (ratio > high)
+    smallest, largest = (ratio, ratio) if mask is None else (ratio.where(mask, torch.inf), ratio.where(mask, 0.0))
+    return {
+        "kl_approx": _mean(log_ratio.expm1() - log_ratio, mask),
+        "clip_fraction": _mean(outside.to(ratio.dtype), mask),
+        "min_ratio": smallest.min(),
+        "max_ratio": largest.max(),
+    }
+
+
+def _entropy(distribution: Distribution) -> Tensor:
+    """Entropy of each agent's policy, ``[B, N]``: closed form, else one reparameterised sample (squashed Gaussians)."""
+    if has_analytic_entropy(distribution):
+        return distribution.entropy()
+    if not distribution.has_rsample:
+        raise ValueError(
+            f"{type(distribution).__name__} has neither a closed-form entropy nor reparameterised samples."
+        )
+    _, log_prob = sample_and_log_prob(distribution, reparameterize=True)  # scored before squashing: exact where saturated
+    return -log_prob
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean()
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def _variance(values: Tensor, mask: Tensor | None) -> Tensor:
+    values = values.squeeze(-1)
+    return _mean((values - _mean(values, mask)).square(), mask)
+
+
+def _per_agent(advantage: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
+    """Bring ``[*batch, agents, 1]`` or a team's ``[*batch, 1]`` to ``[*batch, agents]``; nothing broadcasts silently."""
+    if advantage.shape == (*shape, 1):
+        return advantage.squeeze(-1)
+    if advantage.shape == (*shape[:-1], 1):
+        return advantage.expand(shape)
+    raise ValueError(
+        f"{key!r} has shape {tuple(advantage.shape)}, but log-probabilities have shape {tuple(shape)}: expected "
+        f"{(*shape, 1)} for each agent or {(*shape[:-1], 1)} for the team."
+    )
+
+
+def _expand_mask(mask: Tensor, shape: torch.Size, batch: torch.Size, key: NestedKey) -> Tensor:
+    if mask.shape == (*shape, 1):
+        return mask.squeeze(-1)
+    if mask.shape == shape:
+        return mask
+    if mask.shape[: len(batch)] == batch and mask.ndim <= len(batch) + 2:
+        if mask.ndim > len(batch) and len(shape) == len(batch):  # a team's value counts where any agent lives
+            return mask.flatten(len(batch)).any(-1)
+        if mask.shape[len(batch) :].numel() == 1:
+            return mask.reshape((*batch, 1)).expand(shape)
+    raise ValueError(
+        f"The mask {key!r} has shape {tuple(mask.shape)}, which does not fit rows of shape {tuple(shape)}."
+    )
+
+
+def _value_key(critic_network: TensorDictModuleBase) -> NestedKey:
+    named = [key for key in critic_network.out_keys if (key if isinstance(key, str) else key[-1]) == "state_value"]
+    return (named or list(critic_network.out_keys))[-1]
+
+
+def _require(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+    value = tensordict.get(key, None)
+    if value is None:
+        raise KeyError(
+            f"{key!r} is missing from the data, which holds {sorted(map(str, tensordict.keys(True, True)))}."
+        )
+    return value
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")

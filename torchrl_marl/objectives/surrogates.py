@@ -1,0 +1,205 @@
+"""Gains: what a ratio method maximises, one pure function per equation.
+
+Every gain has one signature, ``gain(log_ratio, advantage, *, low, high)``, so that any loss takes any gain. It is
+elementwise: tensors of any one shape in, the same shape out; the loss takes the mean.
+
+Notation: ``r = exp(log_ratio) = pi(a|o) / pi_old(a|o)`` is the probability ratio of one agent and ``A`` its advantage.
+All gains equal ``A`` at ``r = 1`` and have the policy gradient as their gradient there; they differ in how they
+resist leaving ``r = 1``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, overload
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gain", "barrier_gain", "clip_gain", "kl_interval", "quadratic_gain"]
+
+
+class Gain(Protocol):
+    """A trust region: ``(log_ratio, advantage, *, low, high) -> gain``, elementwise."""
+
+    def __call__(self, log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:
+        """Return the gain to maximise, of the shape of ``log_ratio``."""
+        ...
+
+
+def clip_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """PPO's clipped gain, as MAPPO uses it for each agent.
+
+        gain = min(r A, clip(r, low, high) A)
+
+    Its gradient is exactly zero where the ratio has left ``[low, high]`` in the direction that the advantage favours.
+
+    Reference: Yu et al., The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games, 2022,
+    https://arxiv.org/abs/2103.01955; Eq. (2) of the MARS paper. With ``low`` and ``high`` free it is that paper's
+    asymmetric MAPPO.
+
+    Args:
+        log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape.
+        advantage: same shape.
+        low: lower bound of the ratio, below 1 (``1 - clip_epsilon``); float or 0-dim tensor.
+        high: upper bound of the ratio, above 1 (``1 + clip_epsilon``); float or 0-dim tensor.
+
+    Returns:
+        The gain to maximise, elementwise, same shape.
+
+    Raises:
+        ValueError: if the shapes differ (they would broadcast silently).
+
+    Example:
+        >>> clip_gain(torch.tensor([0.5, -0.5]), torch.tensor([1.0, 1.0]), low=0.8, high=1.2)
+        tensor([1.2000, 0.6065])
+    """
+    _check_same_shape(log_ratio, advantage)
+    ratio = log_ratio.exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(min=low).clamp(max=high) * advantage)
+
+
+def quadratic_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """MASPO's gain: a quadratic penalty on the ratio with its maximum at a target ratio.
+
+        gain = r A - c (r - 1)^2,   c = A / (2 (target - 1)),   target = high where A >= 0, low where A < 0
+
+    ``low = 1 - epsilon``, ``high = 1 + epsilon`` gives MASPO's ``|A| / (2 epsilon) (r - 1)^2``; any other pair is its
+    asymmetric variant. The penalty stays finite as ``r -> 0``: nothing keeps a probability away from zero.
+
+    Reference: Selmonaj et al., 2025 (MASPO) after Xie et al., Simple Policy Optimization, 2025; Eq. (3) of the MARS paper
+    and, with ``low`` and ``high`` free, its asymmetric MASPO.
+
+    Args:
+        log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape.
+        advantage: same shape.
+        low: target ratio where the advantage is negative, in (0, 1); float or 0-dim tensor.
+        high: target ratio where the advantage is positive, above 1; float or 0-dim tensor.
+
+    Returns:
+        The gain to maximise, elementwise, same shape.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> quadratic_gain(torch.tensor([0.0, 0.5]), torch.tensor([1.0, 1.0]), low=0.8, high=1.2)
+        tensor([1.0000, 0.5967])
+    """
+    _check_same_shape(log_ratio, advantage)
+    change = log_ratio.expm1()  # r - 1 without cancellation near r = 1
+    penalty = advantage / (2 * (_target_ratio(advantage, low, high) - 1))
+    return log_ratio.exp() * advantage - penalty * change.square()
+
+
+def barrier_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """MARS's gain: a multiplicatively symmetric barrier on the ratio with its maximum at a target ratio.
+
+        gain  = r A - alpha phi(r),   phi(r) = r + 1/r - 2 = (r - 1)^2 / r
+        alpha = A / (1 - target^-2),  target = high where A >= 0, low where A < 0
+
+    ``phi(r) = phi(1/r)`` is zero at ``r = 1`` and infinite as ``r -> 0`` or ``r -> inf``: the gain holds a probability
+    away from zero as firmly as away from its multiple. ``r = target`` is the one stationary point on ``(0, inf)``; there
+    is no plateau without gradient, so the log-ratio must not be clamped before. Where ``A = 0`` gain and gradient
+    are exactly zero.
+
+    Reference: Rethinking Ratio-Based Trust Regions for Policy Optimization in Multi-Agent Reinforcement Learning (MARS),
+    Eq. (7) for the barrier, (9) for the gain, (11) for ``alpha``.
+
+    Args:
+        log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape. ``exp`` overflows in float32 beyond 88.
+        advantage: same shape.
+        low: target ratio where the advantage is negative, in (0, 1); float or 0-dim tensor.
+        high: target ratio where the advantage is positive, above 1; float or 0-dim tensor.
+
+    Returns:
+        The gain to maximise, elementwise, same shape.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> log_ratio = torch.tensor([0.0, 1.25]).log1p()  # ratios 1 and 2.25
+        >>> barrier_gain(log_ratio, torch.tensor([1.0, 1.0]), low=0.5, high=1.5)
+        tensor([1.0000, 1.0000])
+    """
+    _check_same_shape(log_ratio, advantage)
+    alpha = advantage / (1 - _target_ratio(advantage, low, high) ** -2)
+    barrier = 4 * (log_ratio / 2).sinh().square()  # phi, without cancellation near r = 1 and without a division
+    return log_ratio.exp() * advantage - alpha * barrier
+
+
+@overload
+def kl_interval(kl: float) -> tuple[float, float]: ...
+@overload
+def kl_interval(kl: Tensor) -> tuple[Tensor, Tensor]: ...
+def kl_interval(kl: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    """Ratio bounds that correspond to a KL divergence: the two roots of ``x - 1 - ln x = kl``.
+
+    The mean of ``x - 1 - ln x`` at ``x = pi_new / pi_old`` under the old policy is ``KL(old || new)``, so a KL target
+    gives the interval of ratios that a single action may use. It is asymmetric: ``1 - low < high - 1`` and
+    ``low * high < 1``.
+
+    Newton's method on ``u = ln x`` in float64, from bounds outside the roots, where it is monotone: eight steps reach
+    the last digit for any ``kl`` from 1e-12 to 30 and beyond.
+
+    Reference: MARPO, https://arxiv.org/abs/2512.22832, Eqs. (9) to (11).
+
+    Args:
+        kl: divergence in nats, at least 0, finite; a float, or a tensor of any shape.
+
+    Returns:
+        ``(low, high)`` with ``0 <= low <= 1 <= high``: floats for a float; tensors of the shape, dtype and device of
+        ``kl`` for a tensor. ``(1, 1)`` at ``kl = 0``. ``low`` underflows to 0 only where its value does.
+
+    Raises:
+        ValueError: if ``kl`` is negative, NaN or infinite. (Inside ``torch.compile`` a tensor's values are not looked
+            at: such entries give NaN instead.)
+
+    Example:
+        >>> low, high = kl_interval(0.1)
+        >>> round(low, 6), round(high, 6)
+        (0.616817, 1.516221)
+    """
+    if isinstance(kl, Tensor):
+        return _kl_interval_of_tensor(kl)
+    if not 0 <= kl < math.inf:
+        raise ValueError(f"kl must be a finite number of at least 0, got {kl!r}.")
+    if kl == 0:
+        return 1.0, 1.0
+    width = math.sqrt(2 * kl)
+    lower, upper = -(kl + min(width, 1.0)), math.log1p(width + kl)
+    for _ in range(8):
+        lower -= (math.expm1(lower) - lower - kl) / math.expm1(lower)
+        upper -= (math.expm1(upper) - upper - kl) / math.expm1(upper)
+    return math.exp(lower), math.exp(upper)
+
+
+def _kl_interval_of_tensor(kl: Tensor) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling():
+        valid = (kl >= 0) & kl.isfinite()
+        if not valid.all():
+            raise ValueError(f"kl must be finite and at least 0, got {kl[~valid].flatten()[:8].tolist()}.")
+    target = kl.double()
+    solvable = torch.where(target == 0, 1.0, target)  # keeps 0 / 0 out of the values and of the gradient
+    width = (2 * solvable).sqrt()
+    lower, upper = -(solvable + width.clamp(max=1.0)), (width + solvable).log1p()
+    for _ in range(8):
+        lower = lower - (lower.expm1() - lower - solvable) / lower.expm1()
+        upper = upper - (upper.expm1() - upper - solvable) / upper.expm1()
+    one = torch.ones_like(target)
+    low, high = torch.where(target == 0, one, lower.exp()), torch.where(target == 0, one, upper.exp())
+    return low.to(kl.dtype), high.to(kl.dtype)
+
+
+def _target_ratio(advantage: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """The ratio that a gain aims at: above 1 for a good action, below 1 for a bad one."""
+    low, high = (torch.as_tensor(bound, dtype=advantage.dtype, device=advantage.device) for bound in (low, high))
+    return torch.where(advantage >= 0, high, low)
+
+
+def _check_same_shape(log_ratio: Tensor, advantage: Tensor) -> None:
+    if log_ratio.shape != advantage.shape:
+        raise ValueError(
+            f"log_ratio and advantage must have one shape, got {tuple(log_ratio.shape)} and {tuple(advantage.shape)}."
+        )

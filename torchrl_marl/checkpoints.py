@@ -31,12 +31,12 @@ _SCORE = "score"
 class CheckpointFolder:
     """The checkpoints of one run: the two newest and the best.
 
-    Every file is complete under its final name or does not exist: it is written beside and renamed. Tensors are stored by
-    ``torch.save`` and read with ``weights_only=True``; everything else is JSON.
+    Every file is complete under its final name or does not exist: it is written beside and renamed. Tensors are stored
+    by ``torch.save`` and read with ``weights_only=True``; everything else is JSON.
 
     Args:
-        folder: where the files go; created when the first one is saved.
-        **components: what is saved and restored, by name: objects with a ``state_dict``, or dictionaries of JSON values.
+        folder: where the files go; made for the first one.
+        **components: what is saved and restored, by name: objects with a ``state_dict``, or JSON dictionaries.
     """
 
     def __init__(self, folder: Path, **components: Any) -> None:
@@ -44,7 +44,7 @@ class CheckpointFolder:
         self._checkpoint = _bind(components)
 
     def save(self, *, frames: int, score: float, metadata: Mapping[str, Any]) -> Path:
-        """Write the state after ``frames`` frames, whose evaluation gave ``score``, and drop what is neither new nor best."""
+        """Write the state after ``frames`` frames, which scored ``score``; drop what is neither new nor best."""
         metadata = {"version": FORMAT_VERSION, _SCORE: score, **metadata}
         return self._rotation.save(self._checkpoint, step=frames, metadata=metadata)
 
@@ -80,7 +80,9 @@ def find_checkpoint(path: str | Path) -> Path:
         latest = CheckpointRotation(folder, keep_last=1).latest() if folder.is_dir() else None
         if latest is not None:
             return latest
-    raise FileNotFoundError(f"No checkpoint at {path}: name a checkpoint file or the folder of a run that has saved one.")
+    raise FileNotFoundError(
+        f"No checkpoint at {path}: name a checkpoint file or the folder of a run that has saved one."
+    )
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -121,7 +123,8 @@ def load_policy(path: str | Path, *, device: torch.device | str = "cpu") -> Prob
     recorded = read_metadata(path)["actor"]
     actor = make_actor(GroupShape(**recorded["shape"]), **recorded["options"])
     _load(_bind({"actor": actor}), path)
-    return actor.to(device)
+    actor.to(device)
+    return actor
 
 
 def actor_record(shape: GroupShape, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,16 +21,14 @@ from torchrl_marl.checkpoints import find_checkpoint, read_metadata
 
 __all__ = ["recipe"]
 
-Result = TypeVar("Result")
 
-
-def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], Result]], Callable[[], None]]:
+def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], float]], Callable[[], None]]:
     """Turn ``function(cfg)`` into the main function of a recipe script.
 
-    The function gets ``config_folder/name.yaml`` composed with the command line's Hydra overrides (``-m`` for grids works).
-    What a YAML node with a ``_target_`` does not list can be overridden without a ``+`` if the target takes it: defaults
-    live in the class. A key that nothing reads ends the program with the nearest names. ``resume=PATH`` replaces the
-    configuration by the one stored in a checkpoint; other overrides then change single values of it.
+    The function gets ``config_folder/name.yaml`` composed with the command line's Hydra overrides (``-m`` runs grids).
+    What a YAML node with a ``_target_`` does not list can be overridden without a ``+`` if the target takes it:
+    defaults live in the class. A key that nothing reads ends the program with the nearest names. ``resume=PATH``
+    replaces the configuration by the one stored in a checkpoint; other overrides then change single values of it.
 
     Args:
         config_folder: folder of the recipes' YAML files.
@@ -39,17 +38,18 @@ def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], R
         Decorator; the decorated function takes no arguments and reads ``sys.argv``.
     """
 
-    def decorate(function: Callable[[DictConfig], Result]) -> Callable[[], None]:
+    def decorate(function: Callable[[DictConfig], float]) -> Callable[[], None]:
         @functools.wraps(function)
-        def run(cfg: DictConfig) -> Result:
-            resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        def run(cfg: DictConfig) -> float:
+            resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True))
             if resolved.resume is not None:
                 resolved = _stored_config(resolved.resume, HydraConfig.get().overrides.task)
-            check_keys(resolved, OmegaConf.load(config_folder / f"{name}.yaml"))
+            check_keys(resolved, _load(config_folder, name))
             return function(resolved)
 
         def main() -> None:
             sys.argv[1:] = [_checked_override(argument, config_folder, name) for argument in sys.argv[1:]]
+            logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notices would break the progress bar
             hydra.main(version_base=None, config_path=str(config_folder), config_name=name)(run)()
 
         return main
@@ -76,7 +76,7 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
                 reader = f"argument of {target}" if target else "key of the configuration"
                 _fail(f"{path}{key}", reader, [f"{path}{name}" for name in known])
             if isinstance(cfg[key], DictConfig) and "_target_" in cfg[key]:
-                check_keys(cfg[key], OmegaConf.create(), f"{path}{key}.")
+                check_keys(cfg[key], DictConfig({}), f"{path}{key}.")
             elif isinstance(cfg[key], DictConfig) and isinstance(reference.get(key), DictConfig):
                 check_keys(cfg[key], reference[key], f"{path}{key}.")
 
@@ -90,8 +90,8 @@ def _checked_override(argument: str, folder: Path, name: str) -> str:
     groups = {path.name: [file.stem for file in path.glob("*.yaml")] for path in folder.iterdir() if path.is_dir()}
     if "." in key:
         return f"++{argument}"
-    if key not in groups and key not in OmegaConf.load(folder / f"{name}.yaml"):
-        _fail(key, "key of the configuration", [*groups, *map(str, OmegaConf.load(folder / f"{name}.yaml"))])
+    if key not in groups and key not in _load(folder, name):
+        _fail(key, "key of the configuration", [*groups, *map(str, _load(folder, name))])
     for choice in value.split(",") if key in groups else []:
         if choice not in groups[key]:
             _fail(f"{key}={choice}", "choice", [f"{key}={known}" for known in sorted(groups[key])])
@@ -100,17 +100,23 @@ def _checked_override(argument: str, folder: Path, name: str) -> str:
 
 def _stored_config(resume: str, overrides: Iterable[str]) -> DictConfig:
     checkpoint = find_checkpoint(resume)
-    stored = OmegaConf.create(read_metadata(checkpoint)["config"])
+    stored = DictConfig(read_metadata(checkpoint)["config"])
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if isinstance(OmegaConf.select(stored, key), DictConfig):
-            raise SystemExit(f"{key}={value}: a resumed run keeps its {key}; single values such as {key}.x=1 can change.")
+            raise SystemExit(
+                f"{key}={value}: a resumed run keeps its {key}; single values such as {key}.x=1 can change."
+            )
         OmegaConf.update(stored, key, OmegaConf.create(f"value: {value}").value)
     stored.resume = str(checkpoint)
     return stored
 
 
-def _fail(key: str, what: str, known: Iterable[str]) -> None:
+def _load(folder: Path, name: str) -> DictConfig:
+    return DictConfig(OmegaConf.load(folder / f"{name}.yaml"))
+
+
+def _fail(key: str, what: str, known: Iterable[str]) -> NoReturn:
     known = list(known)
     nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
     raise SystemExit(f"{key} is not a {what}; nearest: {', '.join(nearest)}.")

@@ -1,7 +1,7 @@
 """The TensorDict keys that the library reads and writes, in TorchRL's multi-agent convention.
 
-``B`` is any batch (environments, environments x time, or shuffled rows), ``N`` the number of agents of a group. The group
-is called ``"agents"`` here; losses take its name from the actor's action key, and ``loss.set_keys`` renames any key.
+``B`` is any batch (environments, environments x time, or shuffled rows), ``N`` the number of agents of a group. The
+group is called ``"agents"`` here; losses take its name from the actor's action key; ``loss.set_keys`` renames keys.
 
 =========================================  =============  ===========================================================
 key                                        shape          meaning
@@ -20,7 +20,7 @@ key                                        shape          meaning
 ``"advantage"``, ``"value_target"``        ``[B, N, 1]``  written by a loss's value estimator
 =========================================  =============  ===========================================================
 
-A team reward and a team value (``[B, 1]`` at the root) work too: name them with ``loss.set_keys(reward=..., value=...)``.
+A team reward and a team value (``[B, 1]`` at the root) work too: name them with ``loss.set_keys(reward=...)``.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 from torchrl.record import CSVLogger, TensorboardLogger
@@ -65,6 +65,7 @@ class MetricLog:
         if wandb_project is not None and importlib.util.find_spec("wandb") is not None:
             import wandb
 
+            mode = wandb_mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
             self._wandb = wandb.init(
                 project=wandb_project,
                 dir=str(folder),
@@ -75,7 +76,7 @@ class MetricLog:
                 job_type="train",
                 id=run_id,
                 resume="allow",
-                mode=wandb_mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline"),
+                mode=cast("Any", mode),
                 settings=wandb.Settings(silent=True, console="off"),
             )
             self._wandb.define_metric("*", step_metric=_FRAMES)
@@ -88,11 +89,11 @@ class MetricLog:
             self._wandb.log({**metrics, _FRAMES: frames})
 
     def video(self, path: Path, frames: int) -> None:
-        """Send a video file to W&B (locally it already lies in the run's folder)."""
+        """Send a GIF to W&B (locally it already lies in the run's folder)."""
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({"eval/video": wandb.Video(str(path), format=path.suffix[1:]), _FRAMES: frames})
+            self._wandb.log({"eval/video": wandb.Video(str(path), format="gif"), _FRAMES: frames})
 
     def finish(self, summary: Mapping[str, Any] | None = None) -> None:
         """Write ``summary.json`` and the W&B summary, and close everything."""
@@ -110,7 +111,9 @@ def run_group(method: str, task: str, config: Mapping[str, Any]) -> str:
         >>> run_group("mars", "balance", {"lr": 1, "seed": 0}) == run_group("mars", "balance", {"lr": 1, "seed": 7})
         True
     """
-    relevant = {key: value for key, value in config.items() if key not in ("seed", "resume", "folder", "device", "logger")}
+    relevant = {
+        key: value for key, value in config.items() if key not in ("seed", "resume", "folder", "device", "logger")
+    }
     digest = hashlib.sha1(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
     return f"{method}_{task}_{digest[:8]}"
 

@@ -1,4 +1,4 @@
-"""What every recipe needs around its loop: progress, metrics, evaluation, checkpoints, interruption, the last pictures."""
+"""What every recipe needs around its loop: progress, metrics, evaluation, checkpoints, interruption, pictures."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.collectors import BaseCollector
+from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
-from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy, read_metadata
+from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
 from torchrl_marl.envs import RandomState, preserve_random_state
 from torchrl_marl.envs.render import render_episode
 from torchrl_marl.evaluation import evaluate, plot_learning_curve
@@ -45,12 +45,12 @@ class Run:
         return run.finish()
 
     A checkpoint is written after every evaluation and is a reset point: the training environments start new episodes
-    there, in a run that goes on as in one that is resumed, which makes the two equal bit for bit. Ctrl-C or SIGTERM ends
-    the run after the iteration under way, with a checkpoint.
+    there, in a run that goes on as in one that is resumed, which makes the two equal bit for bit. Ctrl-C or SIGTERM
+    ends the run after the iteration under way, with a checkpoint.
 
     Args:
-        cfg: resolved configuration with ``seed``, ``total_frames``, ``evaluation``, ``logger``, ``env``, ``actor``, ``folder``,
-            ``method``, ``recipe`` and ``resume`` (``None`` or a checkpoint file to go on from).
+        cfg: resolved configuration with ``seed``, ``total_frames``, ``evaluation``, ``logger``, ``env``, ``actor``,
+            ``folder``, ``method``, ``recipe`` and ``resume`` (``None`` or a checkpoint file to go on from).
         make_env: ``make_env(num_envs=..., seed=...)``, for evaluation.
         actor: the policy.
         shape: what the actor was built for.
@@ -87,7 +87,7 @@ class Run:
         )
         if resumed is not None:
             self._checkpoints.load(resumed)
-        config = OmegaConf.to_container(cfg)
+        config: dict[str, Any] = _plain(cfg)
         OmegaConf.save(cfg, self.folder / "config.yaml")
         task = cfg.env.scenario
         self._log = MetricLog(
@@ -105,7 +105,7 @@ class Run:
         with preserve_random_state():
             self._evaluation_env = make_env(num_envs=cfg.evaluation.episodes, seed=self._seed(1))
 
-    def batches(self, collector: BaseCollector) -> Iterator[TensorDictBase]:
+    def batches(self, collector: Collector) -> Iterator[TensorDictBase]:
         """Yield batches until ``total_frames``; what the loop's body does with one ends its iteration.
 
         Raises:
@@ -212,8 +212,10 @@ class Run:
         score = metrics["eval/reward/episode_reward_mean"]
         self._progress["evaluations"].append([frames, score])
         self._log.log(metrics, frames)
-        record = actor_record(self._shape, _options(self.cfg.actor))
-        metadata = {"config": OmegaConf.to_container(self.cfg), "actor": record, "frames": frames}
+        record = actor_record(
+            self._shape, {key: value for key, value in _plain(self.cfg.actor).items() if key != "_target_"}
+        )
+        metadata = {"config": _plain(self.cfg), "actor": record, "frames": frames}
         self._checkpoints.save(frames=frames, score=score, metadata=metadata)
 
     def _absolute_metric(self) -> float:
@@ -261,13 +263,16 @@ class Run:
 
 def _new_folder(cfg: DictConfig) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(cfg.folder) / cfg.recipe / cfg.env.scenario / cfg.method / f"seed{cfg.seed}-{stamp}-{secrets.token_hex(2)}"
+    folder = (
+        Path(cfg.folder) / cfg.recipe / cfg.env.scenario / cfg.method / f"seed{cfg.seed}-{stamp}-{secrets.token_hex(2)}"
+    )
     folder.mkdir(parents=True)
     return folder
 
 
-def _options(node: DictConfig) -> dict[str, Any]:
-    return {key: value for key, value in OmegaConf.to_container(node).items() if not key.startswith("_")}
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return a configuration as nested dictionaries and lists."""
+    return {str(key): value for key, value in cast("dict", OmegaConf.to_container(cfg)).items()}
 
 
 def _reduced(records: list[Mapping[str, Tensor]]) -> dict[str, float]:

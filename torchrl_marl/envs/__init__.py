@@ -2,5 +2,7 @@
 
 from torchrl_marl.envs.check import check_env
 from torchrl_marl.envs.random_state import RandomState, preserve_random_state
+from torchrl_marl.envs.render import render_episode
 from torchrl_marl.envs.vmas import make_env
 
+__all__ = ["RandomState", "check_env", "make_env", "preserve_random_state", "render_episode"]

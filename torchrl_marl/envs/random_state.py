@@ -20,7 +20,7 @@ _VMAS_ENVIRONMENT = "vmas.simulator.environment.environment"
 class RandomState:
     """The process-wide random state as a checkpointable object.
 
-    Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's `GlobalRNGState`) and, where
+    Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's ``GlobalRNGState``) and, where
     VMAS is loaded, the random stream that all VMAS environments share. A generator that an environment owns is not
     part of it.
 
@@ -33,11 +33,11 @@ class RandomState:
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Captures every generator.
+        """Capture every generator.
 
         Returns:
             Tensors, numbers and strings in dicts, lists and tuples, so that
-            `torch.load(..., weights_only=True)` reads it back.
+            ``torch.load(..., weights_only=True)`` reads it back.
         """
         state = GlobalRNGState().state_dict()
         if _VMAS_ENVIRONMENT in sys.modules:
@@ -47,10 +47,10 @@ class RandomState:
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores every generator.
+        """Restore every generator.
 
         Args:
-            state_dict: from `state_dict`. VMAS is imported if the state holds VMAS's stream.
+            state_dict: from ``state_dict``. VMAS is imported if the state holds VMAS's stream.
 
         Raises:
             ImportError: if the state holds VMAS's stream and VMAS is not installed.
@@ -58,9 +58,10 @@ class RandomState:
         GlobalRNGState().load_state_dict(state_dict)
         if "vmas" in state_dict:
             import_vmas()
-            name, keys, *rest = state_dict["vmas"]["numpy"]
-            numpy_state = (name, keys.numpy().astype(np.uint32), *rest)
-            _vmas_stream()[:] = [state_dict["vmas"]["torch_cpu"], numpy_state, state_dict["vmas"]["python"]]
+            vmas = state_dict["vmas"]
+            name, keys, *rest = vmas["numpy"]
+            numpy_state = (name, keys.cpu().numpy().astype(np.uint32), *rest)
+            _vmas_stream()[:] = [vmas["torch_cpu"].cpu(), numpy_state, vmas["python"]]
         elif _VMAS_ENVIRONMENT in sys.modules:
             # VMAS was imported after the state was taken. Its stream begins as a copy of the process's state.
             _vmas_stream()[:] = [torch.get_rng_state(), np.random.get_state(), random.getstate()]
@@ -68,7 +69,7 @@ class RandomState:
 
 @contextlib.contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Restores the process-wide random state on exit, so that what runs inside leaves no trace on what comes after.
+    """Restore the process-wide random state on exit, so that what runs inside leaves no trace on what comes after.
 
     Yields:
         None.

@@ -33,13 +33,13 @@ def render_episode(
     env_index: int = 0,
     fps: int = 20,
 ) -> Path:
-    """Films one episode of a VMAS task, played with the policy's most likely actions, and writes it as a GIF.
+    """Film one episode of a VMAS task, played with the policy's deterministic actions, and write it as a GIF.
 
     VMAS draws the frames off screen; where OpenGL is missing we draw the same entities with Pillow. No display is
     needed. The random state is left as it was, but the environment is reset and stepped: film on one of its own.
 
     Args:
-        env: a VMAS environment, such as one from `make_env`.
+        env: a VMAS environment, such as one from ``make_env``.
         policy: writes the actions, such as the actor of a loss.
         path: file to write; ends in ".gif". Missing folders are made.
         max_steps: the film stops here, or earlier when the episode ends.
@@ -81,7 +81,7 @@ def render_episode(
 
 
 def _film(env: EnvBase, simulator: VmasWrapper, policy: Callable, max_steps: int, env_index: int) -> list[Image]:
-    """Plays the episode and returns its frames with captions."""
+    """Play the episode and return its frames with captions."""
     scenes, captions = [], []
     photographs: list[Image] | None = []
     returns = dict.fromkeys(env.reward_keys, 0.0)
@@ -184,8 +184,11 @@ def _bounds(scenes: list[list[_Body]]) -> tuple[float, float, float, float]:
     framed = [(point, body.radius) for scene in scenes for body in scene if body.framed for point in body.points]
     left, right = min(x - radius for (x, _), radius in framed), max(x + radius for (x, _), radius in framed)
     bottom, top = min(y - radius for (_, y), radius in framed), max(y + radius for (_, y), radius in framed)
-    margin = 0.06 * max(right - left, top - bottom)
-    return left - margin, bottom - margin, right + margin, top + margin
+    # A margin, and no strip so narrow that the caption would not fit.
+    half = 0.53 * max(right - left, top - bottom)
+    half_x, half_y = max(0.53 * (right - left), 0.7 * half), max(0.53 * (top - bottom), 0.4 * half)
+    x, y = (left + right) / 2, (bottom + top) / 2
+    return x - half_x, y - half_y, x + half_x, y + half_y
 
 
 def _draw(scenes: list[list[_Body]], bounds: tuple[float, float, float, float]) -> list[Image]:

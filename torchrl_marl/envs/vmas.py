@@ -27,30 +27,30 @@ def make_env(
     device: torch.device | str = "cpu",
     scenario_kwargs: Mapping[str, Any] | None = None,
 ) -> EnvBase:
-    """Builds a batch of VMAS environments.
+    """Build a batch of VMAS environments.
 
-    Each group of agents has its observations, actions and rewards under its name, such as `("agents", "reward")`;
-    `(group, "episode_reward")` sums the rewards of the running episode. Done flags are at the root. Actions out of
+    Each group of agents has its observations, actions and rewards under its name, such as ``("agents", "reward")``;
+    ``(group, "episode_reward")`` sums the rewards of the running episode. Done flags are at the root. Actions out of
     range are clamped to it, so that a plain Gaussian policy can act.
 
-    All VMAS environments of a process draw from one random stream, which `seed` restarts. Build and step any other
-    environment, for example to evaluate, under `preserve_random_state`, so that it does not change this one's course.
+    All VMAS environments of a process draw from one random stream, which ``seed`` restarts. Build and step any other
+    environment, for example to evaluate, under ``preserve_random_state``, so that it does not change this one's course.
 
     Args:
         scenario: name of a VMAS scenario, such as "balance" or "simple_tag".
         num_envs: number of environments stepped together.
         max_steps: time limit of an episode.
-        time_limit: how the limit is reported. "truncate" sets `truncated`, so that advantage estimation bootstraps
-            from the value of the last state. "terminate" sets `terminated`, as `VmasEnv(max_steps=...)` does: the
+        time_limit: how the limit is reported. "truncate" sets ``truncated``, so that advantage estimation bootstraps
+            from the value of the last state. "terminate" sets ``terminated``, as ``VmasEnv(max_steps=...)`` does: the
             value beyond the limit counts as zero. BenchMARL's results are measured with "terminate".
-            A scenario's own end, such as a fall in "balance", is `terminated` in both.
+            A scenario's own end, such as a fall in "balance", is ``terminated`` in both.
         continuous_actions: False for discrete actions.
         seed: restarts VMAS's random stream; None goes on from where it is.
         device: where VMAS simulates.
-        scenario_kwargs: options of the scenario, such as `{"n_agents": 4}`.
+        scenario_kwargs: options of the scenario, such as ``{"n_agents": 4}``.
 
     Returns:
-        A `TransformedEnv` over `VmasEnv` with batch size `[num_envs]`.
+        A ``TransformedEnv`` over ``VmasEnv`` with batch size ``[num_envs]``.
 
     Raises:
         ImportError: if VMAS is not installed.
@@ -81,14 +81,14 @@ def make_env(
         scenario_kwargs=scenario_kwargs,
     )
     # RewardSum without keys follows every reward of the environment, whatever its groups are called.
-    return TransformedEnv(env, Compose(StepCounter(max_steps), RewardSum()) if truncate else RewardSum())
+    return TransformedEnv(env, Compose([StepCounter(max_steps=max_steps), RewardSum()]) if truncate else RewardSum())
 
 
 def import_vmas() -> ModuleType:
-    """Imports VMAS without the end-of-life notice that gym, which VMAS still depends on, prints.
+    """Import VMAS without the end-of-life notice that gym, which VMAS still depends on, prints.
 
     Returns:
-        The module `vmas`.
+        The module ``vmas``.
 
     Raises:
         ImportError: if VMAS is not installed.
@@ -105,8 +105,8 @@ def import_vmas() -> ModuleType:
 
 
 def _check_scenario(vmas: ModuleType, scenario: str, scenario_kwargs: Mapping[str, Any]) -> None:
-    """Rejects unknown names: VMAS answers a wrong scenario with an assertion and a wrong option with a warning."""
-    scenarios = VmasEnv.available_envs
+    """Reject unknown names: VMAS answers a wrong scenario with an assertion and a wrong option with a warning."""
+    scenarios: list[str] = [*vmas.scenarios, *vmas.mpe_scenarios, *vmas.debug_scenarios]
     if scenario not in scenarios:
         closest = difflib.get_close_matches(scenario, scenarios, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, closest))}? " if closest else ""
@@ -116,4 +116,6 @@ def _check_scenario(vmas: ModuleType, scenario: str, scenario_kwargs: Mapping[st
     options = sorted(set(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)["']""", source)))
     unknown = sorted(set(scenario_kwargs) - set(options))
     if unknown:
-        raise ValueError(f"scenario {scenario!r} has no option {', '.join(unknown)}; it has {', '.join(options) or 'none'}")
+        raise ValueError(
+            f"scenario {scenario!r} has no option {', '.join(unknown)}; it has {', '.join(options) or 'none'}"
+        )

@@ -58,5 +58,5 @@ def ended_episode_returns(batch: TensorDictBase) -> Tensor:
 
 def episode_returns(data: TensorDictBase) -> Tensor:
     """Return so far at every step, mean over the agents of all groups, of the shape of ``data``."""
-    rewards = [value for key, value in data["next"].items(True, True) if "episode_reward" in key]
+    rewards = [value for key, value in data.get("next").items(True, True) if "episode_reward" in key]
     return torch.cat(rewards, -2).mean((-2, -1))

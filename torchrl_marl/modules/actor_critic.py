@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from tensordict import NestedKey
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -43,8 +44,8 @@ def make_actor(
         hidden_sizes: widths of the hidden layers.
         activation: of the hidden layers.
         share_parameters: one network for all agents, or one for each (their parameters are stacked).
-        agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents with
-            networks of their own need none and get none.
+        agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents
+            with networks of their own need none and get none.
         device: where parameters live.
 
     Returns:
@@ -61,16 +62,15 @@ def make_actor(
         torch.Size([7, 3])
     """
     shape = _shape(env, group)
-    continuous = shape.num_actions is None
-    outputs = 2 * len(shape.action_low) if continuous else shape.num_actions
+    outputs = 2 * len(shape.action_low) if shape.num_actions is None else shape.num_actions
     network = _agent_network(
         shape, shape.observation_size, outputs, hidden_sizes, activation, share_parameters, agent_id
     )
     _initialize(network, activation, output_gain=0.01)
     name = shape.name
-    if continuous:
+    if shape.num_actions is None:
         network = nn.Sequential(network, NormalParamExtractor())
-        keys = [(name, "loc"), (name, "scale")]
+        keys: list[NestedKey] = [(name, "loc"), (name, "scale")]
         bounds = {
             "low": torch.tensor(shape.action_low, device=device),
             "high": torch.tensor(shape.action_high, device=device),
@@ -117,8 +117,8 @@ def make_critic(
         hidden_sizes: widths of the hidden layers.
         activation: of the hidden layers.
         share_parameters: one network for all agents, or one for each.
-        agent_id: append a one-hot agent id to an agent's own observation (shared ``"observation"`` critics only; a centralised
-            critic knows agents by its outputs).
+        agent_id: append a one-hot agent id to an agent's own observation (shared ``"observation"`` critics only; a
+            centralised critic knows agents by its outputs).
         value_norm: running statistics of values; the network then predicts normalised values, see
             :class:`~torchrl_marl.modules.Denormalize`.
         device: where parameters live.
@@ -151,6 +151,8 @@ def make_critic(
 
 class _OneHotAgentID(nn.Module):
     """Append a one-hot agent id: ``[..., N, O]`` to ``[..., N, O + N]``."""
+
+    ids: Tensor
 
     def __init__(self, num_agents: int) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
@@ -45,7 +46,8 @@ class GroupShape:
         Raises:
             ValueError: if the group is unknown, must be named, or has spaces that an MLP cannot take.
         """
-        groups = list(env.group_map)
+        group_map = cast("dict[str, list[str]]", env.group_map)
+        groups = list(group_map)
         if group is None and len(groups) != 1:
             raise ValueError(f"The environment has the groups {', '.join(groups)}: name the one meant with group=.")
         group = groups[0] if group is None else group
@@ -57,10 +59,10 @@ class GroupShape:
         observation = observation_spec[group, "observation"]
         if observation.ndim != 2:
             raise ValueError(f"An MLP needs observations [agents, size]; {group!r} has {tuple(observation.shape)}.")
-        state = observation_spec["state"] if "state" in observation_spec.keys() else None  # noqa: SIM118 (a spec)
+        state = observation_spec["state"] if "state" in observation_spec.keys() else None
         return cls(
             name=group,
-            num_agents=len(env.group_map[group]),
+            num_agents=len(group_map[group]),
             observation_size=observation.shape[-1],
             masked=(group, "action_mask") in observation_spec.keys(True, True),
             state_size=None if state is None else state.shape.numel(),
@@ -68,7 +70,7 @@ class GroupShape:
         )
 
 
-def _action_space(spec: TensorSpec) -> dict[str, int | tuple[float, ...]]:
+def _action_space(spec: TensorSpec) -> dict[str, Any]:
     if isinstance(spec, Categorical) and spec.ndim == 1:
         return {"num_actions": int(spec.space.n)}
     if isinstance(spec, Bounded) and spec.ndim == 2 and spec.dtype.is_floating_point:

@@ -15,28 +15,24 @@ __all__ = ["MARSLoss", "additive_target_ratios", "multiplicative_target_ratios"]
 class MARSLoss(RatioLoss):
     """Multi-agent ratio symmetry: MAPPO with a multiplicatively symmetric barrier on the ratio in place of the clip.
 
-    The gain of each sample is largest at its target ratio, has a gradient everywhere else, and falls without bound as the
-    ratio goes to zero, so that no finite advantage can drive the probability of an action to extinction.
+    The gain of each sample is largest at its target ratio, has a gradient everywhere else, and falls without bound as
+    the ratio goes to zero, so that no finite advantage can drive the probability of an action to extinction.
 
-    Reference: Rethinking Ratio-Based Trust Regions for Policy Optimization in Multi-Agent Reinforcement Learning (MARS),
-    Eqs. (7), (11), (12). The paper's search ranges are not known; the default targets are ours, see ``results/``.
+    Reference: Rethinking Ratio-Based Trust Regions for Policy Optimization in Multi-Agent Reinforcement Learning
+    (MARS), Eqs. (7), (11), (12). The paper's search ranges are not known; the default targets are ours, see
+    ``results/``.
 
-    Keys, shapes and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
 
     Args:
         actor_network: decentralised policy.
         critic_network: sees the joint observations or the state.
-        target_ratios: ``(low, high)`` with ``0 < low < 1 < high``: where the gain is largest for bad and for good actions.
-            The paper's other parameterisations are :func:`multiplicative_target_ratios` and
+        target_ratios: ``(low, high)`` with ``0 < low < 1 < high``: where the gain is largest for bad and for good
+            actions. The paper's other parameterisations are :func:`multiplicative_target_ratios` and
             :func:`additive_target_ratios`.
         gain: another trust region in place of the barrier, with the same bounds.
-        entropy_coeff: weight of the entropy bonus.
-        critic_coeff: weight of the critic's loss.
-        loss_critic_type: ``"smooth_l1"``, ``"l2"`` or ``"l1"``.
-        normalize_advantage: standardise the advantages given to ``forward``; off if the training loop does.
-        normalize_advantage_exclude_dims: dimensions with statistics of their own (default: the agents).
-        functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
+            functional, reduction: as for every ratio loss, see there.
 
     Raises:
         ValueError: if the target ratios are on the wrong side of 1.

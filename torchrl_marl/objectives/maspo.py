@@ -15,26 +15,21 @@ __all__ = ["MASPOLoss"]
 class MASPOLoss(RatioLoss):
     """Multi-agent simple policy optimisation: MAPPO with a quadratic penalty on the ratio in place of the clip.
 
-    The gain of each sample is largest at the target ratio ``1 + epsilon`` (good actions) or ``1 - epsilon`` (bad ones), and
-    the gradient never vanishes beyond it.
+    The gain of each sample is largest at the target ratio ``1 + epsilon`` (good actions) or ``1 - epsilon`` (bad ones),
+    and the gradient never vanishes beyond it.
 
-    Reference: Selmonaj et al., 2025, after Xie et al., Simple Policy Optimization, 2025; Eq. (3) of the MARS paper. A pair
-    of widths is the MARS paper's asymmetric MASPO.
+    Reference: Selmonaj et al., 2025, after Xie et al., Simple Policy Optimization, 2025; Eq. (3) of the MARS paper. A
+    pair of widths is the MARS paper's asymmetric MASPO.
 
-    Keys, shapes and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
 
     Args:
         actor_network: decentralised policy.
         critic_network: sees the joint observations or the state.
-        clip_epsilon: distance of the target ratios from 1, or a pair ``(low, high)``: targets ``1 - low`` and ``1 + high``.
+        clip_epsilon: distance of the target ratios from 1, or a pair ``(low, high)``: targets ``1 - low, 1 + high``.
         gain: another trust region in place of the quadratic penalty, with the same bounds.
-        entropy_coeff: weight of the entropy bonus.
-        critic_coeff: weight of the critic's loss.
-        loss_critic_type: ``"smooth_l1"``, ``"l2"`` or ``"l1"``.
-        normalize_advantage: standardise the advantages given to ``forward``; off if the training loop does.
-        normalize_advantage_exclude_dims: dimensions with statistics of their own (default: the agents).
-        functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
+            functional, reduction: as for every ratio loss, see there.
     """
 
     def __init__(

@@ -23,20 +23,15 @@ class MAPPOLoss(RatioLoss):
     https://arxiv.org/abs/2103.01955; Eq. (2) of the MARS paper. Defaults are TorchRL's. A pair of widths is the MARS
     paper's asymmetric MAPPO.
 
-    Keys, shapes and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
 
     Args:
         actor_network: decentralised policy.
         critic_network: sees the joint observations or the state.
         clip_epsilon: half-width of the clip, or a pair ``(low, high)``: ratios count within ``[1 - low, 1 + high]``.
         gain: another trust region in place of the clip, with the same bounds.
-        entropy_coeff: weight of the entropy bonus.
-        critic_coeff: weight of the critic's loss.
-        loss_critic_type: ``"smooth_l1"``, ``"l2"`` or ``"l1"``.
-        normalize_advantage: standardise the advantages given to ``forward``; off if the training loop does.
-        normalize_advantage_exclude_dims: dimensions with statistics of their own (default: the agents).
-        functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
+            functional, reduction: as for every ratio loss, see there.
 
     Example:
         >>> loss = MAPPOLoss(actor, critic, clip_epsilon=(0.2, 0.28))  # doctest: +SKIP
@@ -84,20 +79,15 @@ class IPPOLoss(RatioLoss):
     Reference: de Witt et al., Is Independent Learning All You Need in the StarCraft Multi-Agent Challenge?, 2020,
     https://arxiv.org/abs/2011.09533.
 
-    Keys, shapes and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
 
     Args:
         actor_network: decentralised policy.
         critic_network: sees each agent's own observation.
         clip_epsilon: half-width of the clip, or a pair ``(low, high)``.
         gain: another trust region in place of the clip, with the same bounds.
-        entropy_coeff: weight of the entropy bonus.
-        critic_coeff: weight of the critic's loss.
-        loss_critic_type: ``"smooth_l1"``, ``"l2"`` or ``"l1"``.
-        normalize_advantage: standardise the advantages given to ``forward``; off if the training loop does.
-        normalize_advantage_exclude_dims: dimensions with statistics of their own (default: the agents).
-        functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
+            functional, reduction: as for every ratio loss, see there.
     """
 
     def __init__(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
-    TensorDictModule,
     TensorDictModuleBase,
     TensorDictParams,
     dispatch,
@@ -41,11 +41,11 @@ class RatioLoss(LossModule):
     in a :class:`~torchrl_marl.modules.Denormalize` layer, its distance is measured in units of the value scale, so
     the network regresses normalised targets.
 
-    Keys (see :mod:`torchrl_marl.keys`), all renamable with ``set_keys``: action, ``sample_log_prob`` and their group are read
-    off the actor, ``value`` off the critic; ``mask`` (live agents, ``[B, N]``) is used where the data holds it, together
-    with what TorchRL's ``loss_mask_key`` names. If ``advantage`` is missing, the value estimator computes it first.
+    Keys (see :mod:`torchrl_marl.keys`), all renamable with ``set_keys``: action, ``sample_log_prob`` and the group are
+    read off the actor, ``value`` off the critic; ``mask`` (live agents, ``[B, N]``) is used where the data holds it,
+    together with what TorchRL's ``loss_mask_key`` names. If ``advantage`` is missing, the value estimator computes it.
 
-    ``ratio_low``, ``ratio_high``, ``entropy_coeff`` and ``critic_coeff`` are buffers that can be scheduled by assignment.
+    ``ratio_low``, ``ratio_high``, ``entropy_coeff`` and ``critic_coeff`` are buffers; assign to them to schedule them.
 
     Args:
         actor_network: decentralised policy; its ``get_dist`` gives a distribution whose ``log_prob`` is ``[B, N]``.
@@ -56,8 +56,8 @@ class RatioLoss(LossModule):
         entropy_coeff: weight of the entropy bonus.
         critic_coeff: weight of the critic's loss.
         loss_critic_type: ``"smooth_l1"``, ``"l2"`` or ``"l1"``.
-        normalize_advantage: standardise the advantages of the data given to ``forward``. Turn it off when the training loop
-            does so once for the whole batch with :func:`standardize`, as MAPPO's authors do and our recipes.
+        normalize_advantage: standardise the advantages of the data given to ``forward``. Turn it off when the training
+            loop does so once for the whole batch with :func:`standardize`, as MAPPO's authors do and our recipes.
         normalize_advantage_exclude_dims: dimensions with statistics of their own; by default each agent has its own.
         functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one entry per step and agent, zero for dead agents).
@@ -83,7 +83,7 @@ class RatioLoss(LossModule):
     default_value_estimator = ValueEstimators.MAGAE
     _schedulable_buffers = frozenset({"ratio_low", "ratio_high", "entropy_coeff", "critic_coeff"})
 
-    out_keys = (
+    out_keys = (  # pyright: ignore[reportAssignmentType]
         "loss_objective",
         "loss_entropy",
         "loss_critic",
@@ -96,7 +96,11 @@ class RatioLoss(LossModule):
     )
 
     actor_network: ProbabilisticTensorDictSequential
-    critic_network: TensorDictModule
+    critic_network: TensorDictModuleBase
+    ratio_low: Tensor
+    ratio_high: Tensor
+    entropy_coeff: Tensor
+    critic_coeff: Tensor
     actor_network_params: TensorDictParams | None
     critic_network_params: TensorDictParams | None
     target_actor_network_params: TensorDictParams | None
@@ -147,7 +151,7 @@ class RatioLoss(LossModule):
             reward=sibling(action, "reward"),
         )
 
-    def _hold(self, name: str, network: TensorDictModuleBase) -> None:
+    def _hold(self, name: str, network: Any) -> None:
         if self._functional:
             self.convert_to_functional(network, name, create_target_params=False)
         else:
@@ -183,7 +187,7 @@ class RatioLoss(LossModule):
         names = ("advantage", "value_target", "value", "reward", "done", "terminated")
         tensor_keys = {name: getattr(keys, name) for name in names}
         if isinstance(value_type, (ValueEstimatorBase, type)):
-            super().make_value_estimator(value_type, **hyperparams)
+            super().make_value_estimator(cast("Any", value_type), **hyperparams)
             self.value_estimator.set_keys(**tensor_keys)
             return self
         dispatch_value_estimator(
@@ -212,7 +216,7 @@ class RatioLoss(LossModule):
         with self._parameters_of("critic_network"):
             value_norm.update(target if mask is None else target[mask])
 
-    @dispatch
+    @dispatch  # pyright: ignore[reportArgumentType]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the losses and detached diagnostics.
 
@@ -220,9 +224,9 @@ class RatioLoss(LossModule):
             tensordict: a batch of any shape ``[B]``; it is not changed.
 
         Returns:
-            A TensorDict with ``loss_objective``, ``loss_entropy`` and ``loss_critic`` (their sum can be back-propagated) and
+            A TensorDict with ``loss_objective``, ``loss_entropy`` and ``loss_critic`` (back-propagate their sum) and
             the scalars ``entropy``, ``kl_approx`` (the non-negative estimate ``mean(r - 1 - ln r)``), ``clip_fraction``
-            (share of ratios outside ``[low, high]``), ``min_ratio``, ``max_ratio`` and ``explained_variance`` of the critic.
+            (share of ratios outside ``[low, high]``), ``min_ratio``, ``max_ratio`` and ``explained_variance`` (critic).
 
         Raises:
             KeyError: if an entry is missing.
@@ -378,7 +382,8 @@ def clip_bounds(clip_epsilon: float | Sequence[float]) -> tuple[float, float]:
     widths = (clip_epsilon, clip_epsilon) if isinstance(clip_epsilon, (int, float)) else tuple(clip_epsilon)
     if len(widths) != 2 or not 0 < widths[0] < 1 or not widths[1] > 0:
         raise ValueError(
-            f"clip_epsilon must be a number in (0, 1) or a pair (low, high) with 0 < low < 1 and high > 0, got {clip_epsilon}."
+            "clip_epsilon must be a number in (0, 1) or a pair (low, high) with 0 < low < 1 and high > 0, "
+            f"got {clip_epsilon}."
         )
     return 1 - widths[0], 1 + widths[1]
 
@@ -403,7 +408,9 @@ def _entropy(distribution: Distribution) -> Tensor:
         raise ValueError(
             f"{type(distribution).__name__} has neither a closed-form entropy nor reparameterised samples."
         )
-    _, log_prob = sample_and_log_prob(distribution, reparameterize=True)  # scored before squashing: exact where saturated
+    _, log_prob = sample_and_log_prob(
+        distribution, reparameterize=True
+    )  # scored before squashing: exact where saturated
     return -log_prob
 
 
@@ -419,7 +426,7 @@ def _variance(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _per_agent(advantage: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
-    """Bring ``[*batch, agents, 1]`` or a team's ``[*batch, 1]`` to ``[*batch, agents]``; nothing broadcasts silently."""
+    """Bring ``[*batch, agents, 1]`` or a team's ``[*batch, 1]`` to ``[*batch, agents]``; nothing else broadcasts."""
     if advantage.shape == (*shape, 1):
         return advantage.squeeze(-1)
     if advantage.shape == (*shape[:-1], 1):

@@ -67,8 +67,8 @@ def quadratic_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor,
     ``low = 1 - epsilon``, ``high = 1 + epsilon`` gives MASPO's ``|A| / (2 epsilon) (r - 1)^2``; any other pair is its
     asymmetric variant. The penalty stays finite as ``r -> 0``: nothing keeps a probability away from zero.
 
-    Reference: Selmonaj et al., 2025 (MASPO) after Xie et al., Simple Policy Optimization, 2025; Eq. (3) of the MARS paper
-    and, with ``low`` and ``high`` free, its asymmetric MASPO.
+    Reference: Selmonaj et al., 2025 (MASPO) after Xie et al., Simple Policy Optimization, 2025; Eq. (3) of the MARS
+    paper and, with ``low`` and ``high`` free, its asymmetric MASPO.
 
     Args:
         log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape.
@@ -99,12 +99,12 @@ def barrier_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, h
         alpha = A / (1 - target^-2),  target = high where A >= 0, low where A < 0
 
     ``phi(r) = phi(1/r)`` is zero at ``r = 1`` and infinite as ``r -> 0`` or ``r -> inf``: the gain holds a probability
-    away from zero as firmly as away from its multiple. ``r = target`` is the one stationary point on ``(0, inf)``; there
-    is no plateau without gradient, so the log-ratio must not be clamped before. Where ``A = 0`` gain and gradient
+    away from zero as firmly as away from its multiple. ``r = target`` is the one stationary point on ``(0, inf)``;
+    there is no plateau without gradient, so the log-ratio must not be clamped before. Where ``A = 0`` gain and gradient
     are exactly zero.
 
-    Reference: Rethinking Ratio-Based Trust Regions for Policy Optimization in Multi-Agent Reinforcement Learning (MARS),
-    Eq. (7) for the barrier, (9) for the gain, (11) for ``alpha``.
+    Reference: Rethinking Ratio-Based Trust Regions for Policy Optimization in Multi-Agent Reinforcement Learning
+    (MARS), Eq. (7) for the barrier, (9) for the gain, (11) for ``alpha``.
 
     Args:
         log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape. ``exp`` overflows in float32 beyond 88.

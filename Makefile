@@ -1,0 +1,33 @@
+# The two commands: `make train` and `make test`. PYTHON chooses the interpreter, ARGS the overrides of the recipe.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: train test check size clean
+
+train: .venv/train
+	$(BIN)/python recipes/mars_vmas.py $(ARGS)
+
+test: .venv/test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+size: # lines of package code, without and with documentation
+	$(PYTHON) benchmarks/size.py torchrl_marl recipes
+
+clean:
+	rm -rf .venv
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/train: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable ".[vmas,wandb,plot]"
+	touch $@
+
+.venv/test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable ".[vmas,wandb,plot,dev]"
+	touch $@

@@ -1,0 +1,90 @@
+import contextlib
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from torchrl_marl.envs import RandomState, make_env, preserve_random_state
+
+pytest.importorskip("vmas")
+ENVIRONMENT = "vmas.simulator.environment.environment"
+
+
+def draw_from_all():
+    """One draw from every generator; VMAS's shows in the start positions of an environment."""
+    starts = make_env("navigation", num_envs=2).reset()["agents", "observation"]
+    return random.random(), np.random.rand(), torch.rand(1).item(), starts.flatten().tolist()
+
+
+def test_loading_repeats_every_draw_after_a_trip_through_a_file(tmp_path):
+    draw_from_all()  # loads VMAS
+    torch.save(RandomState().state_dict(), tmp_path / "state.pt")
+    first = draw_from_all()
+    second = draw_from_all()
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    RandomState().load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw_from_all() == first
+    assert draw_from_all() == second
+
+
+def test_loading_and_saving_again_gives_the_same_state():
+    np.random.standard_normal(3)  # an odd number leaves a cached value in NumPy's state
+    random.gauss(0, 1)
+    draw_from_all()
+    state = RandomState().state_dict()
+    draw_from_all()
+    RandomState().load_state_dict(state)
+    assert flatten(RandomState().state_dict()) == flatten(state)
+
+
+def flatten(value):
+    if isinstance(value, dict):
+        return [(key, flatten(item)) for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [flatten(item) for item in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_preserving_restores_every_generator_also_after_an_exception(error):
+    draw_from_all()
+    state = RandomState().state_dict()
+    with contextlib.suppress(KeyError), preserve_random_state():
+        draw_from_all()
+        if error:
+            raise error
+    assert flatten(RandomState().state_dict()) == flatten(state)
+
+
+def test_vmas_imported_inside_is_left_as_its_import_outside_would_have_left_it(monkeypatch):
+    draw_from_all()
+    environment = sys.modules[ENVIRONMENT]
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, ENVIRONMENT)
+        state = RandomState().state_dict()
+    assert "vmas" not in state
+    draw_from_all()
+    RandomState().load_state_dict(state)
+    torch_state, _, python_state = environment.Environment.vmas_random_state
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert python_state == random.getstate()
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+def test_evaluation_changes_training_only_where_the_random_state_is_not_preserved(preserve):
+    """False is the negative control: VMAS's environments share one stream, so an evaluation shifts the training."""
+
+    def train(evaluate):
+        torch.manual_seed(0)
+        env = make_env("navigation", num_envs=3, max_steps=4, seed=0)
+        before = env.rollout(4, break_when_any_done=False)
+        if evaluate:
+            with preserve_random_state() if preserve else contextlib.nullcontext():
+                make_env("navigation", num_envs=2, max_steps=4, seed=1).rollout(4)
+        after = env.rollout(6, break_when_any_done=False)  # starts with a reset, and has one at the time limit
+        return torch.cat([before, after], -1)
+
+    same = (train(evaluate=True) == train(evaluate=False)).all()
+    assert same == preserve

@@ -1,0 +1,50 @@
+"""Small runs of a recipe, within this process or as a process of their own."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TINY = [
+    "env.num_envs=8",
+    "env.max_steps=10",
+    "frames_per_batch=80",
+    "minibatch_size=40",
+    "epochs=2",
+    "total_frames=240",
+    "evaluation.interval=80",
+    "evaluation.episodes=4",
+    "evaluation.video=false",
+    "actor.hidden_sizes=[16]",
+    "critic.hidden_sizes=[16]",
+    "logger.wandb_project=null",
+    "device=cpu",
+]
+
+
+def run_recipe(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, recipe: str = "mars_vmas") -> None:
+    """Run a recipe within this process."""
+    flags = [override for override in overrides if override.startswith("-")]  # Hydra wants them first
+    rest = [override for override in overrides if not override.startswith("-")]
+    monkeypatch.setattr(sys, "argv", [recipe, *flags, *TINY, f"folder={folder}", *rest])
+    runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
+
+
+def start_recipe(folder: Path, *overrides: str, recipe: str = "mars_vmas") -> subprocess.Popen:
+    """Start a recipe as a process."""
+    command = [sys.executable, str(RECIPES / f"{recipe}.py"), *TINY, f"folder={folder}", *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Folders of the runs below ``folder``, oldest first."""
+    return sorted((path.parent for path in folder.rglob("config.yaml")), key=lambda path: path.stat().st_mtime)
+
+
+def curves(folder: Path) -> dict[str, str]:
+    """Every logged metric of a run but the timers, as the text of its file."""
+    files = (folder / "scalars").rglob("*.csv")
+    return {str(path.relative_to(folder)): path.read_text() for path in files if "timers" not in str(path)}

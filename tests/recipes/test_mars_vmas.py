@@ -1,0 +1,255 @@
+"""The MARS recipe, end to end on a tiny task."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from torchrl.envs import ExplorationType, set_exploration_type
+
+from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe, start_recipe
+from torchrl_marl.checkpoints import find_checkpoint, load_policy, read_metadata
+from torchrl_marl.envs import make_env
+from torchrl_marl.evaluation import evaluate
+from torchrl_marl.objectives import IPPOLoss
+
+METHODS = sorted(path.stem for path in (RECIPES / "config" / "loss").glob("*.yaml"))
+
+
+def wait_for_frames(folder: Path, frames: int) -> Path:
+    """Wait until the one run below ``folder`` has logged ``frames`` frames; return the run's folder."""
+    for _ in range(6000):
+        for run in folder.glob("*/*/*/*"):
+            logged = run / "scalars/train/agents/kl_approx.csv"
+            if logged.exists() and any(int(row.split(",")[0]) >= frames for row in logged.read_text().split("\n")[:-1]):
+                return run
+        time.sleep(0.02)
+    raise TimeoutError(f"no run below {folder} reached {frames} frames")
+
+
+def last_value(folder: Path, metric: str) -> float:
+    return float((folder / "scalars" / f"{metric}.csv").read_text().split()[-1].split(",")[1])
+
+
+def test_the_methods_are_those_of_the_readme() -> None:
+    assert METHODS == [
+        "ippo",
+        "mappo",
+        "mappo_asymmetric",
+        "mars",
+        "mars_additive",
+        "mars_multiplicative",
+        "maspo",
+        "maspo_asymmetric",
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_leaves_a_complete_folder(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(monkeypatch, tmp_path, f"loss={method}")
+    (folder,) = run_folders(tmp_path)
+    printed = capsys.readouterr().out
+    assert f"{method} on navigation, seed 0" in printed
+    assert str(folder) in printed
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["frames"] == 240
+    assert summary["best"] >= summary["final"]
+    assert {"absolute", "frames_per_second", "git_commit"} < set(summary)
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    # every method logs the ratio diagnostics of the MARS paper, and a real update moves ratios to both sides of 1
+    assert last_value(folder, "train/agents/min_ratio") < 1 < last_value(folder, "train/agents/max_ratio")
+    assert last_value(folder, "counters/total_frames") == 240
+    evaluations = (folder / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
+    assert [int(row.split(",")[0]) for row in evaluations] == [0, 80, 160, 240]
+
+
+def test_ippo_gets_a_critic_of_local_observations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "loss=ippo", "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    config = OmegaConf.load(folder / "config.yaml")
+    assert config.critic.observes == "observation"
+    assert config.loss._target_ == f"torchrl_marl.objectives.{IPPOLoss.__name__}"
+
+
+def test_a_grid_gives_one_run_for_each_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "-m", "loss=mars,mappo", "seed=0,1", "total_frames=80")
+    configs = [OmegaConf.load(folder / "config.yaml") for folder in run_folders(tmp_path)]
+    assert {(config.method, config.seed) for config in configs} == {(m, s) for m in ("mars", "mappo") for s in (0, 1)}
+
+
+def test_the_same_seed_gives_the_same_curves_and_another_seed_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run_recipe(monkeypatch, tmp_path / name, f"seed={seed}")
+    a, b, c = (curves(run_folders(tmp_path / name)[0]) for name in "abc")
+    assert a == b
+    loss = "scalars/train/agents/loss_objective.csv"
+    assert a[loss] != c[loss]
+
+
+def test_arguments_that_the_yaml_does_not_list_can_be_overridden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(monkeypatch, tmp_path, "loss.entropy_coeff=0.5", "env.scenario_kwargs.n_agents=2", "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    entropy, weighted = (last_value(folder, f"train/agents/{name}") for name in ("entropy", "loss_entropy"))
+    assert weighted == pytest.approx(-0.5 * entropy, rel=1e-4)
+    assert read_metadata(find_checkpoint(folder))["actor"]["shape"]["num_agents"] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("sed=3", "seed"),
+        ("los=mars", "loss"),
+        ("loss=marz", "loss=mars"),
+        ("loss.target_ratio=[0.5,2]", "loss.target_ratios"),
+        ("env.scenrio=balance", "env.scenario"),
+        ("optimizer.learning_rate=1", "optimizer.lr"),
+        ("evaluation.intervall=3", "evaluation.interval"),
+        ("logger.wandb_projekt=x", "logger.wandb_project"),
+        ("critic.value_norm.betta=0.9", "critic.value_norm.beta"),
+    ],
+)
+def test_a_key_that_nothing_reads_fails_with_the_nearest_names(
+    override: str, nearest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(monkeypatch, tmp_path, override)
+    message = str(stopped.value.code)
+    assert message.startswith(override.split("=")[0])
+    assert nearest in message.split("nearest:")[1]
+    assert not run_folders(tmp_path)
+
+
+def test_a_run_killed_in_the_middle_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = ["total_frames=1600", "evaluation.interval=240", "seed=5", "env.scenario=balance"]
+    run_recipe(monkeypatch, tmp_path / "whole", *long)
+    process = start_recipe(tmp_path / "killed", *long)
+    killed = wait_for_frames(tmp_path / "killed", 800)  # past a checkpoint, and beyond what that one holds
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (whole,) = run_folders(tmp_path / "whole")
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "summary.json").exists()
+    resumed_from = read_metadata(find_checkpoint(killed))["frames"]
+    assert 0 < resumed_from < 1600
+    run_recipe(monkeypatch, tmp_path / "elsewhere", f"resume={killed}", *long)
+    assert not (tmp_path / "elsewhere").exists()
+    assert curves(killed) == curves(whole)
+    parameters = [load_policy(find_checkpoint(folder)).state_dict() for folder in (killed, whole)]
+    for name, value in parameters[0].items():
+        assert torch.equal(value, parameters[1][name]), name
+
+
+def test_interruption_ends_the_run_with_a_checkpoint_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start_recipe(tmp_path, "total_frames=100000000", "evaluation.interval=1000000")
+    folder = wait_for_frames(tmp_path, 160)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    assert f"resume={folder}" in printed
+    stopped_at = read_metadata(find_checkpoint(folder))["frames"]
+    assert stopped_at > 0
+    run_recipe(monkeypatch, tmp_path, f"resume={folder}", f"total_frames={stopped_at + 160}")
+    assert json.loads((folder / "summary.json").read_text())["frames"] == stopped_at + 160
+
+
+def test_a_resumed_run_keeps_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    with pytest.raises(SystemExit, match="keeps its loss"):
+        run_recipe(monkeypatch, tmp_path, f"resume={folder}", "loss=mappo")
+
+
+def test_nan_stops_the_run_and_names_iteration_metric_and_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(FloatingPointError) as stopped:
+        run_recipe(monkeypatch, tmp_path, "optimizer.lr=1e30")
+    (folder,) = run_folders(tmp_path)
+    message = str(stopped.value)
+    assert "Iteration 1 (80 frames)" in message
+    assert "loss_" in message or "grad_norm" in message
+    last_good = find_checkpoint(folder)
+    assert str(last_good) in message
+    assert all(value.isfinite().all() for value in load_policy(last_good).state_dict().values())
+
+
+def test_the_policy_acts_from_local_observations_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path)
+    (folder,) = run_folders(tmp_path)
+    policy = load_policy(folder)
+    assert policy.in_keys == [("agents", "observation")]
+    observation = torch.randn(6, 4, 18)
+    others_moved = observation.clone()
+    others_moved[:, 1:] += 1
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        actions = [
+            policy(TensorDict({"agents": {"observation": seen}}, batch_size=6))["agents", "action"]
+            for seen in (observation, others_moved)
+        ]
+    torch.testing.assert_close(actions[0][:, 0], actions[1][:, 0])
+    assert not torch.allclose(actions[0][:, 1:], actions[1][:, 1:])
+
+
+def test_the_best_checkpoint_is_kept_and_scores_what_was_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a learning rate that ruins the policy after a few iterations, so that the best is not among the newest
+    run_recipe(monkeypatch, tmp_path, "total_frames=800", "optimizer.lr=0.05", "env.max_steps=10")
+    (folder,) = run_folders(tmp_path)
+    rows = (folder / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
+    scores = {int(row.split(",")[0]): float(row.split(",")[1]) for row in rows}
+    kept = {read_metadata(path)["frames"]: path for path in (folder / "checkpoints").iterdir()}
+    best = max(scores, key=lambda frames: (scores[frames], frames))
+    assert set(kept) == {720, 800, best}
+    env = make_env("navigation", num_envs=4, max_steps=10, seed=0)
+    episodes = evaluate(env, load_policy(folder), seed=1_000_003, max_steps=10)
+    assert episodes.returns.mean().item() == pytest.approx(scores[best], abs=1e-6)
+
+
+def test_wandb_runs_offline_without_a_prompt_and_holds_configuration_and_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no login there
+    process = start_recipe(tmp_path / "runs", "logger.wandb_project=proof", "total_frames=80")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    (folder,) = run_folders(tmp_path / "runs")
+    (offline,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    stored = offline.read_bytes()
+    for expected in (b"counters/total_frames", b"frames_per_second", b"git_commit", b"mars_navigation_", b"absolute"):
+        assert expected in stored, expected
+
+
+def test_a_missing_renderer_does_not_fail_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no renderer")
+
+    monkeypatch.setattr("torchrl_marl.training.render_episode", fail)
+    with pytest.warns(UserWarning, match="no renderer"):
+        run_recipe(monkeypatch, tmp_path, "evaluation.video=true", "total_frames=80")
+    assert (run_folders(tmp_path)[0] / "summary.json").exists()
+
+
+def test_mars_learns_navigation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ["env.num_envs=60", "env.max_steps=100", "frames_per_batch=6000", "minibatch_size=1000", "epochs=10"]
+    networks = ["actor.hidden_sizes=[64,64]", "critic.hidden_sizes=[64,64]", "optimizer.lr=1e-3"]
+    run_recipe(monkeypatch, tmp_path, *sizes, *networks, "total_frames=36000", "evaluation.interval=36000")
+    rows = (run_folders(tmp_path)[0] / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
+    before, after = (float(row.split(",")[1]) for row in (rows[0], rows[-1]))
+    assert after > before + 0.8  # of at most 4.3; a policy that learns nothing stays within 0.2

@@ -1,4 +1,7 @@
-"""What all contenders of speed.py share: the setting, the stopwatch and the output. Standard library only, so that it runs in any peer's interpreter."""
+"""What all contenders of speed.py share: the setting, the stopwatch and the output.
+
+Standard library only: it runs in every peer's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Setting:
-    """One training set-up; networks are two hidden layers of 256 with tanh, a shared actor and a shared central critic."""
+    """One training set-up. Networks: two hidden layers of 256 with tanh, a shared actor and a shared central critic."""
 
     scenario: str = "navigation"
     num_agents: int = 4
@@ -85,7 +88,7 @@ class Stopwatch:
 
 
 def main(run: Callable[[int, Setting], list[Timing]], versions: Callable[[], str]) -> None:
-    """Runs a contender as speed.py calls it, `CONTENDER.py ITERATIONS SETTING_AS_JSON [...]`, and prints its timings."""
+    """Runs a contender as speed.py calls it, `CONTENDER.py ITERATIONS SETTING_AS_JSON ...`, and prints its timings."""
     options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     setting = Setting(**{field.name: options[field.name] for field in fields(Setting) if field.name in options})
     timings = run(int(sys.argv[1]), setting)

@@ -1,7 +1,12 @@
-"""torchrl_marl's MAPPO for speed.py: the loop of recipes/mars_vmas.py without logging, evaluation and checkpoints."""
+"""torchrl_marl's MAPPO for speed.py: the loop of recipes/mars_vmas.py without logging, evaluation and checkpoints.
+
+With `compile` as last argument the loss is compiled, as `compile=true` does in the recipe.
+"""
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -15,7 +20,7 @@ from torchrl_marl.modules import make_actor, make_critic
 from torchrl_marl.objectives import MAPPOLoss, standardize
 
 
-def run(iterations: int, setting: Setting) -> list[Timing]:
+def run(iterations: int, setting: Setting, *, compiled: bool = False) -> list[Timing]:
     torch.set_num_threads(setting.threads)
     torch.manual_seed(setting.seed)
     env = make_env(
@@ -36,6 +41,7 @@ def run(iterations: int, setting: Setting) -> list[Timing]:
         functional=False,
     )
     loss.make_value_estimator(gamma=setting.gamma, lmbda=setting.lmbda)
+    compute_loss = torch.compile(loss) if compiled else loss
     optimizer = torch.optim.Adam(loss.parameters(), lr=setting.lr)
     collector = Collector(
         env,
@@ -60,7 +66,7 @@ def run(iterations: int, setting: Setting) -> list[Timing]:
         diagnostics = []
         for _ in range(setting.epochs):
             for minibatch in buffer:
-                losses = loss(minibatch)
+                losses = compute_loss(minibatch)
                 (losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]).backward()
                 grad_norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), setting.max_grad_norm)
                 optimizer.step()
@@ -72,4 +78,7 @@ def run(iterations: int, setting: Setting) -> list[Timing]:
 
 
 if __name__ == "__main__":
-    main(run, lambda: f"torchrl_marl {version('torchrl_marl')}, torchrl {version('torchrl')}, torch {torch.__version__}")
+    main(
+        partial(run, compiled=sys.argv[3:] == ["compile"]),
+        lambda: f"torchrl_marl {version('torchrl_marl')}, torchrl {version('torchrl')}, torch {torch.__version__}",
+    )

@@ -1,8 +1,9 @@
 """TorchRL's MAPPO for VMAS, for speed.py.
 
-With the path of TorchRL's own `sota-implementations/multiagent/mappo_ippo.py` as last argument, that script itself runs,
-unchanged: its options are set on its command line and its collector is timed from outside. Without, a loop of the same
-structure: Collector with a postprocessing transform, ReplayBuffer without replacement, ClipPPOLoss, GAE, MultiAgentMLP.
+With the path of TorchRL's own `sota-implementations/multiagent/mappo_ippo.py` as last argument, that script itself
+runs, unchanged: its options are set on its command line and its collector is timed from outside. Without, a loop of
+the same structure: Collector with a postprocessing transform, ReplayBuffer without replacement, ClipPPOLoss, GAE,
+MultiAgentMLP.
 """
 
 from __future__ import annotations

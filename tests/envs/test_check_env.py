@@ -1,12 +1,15 @@
+import logging
 import re
 import textwrap
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, MarlGroupMapType, StepCounter, TransformedEnv, VmasEnv
 
 from torchrl_marl.envs import RandomState, check_env, make_env
+from torchrl_marl.envs.check import _episodes
 
 NUM_ENVS, NUM_AGENTS, NUM_ACTIONS = 3, 2, 4
 
@@ -37,7 +40,7 @@ class Team(EnvBase):
         own_done = {name: Binary(shape=(*group, 1), dtype=torch.bool) for name in ("done", "terminated", "truncated")}
         if flaw == "no root done":
             done = {}
-        if flaw in ("no root done", "agents drop out"):
+        if flaw in ("no root done", "agents drop out", "agents and episode end together"):
             done = {**done, "agents": Composite(own_done, **agents)}
         self.done_spec = Composite(done, shape=(NUM_ENVS,))
 
@@ -85,7 +88,7 @@ class Team(EnvBase):
         return "Team()"
 
 
-HEALTHY = [{}, {"flaw": "uneven terminations"}]
+HEALTHY = [{}, {"flaw": "uneven terminations"}, {"flaw": "agents and episode end together"}]
 FLAWS = [
     ({"num_agents": 1}, r"group 'agents' has a single agent \(agent_0\): .* group_map="),
     ({"flaw": "unread mask"}, r"\('agents', 'legal'\) looks like an action mask, .* \('agents', 'action_mask'\)"),
@@ -135,6 +138,25 @@ def test_the_text_names_everything_a_user_builds_networks_from(capsys):
         No warnings.
         """
     assert capsys.readouterr().out == textwrap.dedent(expected).lstrip("\n")
+
+
+def test_log_lines_of_torchrl_stay_out_of_the_text(monkeypatch):
+    logger, records = logging.getLogger("torchrl"), []
+    monkeypatch.setattr(logger, "handle", records.append)
+    level = logger.level
+    check_env(Team(), num_steps=4)
+    assert records == []
+    assert logger.level == level
+
+
+def test_an_episode_without_flags_at_the_root_ends_when_all_agents_are_done():
+    done = torch.zeros(NUM_ENVS, 6, NUM_AGENTS, 1, dtype=torch.bool)
+    done[:, 2:, 0] = True
+    done[:, 5] = True
+    rollout = TensorDict({"next": {"agents": {"done": done, "terminated": done}}}, [NUM_ENVS, 6])
+    lengths, terminated = _episodes(Team(flaw="no root done"), rollout)
+    assert lengths.tolist() == [6] * NUM_ENVS
+    assert terminated.all()
 
 
 def test_random_states_stay_as_they_were():

@@ -29,33 +29,43 @@ def test_loading_repeats_every_draw_after_a_trip_through_a_file(tmp_path):
     assert draw_from_all() == second
 
 
-def test_loading_and_saving_again_gives_the_same_state():
-    np.random.standard_normal(3)  # an odd number leaves a cached value in NumPy's state
+def everything():
+    """All generators, read without RandomState, in a form that can be compared."""
+    vmas = sys.modules[ENVIRONMENT].Environment.vmas_random_state
+    states = [torch.get_rng_state(), np.random.get_state(), random.getstate(), *vmas]
+    return [
+        [part.tolist() if isinstance(part, np.ndarray) else part for part in state]
+        if isinstance(state, tuple)
+        else state.tolist()
+        for state in states
+    ]
+
+
+def test_loading_restores_every_part_of_every_generator():
+    draw_from_all()
+    vmas = sys.modules[ENVIRONMENT].Environment.vmas_random_state
+    vmas[1:] = [np.random.RandomState(5).get_state(), random.Random(5).getstate()]
+    np.random.standard_normal(3)  # an odd number of normals leaves one in the state, also in Python's
     random.gauss(0, 1)
+    vmas[1] = (*np.random.get_state()[:3], 1, 0.25)
+    before, state = everything(), RandomState().state_dict()
     draw_from_all()
-    state = RandomState().state_dict()
-    draw_from_all()
+    np.random.rand(700)
+    vmas[1:] = [np.random.RandomState(6).get_state(), random.Random(6).getstate()]
     RandomState().load_state_dict(state)
-    assert flatten(RandomState().state_dict()) == flatten(state)
-
-
-def flatten(value):
-    if isinstance(value, dict):
-        return [(key, flatten(item)) for key, item in value.items()]
-    if isinstance(value, (list, tuple)):
-        return [flatten(item) for item in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+    assert everything() == before
 
 
 @pytest.mark.parametrize("error", [None, KeyError])
 def test_preserving_restores_every_generator_also_after_an_exception(error):
     draw_from_all()
-    state = RandomState().state_dict()
+    before = everything()
     with contextlib.suppress(KeyError), preserve_random_state():
         draw_from_all()
+        assert everything() != before
         if error:
             raise error
-    assert flatten(RandomState().state_dict()) == flatten(state)
+    assert everything() == before
 
 
 def test_vmas_imported_inside_is_left_as_its_import_outside_would_have_left_it(monkeypatch):

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from loss_factories import (
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.distributions import Categorical, Distribution
+from torch.testing import assert_close
+from torchrl.modules import ProbabilisticActor, TanhNormal
+from torchrl.objectives.value import GAE, MultiAgentGAE
+
+from tests.objectives.loss_factories import (
     ACTIONS,
     AGENTS,
     OBSERVATION,
@@ -18,14 +26,6 @@ from loss_factories import (
     make_team_critic,
     total,
 )
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
-from torch import nn
-from torch.distributions import Categorical, Distribution
-from torch.testing import assert_close
-from torchrl.modules import ProbabilisticActor, TanhNormal
-from torchrl.objectives.value import GAE, MultiAgentGAE
-
 from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, RatioLoss
 from torchrl_marl.objectives.surrogates import quadratic_gain
 
@@ -453,6 +453,24 @@ def test_garbage_of_dead_agents_changes_nothing(method, space, normalize, reduct
         output = run(loss, garbage)
         assert_close(values(output), values(expected), rtol=0, atol=0)
         assert_close(gradients(output, actor, critic), gradients(expected, actor, critic), **TOLERANCE)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("key", "losses"),
+    [
+        (("agents", "action_log_prob"), {"loss_objective"}),
+        ("advantage", {"loss_objective"}),
+        ("value_target", {"loss_critic"}),
+    ],
+    ids=str,
+)
+def test_garbage_of_live_agents_is_not_hidden(method, key, losses):
+    loss, actor, _ = make(method)
+    data = make_batch(actor, "categorical", live=0.6)
+    data[key][data["agents", "mask"].nonzero()[0][0]] = torch.nan
+    output = loss(data)
+    assert {name for name in LOSSES if output[name].isnan()} == losses
 
 
 @every_method

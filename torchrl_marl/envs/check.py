@@ -18,6 +18,8 @@ from torchrl.envs.utils import check_env_specs
 
 from torchrl_marl.envs.random_state import preserve_random_state
 
+__all__ = ["check_env"]
+
 Key = tuple[str, ...]
 
 
@@ -32,7 +34,7 @@ def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
     environment has to be reset before it is used further.
 
     Args:
-        env: a TorchRL environment with a ``group_map``.
+        env: a TorchRL environment with a ``group_map``; one copy of it rather than a ``SerialEnv`` or ``ParallelEnv``.
         num_steps: length of the random rollout.
 
     Returns:

@@ -14,6 +14,8 @@ from torchrl.checkpoint import GlobalRNGState
 
 from torchrl_marl.envs.vmas import import_vmas
 
+__all__ = ["RandomState", "preserve_random_state"]
+
 _VMAS_ENVIRONMENT = "vmas.simulator.environment.environment"
 
 

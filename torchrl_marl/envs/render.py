@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
+__all__ = ["render_episode"]
+
 _SIZE = 360  # longer side of the scene in pixels
 _CAPTION = 24  # height of the line of text above the scene
 _SUPERSAMPLING = 3

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv, VmasEnv
 
+__all__ = ["import_vmas", "make_env"]
+
 
 def make_env(
     scenario: str,

@@ -60,6 +60,8 @@ class GroupShape:
         if observation.ndim != 2:
             raise ValueError(f"An MLP needs observations [agents, size]; {group!r} has {tuple(observation.shape)}.")
         state = observation_spec["state"] if "state" in observation_spec.keys() else None
+        if state is not None and state.ndim != 1:
+            raise ValueError(f"An MLP needs a state [size]; it has shape {tuple(state.shape)}.")
         return cls(
             name=group,
             num_agents=len(group_map[group]),

@@ -213,8 +213,11 @@ class RatioLoss(LossModule):
             return
         target = tensordict.get(self.tensor_keys.value_target)
         mask = self._mask(tensordict, target.shape[:-1])
+        live = target if mask is None else target[mask]
+        if live.numel() == 0:  # the statistics of nothing would be NaN, for good
+            return
         with self._parameters_of("critic_network"):
-            value_norm.update(target if mask is None else target[mask])
+            value_norm.update(live)
 
     @dispatch  # pyright: ignore[reportArgumentType]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

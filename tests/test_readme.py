@@ -1,0 +1,47 @@
+"""The README's code runs as printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_hand_written_loop_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    (loop,) = [block for block in BLOCKS if "Collector(" in block]
+    sizes = "total_frames, frames_per_batch, epochs, minibatch_size = 60_000, 6_000, 10, 1_000"
+    assert sizes in loop
+    loop = loop.replace(sizes, "total_frames, frames_per_batch, epochs, minibatch_size = 12_000, 6_000, 2, 1_000")
+    exec(compile(loop, "README.md", "exec"), {})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("return ")]
+    assert len(lines) == 2
+    smallest, largest = (float(number) for number in re.findall(r"ratios ([\d.]+) to ([\d.]+)", lines[-1])[0])
+    assert smallest < 1 < largest
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    targets = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', README)
+    local = [target for pair in targets for target in pair if target and "://" not in target]
+    assert local
+    assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_the_table_of_methods_is_the_folder_of_choices() -> None:
+    listed = set(re.findall(r"\| `loss=(\w+)` \|", README))
+    assert listed == {path.stem for path in (ROOT / "recipes/config/loss").glob("*.yaml")}
+
+
+def test_the_extras_that_are_promised_exist() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    for extra in ("vmas", "wandb", "plot", "jax", "sweep", "scale", "dev"):
+        assert re.search(rf"^{extra} = \[", pyproject, flags=re.MULTILINE), extra
+
+
+def test_the_citation_file_is_valid_yaml() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["preferred-citation"]["title"]

@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> float:
     )
     buffer = ReplayBuffer(
         storage=LazyTensorStorage(cfg.frames_per_batch, device=device),
-        sampler=SamplerWithoutReplacement(drop_last=True),
+        sampler=SamplerWithoutReplacement(),
         batch_size=cfg.minibatch_size,
     )
 

@@ -110,8 +110,8 @@ def load_policy(path: str | Path, *, device: torch.device | str = "cpu") -> Prob
         device: where to put it.
 
     Returns:
-        Actor that reads ``(group, "observation")`` and writes ``(group, "action")``. Use it under
-        ``torchrl.envs.set_exploration_type(ExplorationType.DETERMINISTIC)`` for its deterministic actions.
+        Actor that reads ``(group, "observation")`` and writes ``(group, "action")``: deterministic ones, unless it is
+        called under ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)``.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.

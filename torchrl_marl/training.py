@@ -23,8 +23,7 @@ from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
-from torchrl_marl.envs import RandomState, preserve_random_state
-from torchrl_marl.envs.render import render_episode
+from torchrl_marl.envs import RandomState, preserve_random_state, render_episode
 from torchrl_marl.evaluation import evaluate, plot_learning_curve
 from torchrl_marl.evaluation.episodes import ended_episode_returns
 from torchrl_marl.loggers import MetricLog, git_commit, run_group
@@ -112,7 +111,7 @@ class Run:
             FloatingPointError: if a loss or a gradient is NaN or infinite.
         """
         progress, total = self._progress, self.cfg.total_frames
-        if progress["iteration"] == 0:
+        if not progress["evaluations"]:
             self._evaluate_and_save()
         data = iter(collector)
         collector.reset()

@@ -358,9 +358,9 @@ def test_the_state_value_is_the_value_of_a_critic_with_more_outputs():
 @functional_or_not
 def test_each_loss_trains_one_network_only(method, space, functional):
     loss, actor, critic = make(method, space, functional=functional)
-    data = add_transition(make_batch(actor, space, (4, 3)))  # the critic takes part in the advantage, too
-    data["value_target"] = torch.randn(4, 3, AGENTS, 1)
-    output = run(loss, data)
+    # the critic takes part in the advantage, too, even through an estimator that offers gradients
+    loss.make_value_estimator(gamma=0.9, lmbda=0.8, differentiable=True)
+    output = run(loss, add_transition(make_batch(actor, space, (4, 3))))
     reach = {
         key: [any(g.any() for g in gradients({key: output[key]}, network)) for network in (actor, critic)]
         for key in LOSSES
@@ -453,6 +453,25 @@ def test_garbage_of_dead_agents_changes_nothing(method, space, normalize, reduct
         output = run(loss, garbage)
         assert_close(values(output), values(expected), rtol=0, atol=0)
         assert_close(gradients(output, actor, critic), gradients(expected, actor, critic), **TOLERANCE)
+
+
+@every_method
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "plain"])
+def test_a_gain_sees_dead_agents_at_ratio_one_with_no_advantage(method, normalize):
+    seen = []
+
+    def gain(log_ratio, advantage, *, low, high):
+        seen.append((log_ratio, advantage))
+        return advantage
+
+    loss, actor, _ = make(method, gain=gain, normalize_advantage=normalize)
+    data = make_batch(actor, "categorical", live=0.6)
+    dead = ~data["agents", "mask"]
+    data["agents", "action_log_prob"][dead], data["advantage"][dead] = torch.nan, torch.nan
+    loss(data)
+    for tensor in seen[0]:
+        assert (tensor[dead] == 0).all()
+        assert (tensor[~dead] != 0).all()
 
 
 @every_method
@@ -914,21 +933,35 @@ def test_unknown_options_raise_and_list_the_known(method, option, value, says):
         make(method, **{option: value})
 
 
+BASE_OPTIONS = {
+    "gain": quadratic_gain,
+    "low": 0.8,
+    "high": 1.2,
+    "entropy_coeff": 0.0,
+    "critic_coeff": 1.0,
+    "loss_critic_type": "l2",
+    "normalize_advantage": True,
+    "normalize_advantage_exclude_dims": (-2,),
+    "functional": True,
+    "reduction": "mean",
+}
+
+
 def test_the_base_class_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
-        RatioLoss(
-            *make_networks("categorical"),
-            gain=quadratic_gain,
-            low=0.8,
-            high=1.2,
-            entropy_coeff=0.0,
-            critic_coeff=1.0,
-            loss_critic_type="l2",
-            normalize_advantage=True,
-            normalize_advantage_exclude_dims=(-2,),
-            functional=True,
-            reduction="mean",
-        )
+        RatioLoss(*make_networks("categorical"), **BASE_OPTIONS)
+
+
+class Own(RatioLoss):
+    """A method of a user's own."""
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.2), (0.8, 1.0), (0.0, 1.2), (-0.5, 1.2), (1.2, 0.8), (0.8, 0.9)])
+def test_a_users_own_method_needs_bounds_around_one_too(low, high):
+    networks = make_networks("categorical")
+    assert Own(*networks, **BASE_OPTIONS).ratio_high == torch.tensor(1.2)
+    with pytest.raises(ValueError, match="0 < low < 1 < high, got low="):
+        Own(*networks, **BASE_OPTIONS | {"low": low, "high": high})
 
 
 def test_a_distribution_without_any_entropy_raises():

@@ -19,8 +19,8 @@ class MARSLoss(RatioLoss):
     the ratio goes to zero, so that no finite advantage can drive the probability of an action to extinction.
 
     Reference: Rethinking Ratio-Based Trust Regions for Policy Optimization in Multi-Agent Reinforcement Learning
-    (MARS), Eqs. (7), (11), (12). The paper's search ranges are not known; the default targets are ours, see
-    ``results/``.
+    (MARS), Eqs. (7), (11), (12). The paper's search ranges are not known; the default targets are ours. At equal
+    width the barrier moves a policy less per update than a clip does: our recipes use (0.5, 2), see ``results/``.
 
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
 

@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> float:
         env, actor, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
     )
     buffer = ReplayBuffer(
-        storage=LazyTensorStorage(cfg.frames_per_batch, device=device),
+        storage=LazyTensorStorage(cfg.frames_per_batch + cfg.env.num_envs, device=device),  # batches are rounded up
         sampler=SamplerWithoutReplacement(),
         batch_size=cfg.minibatch_size,
     )

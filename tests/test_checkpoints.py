@@ -18,6 +18,7 @@ from torchrl_marl.modules import GroupShape, make_actor
 
 SHAPE = GroupShape("agents", num_agents=2, observation_size=3, action_low=(-1.0, -2.0), action_high=(1.0, 2.0))
 OPTIONS = {"hidden_sizes": [8], "activation": "relu"}
+CONFIG = {"_target_": "torchrl_marl.modules.make_actor", **OPTIONS}
 
 
 def new_parts() -> dict:
@@ -34,7 +35,7 @@ def train_a_step(parts: dict) -> None:
 
 
 def save(folder: Path, parts: dict, frames: int = 10, score: float = 1.0) -> Path:
-    metadata = {"config": {"seed": 0}, "actor": actor_record(SHAPE, OPTIONS), "frames": frames}
+    metadata = {"config": {"seed": 0}, "actor": actor_record(SHAPE, CONFIG), "frames": frames}
     return CheckpointFolder(folder / "checkpoints", **parts).save(frames=frames, score=score, metadata=metadata)
 
 
@@ -78,12 +79,29 @@ def test_the_two_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         save(tmp_path, parts, frames, score)
     kept = sorted(read_metadata(path)["frames"] for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [10, 30, 40]
-    folder = CheckpointFolder(tmp_path / "checkpoints", **parts)
-    assert folder.latest is not None
-    assert read_metadata(folder.latest)["frames"] == 40
-    assert folder.best is not None
-    assert read_metadata(folder.best)["frames"] == 10
     assert read_metadata(find_checkpoint(tmp_path))["frames"] == 40
+    CheckpointFolder(tmp_path / "checkpoints", **parts).set_aside_beyond(30)
+    assert read_metadata(find_checkpoint(tmp_path))["frames"] == 30
+    assert [path.name for path in (tmp_path / "abandoned").iterdir()] == ["checkpoint-000000000040.torchrl"]
+
+
+def test_load_policy_takes_the_best_of_a_run_and_an_actor_of_ones_own(tmp_path: Path) -> None:
+    parts = new_parts()
+    save(tmp_path, parts, 10, 7.0)
+    best = [parameter.clone() for parameter in parts["actor"].parameters()]
+    train_a_step(parts)
+    save(tmp_path, parts, 20, 3.0)
+    for policy in (load_policy(tmp_path), load_policy(tmp_path, actor=new_parts()["actor"])):
+        assert all(torch.equal(a, b) for a, b in zip(best, policy.parameters(), strict=True))
+
+
+def test_an_actor_of_another_builder_must_be_passed_in(tmp_path: Path) -> None:
+    parts = new_parts()
+    metadata = {"config": {}, "actor": actor_record(SHAPE, {"_target_": "mine.build"}), "frames": 1}
+    path = CheckpointFolder(tmp_path, **parts).save(frames=1, score=0.0, metadata=metadata)
+    with pytest.raises(ValueError, match=r"built by mine\.build.*pass it as actor="):
+        load_policy(path)
+    assert load_policy(path, actor=new_parts()["actor"]) is not None
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
 """Metrics end up where a user looks for them."""
 
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from torchrl_marl import loggers
 from torchrl_marl.loggers import MetricLog, git_commit, run_group
 
 
@@ -35,20 +36,28 @@ def test_runs_share_a_group_if_only_seed_and_place_differ() -> None:
     assert run_group("mars", "balance", {**base, "lr": 0.2}) != group
 
 
-@pytest.mark.parametrize(
-    ("key", "netrc", "expected"),
-    [("secret", "", True), ("", "machine api.wandb.ai login user password x", True), ("", "", False)],
-)
-def test_a_login_is_found_without_asking(
-    key: str, netrc: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    file = tmp_path / ".netrc"
-    file.write_text(netrc)
-    file.chmod(0o600)
-    assert loggers._logged_in() is expected
+@pytest.mark.parametrize("failure", ["no login", "no server"])
+def test_wandb_goes_offline_without_asking(failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    modes = []
+
+    def start(*, mode: str, **_: object) -> object:
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no server")
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    def login(*, prompt: bool) -> bool:
+        assert prompt is False
+        return failure == "no server"
+
+    monkeypatch.setattr(wandb, "login", login)
+    monkeypatch.setattr(wandb, "init", start)
+    expected = pytest.warns(UserWarning, match="no server") if failure == "no server" else nullcontext()
+    with expected:
+        new_log(tmp_path, wandb_project="p", wandb_mode="online")
+    assert modes == (["online", "offline"] if failure == "no server" else ["offline"])
 
 
 def test_the_commit_is_that_of_the_source_tree() -> None:

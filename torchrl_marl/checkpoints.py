@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 """Version of what a checkpoint holds; it grows whenever an older file could no longer be resumed."""
 
 _SCORE = "score"
+_BUILDER = "torchrl_marl.modules.make_actor"
 
 
 class CheckpointFolder:
@@ -52,19 +53,23 @@ class CheckpointFolder:
         """Restore every component in place.
 
         Raises:
-            ValueError: if the file is damaged, foreign or of another version. Nothing has been changed then.
+            ValueError: if the file is damaged, foreign, of another version (nothing has been changed then) or of other
+                components.
         """
         _load(self._checkpoint, path)
+
+    def set_aside_beyond(self, frames: int) -> None:
+        """Move checkpoints of more than ``frames`` frames to ``abandoned/``: the run goes on from an older one."""
+        for path in self._rotation.checkpoints():
+            if read_metadata(path)["frames"] > frames:
+                target = path.parents[1] / "abandoned" / path.name
+                target.parent.mkdir(exist_ok=True)
+                path.replace(target)
 
     @property
     def latest(self) -> Path | None:
         """The newest checkpoint, if any."""
         return self._rotation.latest()
-
-    @property
-    def best(self) -> Path | None:
-        """The checkpoint with the highest score, if any."""
-        return self._rotation.best()
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -100,13 +105,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def load_policy(path: str | Path, *, device: torch.device | str = "cpu") -> ProbabilisticActor:
+def load_policy(
+    path: str | Path, *, actor: ProbabilisticActor | None = None, device: torch.device | str = "cpu"
+) -> ProbabilisticActor:
     """Load the decentralised policy of a run.
 
     It needs no environment and no critic: it acts from local observations alone.
 
     Args:
         path: a checkpoint file, or a run's folder (then its best checkpoint).
+        actor: takes the parameters; needed only if the run built its actor with something else than ``make_actor``.
         device: where to put it.
 
     Returns:
@@ -115,21 +123,25 @@ def load_policy(path: str | Path, *, device: torch.device | str = "cpu") -> Prob
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is damaged, foreign or of another version.
+        ValueError: if it is damaged, foreign or of another version, or ``actor`` is needed or does not fit.
     """
     folder = Path(path).expanduser() / "checkpoints"
     best = CheckpointRotation(folder, keep_last=1, keep_best=(_SCORE, "max")).best() if folder.is_dir() else None
     path = best or find_checkpoint(path)
-    recorded = read_metadata(path)["actor"]
-    actor = make_actor(GroupShape(**recorded["shape"]), **recorded["options"])
+    if actor is None:
+        recorded = read_metadata(path)["actor"]
+        if recorded["builder"] != _BUILDER:  # importing what a file names would execute what a file says
+            raise ValueError(f"The actor of {path} was built by {recorded['builder']}: build it and pass it as actor=.")
+        actor = make_actor(GroupShape(**recorded["shape"]), **recorded["options"])
     _load(_bind({"actor": actor}), path)
     actor.to(device)
     return actor
 
 
-def actor_record(shape: GroupShape, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`load_policy` needs to rebuild ``make_actor(shape, **options)``, as JSON values."""
-    return {"shape": dataclasses.asdict(shape), "options": dict(options)}
+def actor_record(shape: GroupShape, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`load_policy` needs to rebuild the actor that ``config``, with its ``_target_``, describes."""
+    options = {key: value for key, value in config.items() if key != "_target_"}
+    return {"builder": config["_target_"], "shape": dataclasses.asdict(shape), "options": options}
 
 
 def _bind(components: Mapping[str, Any]) -> Checkpoint:

@@ -21,6 +21,10 @@ from torchrl_marl.checkpoints import find_checkpoint, read_metadata
 
 __all__ = ["recipe"]
 
+# What a resumed run may change. A checkpoint holds the optimiser's settings and the loss's coefficients, so that other
+# overrides would be recorded but not take effect.
+_RESUMABLE = {"total_frames", "evaluation", "logger", "device", "num_threads", "compile", "folder"}
+
 
 def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], float]], Callable[[], None]]:
     """Turn ``function(cfg)`` into the main function of a recipe script.
@@ -28,7 +32,8 @@ def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], f
     The function gets ``config_folder/name.yaml`` composed with the command line's Hydra overrides (``-m`` runs grids).
     What a YAML node with a ``_target_`` does not list can be overridden without a ``+`` if the target takes it:
     defaults live in the class. A key that nothing reads ends the program with the nearest names. ``resume=PATH``
-    replaces the configuration by the one stored in a checkpoint; other overrides then change single values of it.
+    replaces the configuration by the one stored in a checkpoint; other overrides may then change how long the run
+    goes on and how it is watched, not what is trained.
 
     Args:
         config_folder: folder of the recipes' YAML files.
@@ -44,7 +49,8 @@ def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], f
             resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True))
             if resolved.resume is not None:
                 resolved = _stored_config(resolved.resume, HydraConfig.get().overrides.task)
-            check_keys(resolved, _load(config_folder, name))
+            known = DictConfig({**dict.fromkeys(_groups(config_folder)), **_load(config_folder, name)})
+            check_keys(resolved, known)
             return function(resolved)
 
         def main() -> None:
@@ -72,7 +78,7 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
     known = inspect.signature(get_object(target)).parameters if target else reference
     for key in cfg:
         if not str(key).startswith("_"):
-            if path and key not in known:  # keys at the root are checked before Hydra sees them
+            if key not in known:
                 reader = f"argument of {target}" if target else "key of the configuration"
                 _fail(f"{path}{key}", reader, [f"{path}{name}" for name in known])
             if isinstance(cfg[key], DictConfig) and "_target_" in cfg[key]:
@@ -82,19 +88,20 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
 
 
 def _checked_override(argument: str, folder: Path, name: str) -> str:
-    """Check a top-level override by name; let a dotted one through to ``check_keys`` even if its key is new."""
-    match = re.fullmatch(r"([A-Za-z_][\w.]*)=(.*)", argument, flags=re.DOTALL)
-    if match is None or match[1].startswith("hydra."):
+    """Check the root of an override by name; let a new key below it through to ``check_keys``."""
+    match = re.fullmatch(r"(\+{0,2})([A-Za-z_]\w*)((?:\.\w+)*)=(.*)", argument, flags=re.DOTALL)
+    if match is None or match[2] == "hydra":
         return argument
-    key, value = match[1], match[2]
-    groups = {path.name: [file.stem for file in path.glob("*.yaml")] for path in folder.iterdir() if path.is_dir()}
-    if "." in key:
-        return f"++{argument}"
-    if key not in groups and key not in _load(folder, name):
-        _fail(key, "key of the configuration", [*groups, *map(str, _load(folder, name))])
-    for choice in value.split(",") if key in groups else []:
-        if choice not in groups[key]:
-            _fail(f"{key}={choice}", "choice", [f"{key}={known}" for known in sorted(groups[key])])
+    plus, root, below, value = match.groups()
+    groups = _groups(folder)
+    if root not in groups and root not in _load(folder, name):
+        _fail(root + below, "key of the configuration", [*groups, *map(str, _load(folder, name))])
+    if below:
+        return argument if plus else f"++{argument}"
+    if root in groups and re.fullmatch(r"\w+(\s*,\s*\w+)*", value):  # Hydra checks choice(...) and the like itself
+        for choice in re.split(r"\s*,\s*", value):
+            if choice not in groups[root]:
+                _fail(f"{root}={choice}", "choice", [f"{root}={known}" for known in sorted(groups[root])])
     return argument
 
 
@@ -103,13 +110,17 @@ def _stored_config(resume: str, overrides: Iterable[str]) -> DictConfig:
     stored = DictConfig(read_metadata(checkpoint)["config"])
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if isinstance(OmegaConf.select(stored, key), DictConfig):
-            raise SystemExit(
-                f"{key}={value}: a resumed run keeps its {key}; single values such as {key}.x=1 can change."
-            )
+        if key != "resume" and key.split(".")[0] not in _RESUMABLE:
+            allowed = ", ".join(sorted(_RESUMABLE))
+            raise SystemExit(f"{override}: a resumed run keeps its {key.lstrip('~')}; what can change is {allowed}.")
         OmegaConf.update(stored, key, OmegaConf.create(f"value: {value}").value)
     stored.resume = str(checkpoint)
     return stored
+
+
+def _groups(folder: Path) -> dict[str, list[str]]:
+    """Configuration groups and their choices."""
+    return {path.name: [file.stem for file in path.glob("*.yaml")] for path in folder.iterdir() if path.is_dir()}
 
 
 def _load(folder: Path, name: str) -> DictConfig:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import netrc
 import os
 import subprocess
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlparse
 
 from torchrl.record import CSVLogger, TensorboardLogger
 
@@ -27,7 +26,7 @@ class MetricLog:
 
     CSV: one file a metric, ``folder/scalars/<metric>.csv``, rows ``frames,value``. W&B: everything over
     ``counters/total_frames``; online if the user is logged in, else offline in ``folder/wandb`` (send it later with
-    ``wandb sync``); it never asks anything.
+    ``wandb sync``); it never asks anything, and a server out of reach means offline, with a warning.
 
     Args:
         folder: the run's folder.
@@ -63,22 +62,8 @@ class MetricLog:
         self._tensorboard = TensorboardLogger("tensorboard", log_dir=str(folder)) if tensorboard else None
         self._wandb = None
         if wandb_project is not None and importlib.util.find_spec("wandb") is not None:
-            import wandb
-
-            mode = wandb_mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-            self._wandb = wandb.init(
-                project=wandb_project,
-                dir=str(folder),
-                config=dict(config),
-                name=name,
-                group=group,
-                tags=tags,
-                job_type="train",
-                id=run_id,
-                resume="allow",
-                mode=cast("Any", mode),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+            identity = {"project": wandb_project, "name": name, "group": group, "tags": tags, "id": run_id}
+            self._wandb = _start_wandb(wandb_mode, dir=str(folder), config=dict(config), **identity)
             self._wandb.define_metric("*", step_metric=_FRAMES)
 
     def log(self, metrics: Mapping[str, float], frames: int) -> None:
@@ -95,13 +80,15 @@ class MetricLog:
 
             self._wandb.log({"eval/video": wandb.Video(str(path), format="gif"), _FRAMES: frames})
 
-    def finish(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Write ``summary.json`` and the W&B summary, and close everything."""
+    def finish(self, summary: Mapping[str, Any] | None = None, *, failed: bool = False) -> None:
+        """Write ``summary.json`` and the W&B summary, and close everything; ``failed`` marks the W&B run as such."""
         if summary is not None:
             (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if self._wandb is not None:
             self._wandb.summary.update(dict(summary or {}))
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(failed))
+        if self._tensorboard is not None:
+            self._tensorboard.experiment.close()
 
 
 def run_group(method: str, task: str, config: Mapping[str, Any]) -> str:
@@ -127,15 +114,20 @@ def git_commit() -> str:
         return f"v{torchrl_marl.__version__}"
 
 
-def _logged_in() -> bool:
-    """Whether W&B finds a key without asking for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+def _start_wandb(mode: str | None, **run: Any) -> Any:
+    """Start a W&B run: online where there is a login and a server, else offline; without a question."""
+    import wandb
+
+    mode = mode or os.environ.get("WANDB_MODE") or "online"
+    run |= {"job_type": "train", "resume": "allow"}
+    settings = wandb.Settings(silent=True, console="off", init_timeout=30)
     try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        if mode == "online" and not wandb.login(prompt=False):
+            mode = "offline"
+        return wandb.init(mode=cast("Any", mode), settings=settings, **run)
+    except wandb.errors.Error as error:
+        warnings.warn(f"W&B is out of reach and logs offline: {error}", stacklevel=3)
+        return wandb.init(mode="offline", settings=settings, **run)
 
 
 def _drop_rows_beyond(frames: int, folder: Path) -> None:

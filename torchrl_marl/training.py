@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import secrets
 import signal
@@ -11,15 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
+from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
 from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
@@ -56,7 +59,8 @@ class Run:
         **components: what else a checkpoint must hold: the loss, the optimiser, ...
 
     Raises:
-        ValueError: if the checkpoint to resume from is damaged.
+        ValueError: if the checkpoint to resume from is damaged or out of place, or evaluations are so frequent that no
+            training episode could reach its time limit between two of them.
     """
 
     def __init__(
@@ -64,10 +68,16 @@ class Run:
         cfg: DictConfig,
         *,
         make_env: Callable[..., EnvBase],
-        actor: TensorDictModuleBase,
+        actor: ProbabilisticActor,
         shape: GroupShape,
         **components: Any,
     ) -> None:
+        shortest = cfg.env.num_envs * cfg.env.max_steps
+        if cfg.evaluation.interval < shortest:
+            raise ValueError(
+                f"evaluation.interval is {cfg.evaluation.interval}, but training starts new episodes at evaluations, "
+                f"which would never reach their limit: it must be at least num_envs * max_steps = {shortest}."
+            )
         self.cfg = cfg
         self._actor, self._shape, self._make_env = actor, shape, make_env
         self._progress: dict[str, Any] = {"frames": 0, "iteration": 0, "seconds": 0.0, "evaluations": []}
@@ -75,8 +85,10 @@ class Run:
         if resumed is None:
             self.folder = _new_folder(cfg)
             self._progress["run_id"] = secrets.token_hex(4)
-        else:
+        elif resumed.resolve().parent.name == "checkpoints":
             self.folder = resumed.resolve().parents[1]
+        else:
+            raise ValueError(f"{resumed} does not lie in the folder of a run (RUN/checkpoints/...), which would go on.")
         self._checkpoints = CheckpointFolder(
             self.folder / "checkpoints",
             actor=actor,
@@ -86,6 +98,7 @@ class Run:
         )
         if resumed is not None:
             self._checkpoints.load(resumed)
+            self._checkpoints.set_aside_beyond(self._progress["frames"])
         config: dict[str, Any] = _plain(cfg)
         OmegaConf.save(cfg, self.folder / "config.yaml")
         task = cfg.env.scenario
@@ -146,7 +159,9 @@ class Run:
         objective = sum(last_fifth) / len(last_fifth)
         if self._interrupted:
             self._log.finish()
-            print(f"Stopped after {self._progress['frames']:,} frames. Go on with resume={self.folder}")
+            print(f"Stopped after {self._progress['frames']:,} frames. Go on with 'resume=\"{self.folder}\"'")
+            if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise KeyboardInterrupt  # the rest of the grid, too
             return objective
         summary = {
             "final": evaluations[-1][1],
@@ -174,7 +189,6 @@ class Run:
         progress["seconds"] += collecting + training
         metrics = {f"train/{self._shape.name}/{name}": value for name, value in _reduced(self._records).items()}
         self._records.clear()
-        self._check_finite(metrics)
         returns = ended_episode_returns(batch)
         if returns.numel():
             metrics |= _statistics("collection/reward/episode_reward", returns)
@@ -189,6 +203,7 @@ class Run:
             "timers/frames_per_second": batch.numel() / (collecting + training),
         }
         self._log.log(metrics, progress["frames"])
+        self._check_finite(metrics)
         bar.update(batch.numel())
 
     def _evaluation_is_due(self, frames_per_batch: int) -> bool:
@@ -209,11 +224,11 @@ class Run:
         metrics["eval/reward/episode_len_mean"] = episodes.lengths.float().mean().item()
         metrics["timers/evaluation_time"] = time.perf_counter() - start
         score = metrics["eval/reward/episode_reward_mean"]
-        self._progress["evaluations"].append([frames, score])
         self._log.log(metrics, frames)
-        record = actor_record(
-            self._shape, {key: value for key, value in _plain(self.cfg.actor).items() if key != "_target_"}
-        )
+        if not math.isfinite(score):
+            self._stop("the evaluation return", score)
+        self._progress["evaluations"].append([frames, score])
+        record = actor_record(self._shape, _plain(self.cfg.actor))
         metadata = {"config": _plain(self.cfg), "actor": record, "frames": frames}
         self._checkpoints.save(frames=frames, score=score, metadata=metadata)
 
@@ -221,32 +236,31 @@ class Run:
         """Return of the best parameters over ten times as many episodes, on starts that no evaluation has used."""
         with preserve_random_state():
             env = self._make_env(num_envs=10 * self.cfg.evaluation.episodes, seed=self._seed(2))
-            policy = load_policy(self.folder, device=env.device or "cpu")
-            episodes = evaluate(env, policy, seed=self._seed(2), max_steps=self.cfg.env.max_steps)
+            episodes = evaluate(env, self._best_policy(), seed=self._seed(2), max_steps=self.cfg.env.max_steps)
         self._log.log(_statistics("eval/absolute/episode_reward", episodes.returns), self._progress["frames"])
         return episodes.returns.mean().item()
+
+    def _best_policy(self) -> ProbabilisticActor:
+        return load_policy(self.folder, actor=copy.deepcopy(self._actor))
 
     def _draw(self) -> None:
         """Write the learning curve and a video of the best policy; a missing renderer must not fail a finished run."""
         title = f"{self.cfg.method} on {self.cfg.env.scenario}, seed {self.cfg.seed}"
-        try:
+        with _as_warning("learning curve"):
             plot_learning_curve(self._progress["evaluations"], self.folder / "learning_curve.png", title=title)
+        with _as_warning("video"), preserve_random_state():
             if self.cfg.evaluation.video:
-                with preserve_random_state():
-                    env = self._make_env(num_envs=1, seed=self._seed(3))
-                    policy = load_policy(self.folder, device=env.device or "cpu")
-                    path = render_episode(env, policy, self.folder / "episode.gif", max_steps=self.cfg.env.max_steps)
+                env, path = self._make_env(num_envs=1, seed=self._seed(3)), self.folder / "episode.gif"
+                render_episode(env, self._best_policy(), path, max_steps=self.cfg.env.max_steps)
                 self._log.video(path, self._progress["frames"])
-        except Exception as error:
-            warnings.warn(f"The run is complete, but a picture of it failed: {error!r}", stacklevel=2)
 
     def _check_finite(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if ("loss_" in name or "grad_norm" in name) and not math.isfinite(value):
                 self._stop(name, value)
 
-    def _stop(self, name: str, value: object) -> None:
-        self._log.finish()
+    def _stop(self, name: str, value: object) -> NoReturn:
+        self._log.finish(failed=True)
         raise FloatingPointError(
             f"Iteration {self._progress['iteration']} ({self._progress['frames']:,} frames): {name} is {value}. "
             f"Last good checkpoint: {self._checkpoints.latest}"
@@ -290,6 +304,14 @@ def _statistics(name: str, values: Tensor) -> dict[str, float]:
         f"{name}_min": values.min().item(),
         f"{name}_max": values.max().item(),
     }
+
+
+@contextmanager
+def _as_warning(picture: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"The run is complete, but it has no {picture}: {error!r}", stacklevel=3)
 
 
 @contextmanager

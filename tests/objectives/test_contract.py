@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import nn
 from torch.distributions import Categorical, Distribution
 from torch.testing import assert_close
@@ -179,6 +179,18 @@ def test_diagnostics_are_what_their_names_say(space, live):
     assert_close(output["explained_variance"], 1 - unexplained, **TOLERANCE)
 
 
+@pytest.mark.parametrize("shift", [0.5, -0.5])
+def test_dead_agents_do_not_bound_the_ratios(shift):
+    # Every live ratio is e^shift; a dead agent's ratio of one is neither the smallest nor the largest.
+    loss, actor, _ = make(METHODS["MAPPO"])
+    data = make_batch(actor, "categorical", live=0.6)
+    with torch.no_grad():
+        data["agents", "action_log_prob"] = actor.get_dist(data.clone()).log_prob(data["agents", "action"]) - shift
+    output = loss(data)
+    expected = torch.tensor(shift).exp()
+    assert_close((output["min_ratio"], output["max_ratio"]), (expected, expected), **TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["smooth_l1", "l2", "l1"])
 def test_critic_loss_is_the_distance_of_its_type(kind):
     loss, actor, critic = make(METHODS["MAPPO"], loss_critic_type=kind)
@@ -287,14 +299,16 @@ def test_dispatch_takes_and_returns_plain_tensors(method):
 
 @every_method
 @every_space
+@pytest.mark.parametrize("estimated", [False, True], ids=["advantage-given", "advantage-estimated"])
 @functional_or_not
-def test_a_group_may_have_any_name(method, space, functional):
+def test_a_group_may_have_any_name(method, space, estimated, functional):
     outputs = []
     for name in ("agents", "predators"):
         networks = make_networks(space, method.observes, name=name)
         loss, actor, _ = make(method, networks=networks, functional=functional)
         assert (name, "action") in loss.in_keys
-        data = make_batch(actor, space, name=name, live=0.7)
+        data = make_batch(actor, space, (4, 3), name=name, live=0.7)
+        data = add_transition(data, name=name) if estimated else data
         outputs.append(values(run(loss, data)))
     assert_close(*outputs, rtol=0, atol=0)
 
@@ -380,6 +394,26 @@ def test_functional_equals_stateful_in_values_and_gradients(method, space):
         output = run(loss, data)
         results.append((values(output), gradients(output, *networks)))
     assert_close(*results, rtol=0, atol=0)
+
+
+@every_method
+def test_a_functional_loss_uses_the_parameters_that_it_holds(method):
+    # Zeros in place of both networks' parameters: a uniform policy, values of zero.
+    loss, actor, critic = make(method)
+    before = [parameter.clone() for parameter in [*actor.parameters(), *critic.parameters()]]
+    for name in ("actor_network_params", "critic_network_params"):
+        setattr(loss, name, TensorDictParams(getattr(loss, name).data.clone().zero_()))
+    data = make_batch(actor, "categorical")
+    data["value_target"] = torch.full_like(data["value_target"], 3.0)
+    output = loss(data)
+    assert_close(output["entropy"], torch.tensor(float(ACTIONS)).log(), **TOLERANCE)
+    assert_close(output["loss_critic"].item(), 2.5)  # smooth l1 of 3
+    loss.make_value_estimator(gamma=0.9, lmbda=0.0)
+    data = add_transition(make_batch(actor, "categorical", (4, 3)))
+    given = data.clone().set("advantage", data["next", "agents", "reward"])  # all values are zero, the next ones, too
+    given["value_target"] = given["advantage"]
+    assert_close(values(loss(data)), values(loss(given)), **TOLERANCE)
+    assert_close([*actor.parameters(), *critic.parameters()], before, rtol=0, atol=0)
 
 
 @every_method

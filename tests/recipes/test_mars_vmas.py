@@ -108,6 +108,8 @@ def test_arguments_that_the_yaml_does_not_list_can_be_overridden(
     ("override", "nearest"),
     [
         ("sed=3", "seed"),
+        ("+sed=3", "seed"),
+        ("optimize.lr=1", "optimizer"),
         ("los=mars", "loss"),
         ("loss=marz", "loss=mars"),
         ("loss.target_ratio=[0.5,2]", "loss.target_ratios"),
@@ -124,7 +126,7 @@ def test_a_key_that_nothing_reads_fails_with_the_nearest_names(
     with pytest.raises(SystemExit) as stopped:
         run_recipe(monkeypatch, tmp_path, override)
     message = str(stopped.value.code)
-    assert message.startswith(override.split("=")[0])
+    assert message.startswith(override.lstrip("+").split("=")[0])
     assert nearest in message.split("nearest:")[1]
     assert not run_folders(tmp_path)
 
@@ -141,7 +143,8 @@ def test_a_run_killed_in_the_middle_resumes_bit_for_bit(tmp_path: Path, monkeypa
     assert not (killed / "summary.json").exists()
     resumed_from = read_metadata(find_checkpoint(killed))["frames"]
     assert 0 < resumed_from < 1600
-    run_recipe(monkeypatch, tmp_path / "elsewhere", f"resume={killed}", *long)
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path / "elsewhere", f"resume={killed}")
     assert not (tmp_path / "elsewhere").exists()
     assert curves(killed) == curves(whole)
     parameters = [load_policy(find_checkpoint(folder)).state_dict() for folder in (killed, whole)]
@@ -157,18 +160,53 @@ def test_interruption_ends_the_run_with_a_checkpoint_to_go_on_from(
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
-    assert f"resume={folder}" in printed
+    assert f'resume="{folder}"' in printed
     stopped_at = read_metadata(find_checkpoint(folder))["frames"]
     assert stopped_at > 0
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
     run_recipe(monkeypatch, tmp_path, f"resume={folder}", f"total_frames={stopped_at + 160}")
     assert json.loads((folder / "summary.json").read_text())["frames"] == stopped_at + 160
 
 
-def test_a_resumed_run_keeps_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("override", ["loss=mappo", "optimizer.lr=1", "loss.entropy_coeff=0.5", "seed=7"])
+def test_a_resumed_run_refuses_what_would_be_recorded_but_not_take_effect(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_recipe(monkeypatch, tmp_path, "total_frames=80")
     (folder,) = run_folders(tmp_path)
-    with pytest.raises(SystemExit, match="keeps its loss"):
-        run_recipe(monkeypatch, tmp_path, f"resume={folder}", "loss=mappo")
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    with pytest.raises(SystemExit, match=f"keeps its {override.split('=')[0]}"):
+        run_recipe(monkeypatch, tmp_path, f"resume={folder}", override)
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(monkeypatch, tmp_path, "total_frames=240")
+    (folder,) = run_folders(tmp_path)
+    older = folder / "checkpoints/checkpoint-000000000160.torchrl"
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={older}", "total_frames=200")
+    assert read_metadata(find_checkpoint(folder))["frames"] == 240  # written again by the run that went on
+    assert (folder / "abandoned/checkpoint-000000000240.torchrl").exists()
+    frames = [int(row.split(",")[0]) for row in (folder / "scalars/counters/iter.csv").read_text().split()]
+    assert frames == [80, 160, 240]
+
+
+def test_a_checkpoint_away_from_its_run_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path / "runs", "total_frames=80")
+    (folder,) = run_folders(tmp_path / "runs")
+    moved = find_checkpoint(folder).rename(tmp_path / "moved.torchrl")
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="does not lie in the folder of a run"):
+        run_recipe(monkeypatch, tmp_path, f"resume={moved}")
+
+
+def test_evaluations_too_frequent_for_an_episode_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="at least num_envs \\* max_steps = 160"):
+        run_recipe(monkeypatch, tmp_path, "env.max_steps=20")
 
 
 def test_nan_stops_the_run_and_names_iteration_metric_and_checkpoint(
@@ -241,9 +279,20 @@ def test_a_missing_renderer_does_not_fail_a_finished_run(tmp_path: Path, monkeyp
         raise RuntimeError("no renderer")
 
     monkeypatch.setattr("torchrl_marl.training.render_episode", fail)
-    with pytest.warns(UserWarning, match="no renderer"):
+    with pytest.warns(UserWarning, match="no video.*no renderer"):
         run_recipe(monkeypatch, tmp_path, "evaluation.video=true", "total_frames=80")
     assert (run_folders(tmp_path)[0] / "summary.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_on_the_gpu_is_complete(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "device=cuda", f"compile={compiled}")
+    (folder,) = run_folders(tmp_path)
+    assert json.loads((folder / "summary.json").read_text())["frames"] == 240
+    assert load_policy(folder, device="cuda")(
+        TensorDict({"agents": {"observation": torch.zeros(1, 4, 18, device="cuda")}}, batch_size=1)
+    )["agents", "action"].is_cuda
 
 
 def test_mars_learns_navigation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,11 @@ class _ExpandToAgents(nn.Module):
 
 
 def _shape(env: EnvBase | GroupShape, group: str | None) -> GroupShape:
-    return env if isinstance(env, GroupShape) else GroupShape.from_env(env, group)
+    if not isinstance(env, GroupShape):
+        return GroupShape.from_env(env, group)
+    if group not in (None, env.name):
+        raise ValueError(f"group={group!r}, but the shape given is that of {env.name!r}.")
+    return env
 
 
 def _agent_network(

@@ -49,7 +49,9 @@ class GroupShape:
         group_map = cast("dict[str, list[str]]", env.group_map)
         groups = list(group_map)
         if group is None and len(groups) != 1:
-            raise ValueError(f"The environment has the groups {', '.join(groups)}: name the one meant with group=.")
+            raise ValueError(
+                f"The environment has the groups {', '.join(groups)}: name one with group= (recipes train one group)."
+            )
         group = groups[0] if group is None else group
         if group not in groups:
             raise ValueError(f"Unknown group {group!r}; the environment has {', '.join(groups)}.")

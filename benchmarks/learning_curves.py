@@ -1,8 +1,8 @@
 """Draw and tabulate runs: `python benchmarks/learning_curves.py RUNS --output results/vmas`.
 
-Reads every finished run below RUNS (folders that a recipe writes) and writes OUTPUT.png (a panel for each task, a line for
-each method: mean over seeds, band from the smallest to the largest), OUTPUT.md (a table) and OUTPUT.json (every
-evaluation of every run with its configuration's essentials, so that nothing but this file is needed to draw it again).
+Reads every finished run below RUNS (folders that a recipe writes) and writes OUTPUT.png (a panel for each task, a line
+for each method: mean over seeds, band from the smallest to the largest), OUTPUT.md (a table) and OUTPUT.json (every
+evaluation of every run with its configuration, so that nothing but this file is needed to draw it again).
 """
 
 import argparse

@@ -383,7 +383,7 @@ def test_the_shape_of_a_vmas_group():
 
 def test_one_of_several_groups_must_be_named():
     env = vmas("simple_tag", num_good_agents=2, num_adversaries=4)
-    with pytest.raises(ValueError, match="groups adversary, agent: name the one meant"):
+    with pytest.raises(ValueError, match="groups adversary, agent: name one with group="):
         GroupShape.from_env(env)
     hunters, prey = (GroupShape.from_env(env, group) for group in ("adversary", "agent"))
     assert (hunters.name, hunters.num_agents) == ("adversary", 4)
@@ -396,6 +396,13 @@ def test_an_unknown_group_raises_and_the_known_are_listed():
         GroupShape.from_env(vmas("simple_tag"), "wolves")
     with pytest.raises(ValueError, match="Unknown group 'wolves'; the environment has agents"):
         make_actor(vmas(), group="wolves")
+
+
+@pytest.mark.parametrize("builder", [make_actor, make_critic], ids=["actor", "critic"])
+def test_a_group_must_be_that_of_the_shape_given(builder):
+    builder(SHAPES["categorical"], group="agents", hidden_sizes=(8,))
+    with pytest.raises(ValueError, match="group='wolves', but the shape given is that of 'agents'"):
+        builder(SHAPES["categorical"], group="wolves")
 
 
 @pytest.mark.parametrize("continuous", [True, False], ids=["continuous", "discrete"])

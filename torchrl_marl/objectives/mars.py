@@ -91,8 +91,7 @@ def additive_target_ratios(epsilon: float) -> tuple[float, float]:
 
 
 def _checked(target_ratios: Sequence[float]) -> tuple[float, float]:
-    if len(target_ratios) != 2 or not 0 < target_ratios[0] < 1 < target_ratios[1]:
-        raise ValueError(
-            f"target_ratios must be a pair (low, high) with 0 < low < 1 < high, got {tuple(target_ratios)}."
-        )
+    pair = isinstance(target_ratios, Sequence) and len(target_ratios) == 2
+    if not pair or not 0 < target_ratios[0] < 1 < target_ratios[1]:
+        raise ValueError(f"target_ratios must be a pair (low, high) with 0 < low < 1 < high, got {target_ratios}.")
     return target_ratios[0], target_ratios[1]

@@ -89,7 +89,9 @@ def quadratic_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor,
     _check_same_shape(log_ratio, advantage)
     change = log_ratio.expm1()  # r - 1 without cancellation near r = 1
     penalty = advantage / (2 * (_target_ratio(advantage, low, high) - 1))
-    return log_ratio.exp() * advantage - penalty * change.square()
+    return (
+        log_ratio.exp() * advantage - (penalty * change) * change
+    )  # in this order 0 stays 0 where the square overflows
 
 
 def barrier_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:

@@ -83,8 +83,9 @@ def quadratic_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor,
         ValueError: if the shapes differ.
 
     Example:
-        >>> quadratic_gain(torch.tensor([0.0, 0.5]), torch.tensor([1.0, 1.0]), low=0.8, high=1.2)
-        tensor([1.0000, 0.5967])
+        >>> log_ratio = torch.tensor([0.0, 0.2]).log1p()  # ratios 1 and 1.2: 1.2 - 0.2^2 / (2 * 0.2) = 1.1
+        >>> quadratic_gain(log_ratio, torch.tensor([1.0, 1.0]), low=0.8, high=1.2)
+        tensor([1.0000, 1.1000])
     """
     _check_same_shape(log_ratio, advantage)
     change = log_ratio.expm1()  # r - 1 without cancellation near r = 1

@@ -106,7 +106,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def load_policy(
-    path: str | Path, *, actor: ProbabilisticActor | None = None, device: torch.device | str = "cpu"
+    path: str | Path, *, actor: ProbabilisticActor | None = None, device: torch.device | str | None = None
 ) -> ProbabilisticActor:
     """Load the decentralised policy of a run.
 
@@ -115,7 +115,7 @@ def load_policy(
     Args:
         path: a checkpoint file, or a run's folder (then its best checkpoint).
         actor: takes the parameters; needed only if the run built its actor with something else than ``make_actor``.
-        device: where to put it.
+        device: where to put it; ``None`` leaves ``actor`` where it is, and builds on the CPU without one.
 
     Returns:
         Actor that reads ``(group, "observation")`` and writes ``(group, "action")``: deterministic ones, unless it is
@@ -132,9 +132,10 @@ def load_policy(
         recorded = read_metadata(path)["actor"]
         if recorded["builder"] != _BUILDER:  # importing what a file names would execute what a file says
             raise ValueError(f"The actor of {path} was built by {recorded['builder']}: build it and pass it as actor=.")
-        actor = make_actor(GroupShape(**recorded["shape"]), **recorded["options"])
+        actor = make_actor(GroupShape(**recorded["shape"]), **recorded["options"], device=device)
     _load(_bind({"actor": actor}), path)
-    actor.to(device)
+    if device is not None:
+        actor.to(device)
     return actor
 
 

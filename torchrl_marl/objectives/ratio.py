@@ -245,18 +245,14 @@ class RatioLoss(LossModule):
         mask = self._mask(tensordict, log_ratio.shape)
         if mask is not None:  # dead agents get r = 1: whatever log-probability they stored has no effect
             log_ratio = torch.where(mask, log_ratio, 0.0)
-        advantage = tensordict.get(keys.advantage)
-        if self.normalize_advantage:
-            dims = self.normalize_advantage_exclude_dims if advantage.ndim > log_ratio.ndim else ()
-            advantage = standardize(advantage, self._mask(tensordict, advantage.shape[:-1]), exclude_dims=dims)
-        advantage = _per_agent(advantage, log_ratio.shape, keys.advantage)
+        advantage = self._advantage(tensordict, tensordict.get(keys.advantage), log_ratio.shape)
         if mask is not None:
             advantage = torch.where(mask, advantage, 0.0)
-        objective = self.objective(log_ratio, advantage)
+        loss_objective, objective_diagnostics = self.objective(tensordict, distribution, log_ratio, advantage, mask)
         entropy = _entropy(distribution)
         critic_distance, explained_variance = self._critic_distance(tensordict)
         losses = {
-            "loss_objective": self._reduce(-objective, mask),
+            "loss_objective": loss_objective,
             "loss_entropy": -self.entropy_coeff * self._reduce(entropy, mask),
             "loss_critic": self.critic_coeff * critic_distance,
         }
@@ -264,12 +260,29 @@ class RatioLoss(LossModule):
             "entropy": _mean(entropy.detach(), mask),
             **_ratio_diagnostics(log_ratio.detach(), mask, self.ratio_low, self.ratio_high),
             "explained_variance": explained_variance,
+            **objective_diagnostics,
         }
         return TensorDict({**losses, **diagnostics})
 
-    def objective(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        """Return what each agent maximises at each step, ``[B, N]``, before the mean: the gain within the bounds."""
-        return self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
+    def objective(
+        self,
+        tensordict: TensorDictBase,
+        distribution: Distribution,
+        log_ratio: Tensor,
+        advantage: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``loss_objective``, reduced, and a method's own diagnostics; the hook of methods that add terms.
+
+        Args:
+            tensordict: the batch, as it was collected: what it stores of the old policy is still there.
+            distribution: the current policy's.
+            log_ratio: ``[B, N]``, zero for dead agents.
+            advantage: ``[B, N]``, standardised if the loss does so, zero for dead agents.
+            mask: live agents ``[B, N]``; ``None`` if all live.
+        """
+        gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
+        return self._reduce(-gain, mask), {}
 
     def _parameters_of(self, name: str) -> contextlib.AbstractContextManager:
         params = getattr(self, f"{name}_params") if self._functional else None
@@ -285,7 +298,7 @@ class RatioLoss(LossModule):
                 f"The stored log-probability {keys.sample_log_prob!r} requires grad: collect under no_grad."
             )
         with self._parameters_of("actor_network"):
-            distribution = self.actor_network.get_dist(tensordict)
+            distribution = self.actor_network.get_dist(tensordict.copy())
         log_prob = distribution.log_prob(_require(tensordict, keys.action))
         if log_prob.shape != stored.shape:
             raise ValueError(
@@ -293,6 +306,15 @@ class RatioLoss(LossModule):
                 f"has shape {tuple(stored.shape)}: both must be [*batch, agents]."
             )
         return distribution, log_prob - stored
+
+    def _advantage(self, tensordict: TensorDictBase, advantage: Tensor, shape: torch.Size) -> Tensor:
+        """Bring advantages to ``[B, N]``, in units of the batch's own ones if the loss standardises them."""
+        if self.normalize_advantage:
+            own = tensordict.get(self.tensor_keys.advantage)
+            dims = self.normalize_advantage_exclude_dims if own.ndim > len(shape) else ()
+            mean, deviation = _mean_and_deviation(own, self._mask(tensordict, own.shape[:-1]), dims)
+            advantage = (advantage - mean) / deviation
+        return _per_agent(advantage, shape, self.tensor_keys.advantage)
 
     def _critic_distance(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Reduced distance of the critic to its target, in units of the value scale, and its explained variance."""
@@ -360,16 +382,9 @@ def standardize(values: Tensor, mask: Tensor | None = None, *, exclude_dims: Seq
         >>> standardize(torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([True, True, False])).flatten()
         tensor([-0.7071,  0.7071,  0.0000])
     """
-    dims = sorted(set(range(values.ndim)) - {dim % values.ndim for dim in exclude_dims})
-    if mask is None:
-        mask = torch.ones_like(values, dtype=torch.bool)
-    mask = (mask.unsqueeze(-1) if mask.ndim == values.ndim - 1 else mask).expand_as(values)
-    values = torch.where(mask, values, 0.0)
-    count = mask.sum(dims, keepdim=True)
-    mean = values.sum(dims, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(mask, values - mean, 0.0)
-    deviation = (centred.square().sum(dims, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return centred / deviation.clamp(min=1e-6)
+    mean, deviation = _mean_and_deviation(values, mask, exclude_dims)
+    standardized = (values - mean) / deviation
+    return standardized if mask is None else torch.where(_fit_mask(mask, values), standardized, 0.0)
 
 
 def clip_bounds(clip_epsilon: float | Sequence[float]) -> tuple[float, float]:
@@ -421,6 +436,19 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean()
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def _mean_and_deviation(values: Tensor, mask: Tensor | None, exclude_dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    dims = sorted(set(range(values.ndim)) - {dim % values.ndim for dim in exclude_dims})
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else _fit_mask(mask, values)
+    count = mask.sum(dims, keepdim=True)
+    mean = torch.where(mask, values, 0.0).sum(dims, keepdim=True) / count.clamp(min=1)
+    squares = torch.where(mask, values - mean, 0.0).square().sum(dims, keepdim=True)
+    return mean, (squares / (count - 1).clamp(min=1)).sqrt().clamp(min=1e-6)
+
+
+def _fit_mask(mask: Tensor, values: Tensor) -> Tensor:
+    return (mask.unsqueeze(-1) if mask.ndim == values.ndim - 1 else mask).expand_as(values)
 
 
 def _variance(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -124,7 +124,10 @@ def _groups(folder: Path) -> dict[str, list[str]]:
 
 
 def _load(folder: Path, name: str) -> DictConfig:
-    return DictConfig(OmegaConf.load(folder / f"{name}.yaml"))
+    """A recipe's own file on top of the recipes that its ``defaults`` name."""
+    own = DictConfig(OmegaConf.load(folder / f"{name}.yaml"))
+    recipes = [entry for entry in own.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    return DictConfig(OmegaConf.merge(*(_load(folder, recipe) for recipe in recipes), own))
 
 
 def _fail(key: str, what: str, known: Iterable[str]) -> NoReturn:

@@ -8,7 +8,7 @@ import secrets
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -148,8 +148,12 @@ class Run:
         """
         self._records.append({name: value.detach() for name, value in metrics.items()})
 
-    def finish(self) -> float:
+    def finish(self, *plots: Callable[[Path], object]) -> float:
         """Measure the best parameters, draw, print the summary line, and close the logs.
+
+        Args:
+            *plots: further pictures, functions of the run's folder, such as
+                :func:`~torchrl_marl.evaluation.plot_kl_interval`.
 
         Returns:
             Mean evaluation return over the last fifth of the evaluations (what a sweep should maximise).
@@ -173,7 +177,7 @@ class Run:
             "seconds": self._progress["seconds"],
             "git_commit": git_commit(),
         }
-        self._draw()
+        self._draw(plots)
         self._log.finish(summary)
         print(
             f"{self.cfg.method} on {self.cfg.env.scenario}, seed {self.cfg.seed}: final return {summary['final']:.3f}, "
@@ -243,8 +247,11 @@ class Run:
     def _best_policy(self) -> ProbabilisticActor:
         return load_policy(self.folder, actor=copy.deepcopy(self._actor))
 
-    def _draw(self) -> None:
+    def _draw(self, plots: Iterable[Callable[[Path], object]]) -> None:
         """Write the learning curve and a video of the best policy; a missing renderer must not fail a finished run."""
+        for plot in plots:
+            with _as_warning(getattr(plot, "__name__", "plot")):
+                plot(self.folder)
         title = f"{self.cfg.method} on {self.cfg.env.scenario}, seed {self.cfg.seed}"
         with _as_warning("learning curve"):
             plot_learning_curve(self._progress["evaluations"], self.folder / "learning_curve.png", title=title)

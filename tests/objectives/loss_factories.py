@@ -56,7 +56,7 @@ def make_batch(actor, space, batch=(12,), *, name="agents", agents=AGENTS, live=
         data[name, "action_mask"] = legal
     with torch.no_grad():
         torch.manual_seed(13)
-        data = actor(data).select((name, "observation"), "state", *_optional(name, space), *_acted(name))
+        data = actor(data).select((name, "observation"), "state", *actor[-1].in_keys, *_acted(name))
         data[name, "action_log_prob"] += 0.3 * normal(agents)  # ratios away from 1
     signal = (1,) if team else (agents, 1)
     data["advantage"] = 1 + 2 * normal(*signal)
@@ -94,10 +94,6 @@ def gradients(losses, *networks):
     parameters = [parameter for network in networks for parameter in network.parameters()]
     grads = torch.autograd.grad(total(losses), parameters, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, grads, strict=True)]
-
-
-def _optional(name, space):
-    return [(name, "action_mask")] if space == "masked" else []
 
 
 def _acted(name):

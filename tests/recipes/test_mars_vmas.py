@@ -1,4 +1,4 @@
-"""The MARS recipe, end to end on a tiny task."""
+"""The MARS recipe and its relatives, end to end on a tiny task."""
 
 import json
 import signal
@@ -18,6 +18,7 @@ from torchrl_marl.evaluation import evaluate
 from torchrl_marl.objectives import IPPOLoss
 
 METHODS = sorted(path.stem for path in (RECIPES / "config" / "loss").glob("*.yaml"))
+RECIPE_OF = {"marpo": "marpo_vmas", "rpo": "marpo_vmas"}  # the others are mars_vmas.py's
 
 
 def wait_for_frames(folder: Path, frames: int) -> Path:
@@ -40,11 +41,13 @@ def test_the_methods_are_those_of_the_readme() -> None:
         "ippo",
         "mappo",
         "mappo_asymmetric",
+        "marpo",
         "mars",
         "mars_additive",
         "mars_multiplicative",
         "maspo",
         "maspo_asymmetric",
+        "rpo",
     ]
 
 
@@ -52,7 +55,7 @@ def test_the_methods_are_those_of_the_readme() -> None:
 def test_every_method_trains_and_leaves_a_complete_folder(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_recipe(monkeypatch, tmp_path, f"loss={method}")
+    run_recipe(monkeypatch, tmp_path, f"loss={method}", recipe=RECIPE_OF.get(method, "mars_vmas"))
     (folder,) = run_folders(tmp_path)
     printed = capsys.readouterr().out
     assert f"{method} on navigation, seed 0" in printed

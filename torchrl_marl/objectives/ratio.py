@@ -169,7 +169,11 @@ class RatioLoss(LossModule):
         keys = self.tensor_keys
         read = [*self.actor_network.in_keys, *self.critic_network.in_keys]
         read += [keys.action, keys.sample_log_prob, keys.advantage, keys.value_target]
-        return list(dict.fromkeys([*read, *self._mask_keys()]))
+        return list(dict.fromkeys([*read, *self._own_keys(), *self._mask_keys()]))
+
+    def _own_keys(self) -> list[NestedKey]:
+        """Entries that only this method reads."""
+        return []
 
     def make_value_estimator(
         self, value_type: ValueEstimators | ValueEstimatorBase | type | None = None, **hyperparams: object
@@ -257,7 +261,7 @@ class RatioLoss(LossModule):
             "loss_critic": self.critic_coeff * critic_distance,
         }
         diagnostics = {
-            "entropy": _mean(entropy.detach(), mask),
+            "entropy": masked_mean(entropy.detach(), mask),
             **_ratio_diagnostics(log_ratio.detach(), mask, self.ratio_low, self.ratio_high),
             "explained_variance": explained_variance,
             **objective_diagnostics,
@@ -360,7 +364,7 @@ class RatioLoss(LossModule):
 
     def _reduce(self, values: Tensor, mask: Tensor | None) -> Tensor:
         if self.reduction == "mean":
-            return _mean(values, mask)
+            return masked_mean(values, mask)
         values = values if mask is None else torch.where(mask, values, 0.0)
         return values.sum() if self.reduction == "sum" else values
 
@@ -411,8 +415,8 @@ def _ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high
     outside = (ratio < low) | (ratio > high)
     smallest, largest = (ratio, ratio) if mask is None else (ratio.where(mask, torch.inf), ratio.where(mask, 0.0))
     return {
-        "kl_approx": _mean(log_ratio.expm1() - log_ratio, mask),
-        "clip_fraction": _mean(outside.to(ratio.dtype), mask),
+        "kl_approx": masked_mean(log_ratio.expm1() - log_ratio, mask),
+        "clip_fraction": masked_mean(outside.to(ratio.dtype), mask),
         "min_ratio": smallest.min(),
         "max_ratio": largest.max(),
     }
@@ -432,7 +436,7 @@ def _entropy(distribution: Distribution) -> Tensor:
     return -log_prob
 
 
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean()
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
@@ -453,7 +457,7 @@ def _fit_mask(mask: Tensor, values: Tensor) -> Tensor:
 
 def _variance(values: Tensor, mask: Tensor | None) -> Tensor:
     values = values.squeeze(-1)
-    return _mean((values - _mean(values, mask)).square(), mask)
+    return masked_mean((values - masked_mean(values, mask)).square(), mask)
 
 
 def _per_agent(advantage: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:

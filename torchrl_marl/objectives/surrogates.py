@@ -16,7 +16,7 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
-__all__ = ["Gain", "barrier_gain", "clip_gain", "kl_interval", "quadratic_gain"]
+__all__ = ["Gain", "barrier_gain", "clip_gain", "kl_interval", "quadratic_gain", "reflective_clip_gain"]
 
 
 class Gain(Protocol):
@@ -132,6 +132,55 @@ def barrier_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, h
     return log_ratio.exp() * advantage - alpha * barrier
 
 
+def reflective_clip_gain(
+    log_ratio: Tensor,
+    next_log_ratio: Tensor,
+    next_advantage: Tensor,
+    *,
+    low: float | Tensor,
+    high: float | Tensor,
+    next_low: float | Tensor,
+    next_high: float | Tensor,
+) -> Tensor:
+    """RPO's and MARPO's reflective gain: the next step's advantage, weighted by the ratios of both steps.
+
+        gain = min(r r' A', clip(r, low, high) clip(r', next_low, next_high) A')
+
+    ``r'`` and ``A'`` are ratio and advantage of the same agent one step later. Each ratio is clipped on its own. The
+    MARPO paper prints ``A`` in the first argument of the minimum, which would compare different advantages; its
+    source, RPO, has ``A'`` in both.
+
+    Reference: MARPO, https://arxiv.org/abs/2512.22832, Eqs. (7) and (8), corrected as above.
+
+    Args:
+        log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape.
+        next_log_ratio: the same at the next step, same shape.
+        next_advantage: advantage of the next step, same shape.
+        low: lower bound of ``r``; float or 0-dim tensor, as the other bounds.
+        high: upper bound of ``r``.
+        next_low: lower bound of ``r'``.
+        next_high: upper bound of ``r'``.
+
+    Returns:
+        The gain to maximise, elementwise, same shape.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> now, later = torch.tensor([1.5, 0.5]).log(), torch.tensor([1.0, 1.0]).log()
+        >>> bounds = {"low": 0.8, "high": 1.2, "next_low": 0.9, "next_high": 1.1}
+        >>> reflective_clip_gain(now, later, torch.tensor([1.0, 1.0]), **bounds)
+        tensor([1.2000, 0.5000])
+    """
+    _check_same_shape(log_ratio, next_advantage)
+    _check_same_shape(next_log_ratio, next_advantage)
+    clipped = log_ratio.exp().clamp(min=low).clamp(max=high) * next_log_ratio.exp().clamp(min=next_low).clamp(
+        max=next_high
+    )
+    return torch.minimum((log_ratio + next_log_ratio).exp() * next_advantage, clipped * next_advantage)
+
+
 @overload
 def kl_interval(kl: float) -> tuple[float, float]: ...
 @overload
@@ -165,7 +214,11 @@ def kl_interval(kl: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tenso
         (0.616817, 1.516221)
     """
     if isinstance(kl, Tensor):
-        return _kl_interval_of_tensor(kl)
+        if not torch.compiler.is_compiling():
+            valid = (kl >= 0) & kl.isfinite()
+            if not valid.all():
+                raise ValueError(f"kl must be finite and at least 0, got {kl[~valid].flatten()[:8].tolist()}.")
+        return kl_interval_unchecked(kl)
     if not 0 <= kl < math.inf:
         raise ValueError(f"kl must be a finite number of at least 0, got {kl!r}.")
     if kl == 0:
@@ -178,21 +231,17 @@ def kl_interval(kl: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tenso
     return math.exp(lower), math.exp(upper)
 
 
-def _kl_interval_of_tensor(kl: Tensor) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling():
-        valid = (kl >= 0) & kl.isfinite()
-        if not valid.all():
-            raise ValueError(f"kl must be finite and at least 0, got {kl[~valid].flatten()[:8].tolist()}.")
+def kl_interval_unchecked(kl: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`kl_interval` of a tensor known to be finite and not negative: nothing waits for its values."""
     target = kl.double()
     solvable = torch.where(target == 0, 1.0, target)  # keeps 0 / 0 out of the values and of the gradient
     width = (2 * solvable).sqrt()
-    lower, upper = -(solvable + width.clamp(max=1.0)), (width + solvable).log1p()
+    roots = torch.stack([-(solvable + width.clamp(max=1.0)), (width + solvable).log1p()])
     for _ in range(8):
-        lower = lower - (lower.expm1() - lower - solvable) / lower.expm1()
-        upper = upper - (upper.expm1() - upper - solvable) / upper.expm1()
-    one = torch.ones_like(target)
-    low, high = torch.where(target == 0, one, lower.exp()), torch.where(target == 0, one, upper.exp())
-    return low.to(kl.dtype), high.to(kl.dtype)
+        slope = roots.expm1()
+        roots = roots - (slope - roots - solvable) / slope
+    low, high = torch.where(target == 0, 1.0, roots.exp()).to(kl.dtype).unbind()
+    return low, high
 
 
 def _target_ratio(advantage: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:

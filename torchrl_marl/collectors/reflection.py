@@ -1,0 +1,136 @@
+"""Reflective next-step keys: what each agent did one step later, beside what it did now."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from torchrl_marl.keys import sibling
+
+__all__ = ["NextStepKeys"]
+
+
+class NextStepKeys(TensorDictModuleBase):
+    """Write each agent's next action, its log-probability, its advantage and its legal actions beside the current ones.
+
+    Afterwards every row stands for itself, so rows may be shuffled freely. A row's pair is the same environment and
+    agent one step later; there is none at the end of an episode (terminated or truncated), where the agent is dead now
+    or then, and at the end of the batch. ``("next", "reflection_mask")`` tells. Rows without a pair get an advantage of
+    zero and otherwise their own values, which are finite and legal.
+
+    Call it on a batch once advantages are there (and standardised, if the loop does that), or give it to a collector
+    as part of ``postproc``, after a value estimator.
+
+    =========================================  =============  ======================================================
+    key                                        shape          read or written
+    =========================================  =============  ======================================================
+    ``(group, "action")``                      ``[B, N, A]``  read (``[B, N]`` for a categorical)
+    ``(group, "action_log_prob")``             ``[B, N]``     read
+    ``(group, "action_mask")``, ``"mask"``     ``[B, N, ]``   read where the data holds them
+    ``"advantage"``                            ``[B, N, 1]``  read where the data holds it; ``[B, 1]`` for a team
+    ``("next", "done")``                       ``[B, 1]``     read; ``[B, N, 1]`` if agents end one by one
+    ``("next", group, "action")``              as above       written, as are log-probability, mask of actions and
+                                                              ``("next", group, "advantage")``, ``[B, N, 1]``
+    ``("next", "reflection_mask")``            ``[B, N]``     written: whether the row of this agent has a pair
+    =========================================  =============  ======================================================
+
+    Args:
+        action: key of the action; its group is where the others are found and written.
+        log_prob: key of its log-probability.
+        advantage: key of the advantage.
+        mask: key of the mask of live agents; by default ``"mask"`` beside the action.
+        done: key of the end of episodes, under ``"next"``.
+        reflection_mask: key to write under ``"next"``; two groups need two.
+        time_dim: which batch dimension is time; by default the one that is named ``"time"``, as collectors name it.
+
+    Raises:
+        ValueError: if no dimension is known to be time (shuffled rows have none) or a shape does not fit.
+        KeyError: if an entry is missing.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> advantage = torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
+        >>> batch = TensorDict({"advantage": advantage}, batch_size=[1, 3], names=[None, "time"])
+        >>> batch["agents"] = {"action": torch.tensor([[[4], [5], [6]]]), "action_log_prob": torch.zeros(1, 3, 1)}
+        >>> batch["next"] = {"agents": {}, "done": torch.tensor([[[False], [True], [False]]])}
+        >>> batch = NextStepKeys()(batch)
+        >>> batch["next", "reflection_mask"].flatten(), batch["next", "agents", "advantage"].flatten()
+        (tensor([ True, False, False]), tensor([2., 0., 0.]))
+
+        >>> from tensordict.nn import TensorDictSequential
+        >>> postproc = TensorDictSequential(loss.value_estimator, NextStepKeys())  # doctest: +SKIP
+        >>> collector = Collector(env, actor, postproc=postproc, frames_per_batch=6000)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        action: NestedKey = ("agents", "action"),
+        log_prob: NestedKey = ("agents", "action_log_prob"),
+        advantage: NestedKey = "advantage",
+        mask: NestedKey | None = None,
+        done: NestedKey = "done",
+        reflection_mask: NestedKey = "reflection_mask",
+        time_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.action, self.log_prob, self.advantage, self.done = action, log_prob, advantage, done
+        self.action_mask = sibling(action, "action_mask")
+        self.mask = sibling(action, "mask") if mask is None else mask
+        self.reflection_mask = reflection_mask
+        self.time_dim = time_dim
+        self.in_keys = [action, log_prob, advantage, ("next", done)]
+        self.out_keys = [
+            ("next", action),
+            ("next", log_prob),
+            ("next", sibling(action, "advantage")),
+            ("next", reflection_mask),
+        ]
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the keys onto ``tensordict``, a batch with a time dimension, and return it."""
+        time = self._time(tensordict)
+        log_prob = tensordict[self.log_prob]
+        shape = log_prob.shape
+        live = tensordict.get(self.mask, None)
+        live = torch.ones_like(log_prob, dtype=torch.bool) if live is None else _fit(live, shape, self.mask)
+        has_pair = live & live.roll(-1, time) & ~_fit(tensordict["next", self.done], shape, self.done)
+        has_pair.select(time, -1).fill_(False)
+
+        following = tensordict.get("next")
+        for key in (self.action, self.log_prob, self.action_mask):
+            own = tensordict.get(key, None)
+            if own is not None:
+                following.set(key, torch.where(_like(has_pair, own), own.roll(-1, time), own))
+        advantage = tensordict.get(self.advantage, None)
+        if advantage is not None:
+            advantage = _fit(advantage, shape, self.advantage).roll(-1, time)
+            following.set(sibling(self.action, "advantage"), torch.where(has_pair, advantage, 0.0).unsqueeze(-1))
+        following.set(self.reflection_mask, has_pair)
+        return tensordict
+
+    def _time(self, tensordict: TensorDictBase) -> int:
+        if self.time_dim is not None:
+            return self.time_dim % tensordict.ndim
+        if "time" not in tensordict.names:
+            raise ValueError(
+                f"No dimension of the batch {tuple(tensordict.batch_size)} is named 'time' (its names: "
+                f"{tensordict.names}): call NextStepKeys before rows are shuffled, or say which it is with time_dim=."
+            )
+        return tensordict.names.index("time")
+
+
+def _like(mask: Tensor, values: Tensor) -> Tensor:
+    return mask.reshape(*mask.shape, *(1,) * (values.ndim - mask.ndim))
+
+
+def _fit(values: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
+    """Bring what is known of each agent (``[*B, N]``, ``[*B, N, 1]``) or of all (``[*B, 1]``) to ``[*B, N]``."""
+    if values.shape == (*shape, 1):
+        return values.squeeze(-1)
+    if values.shape in (shape, (*shape[:-1], 1)):
+        return values.expand(shape)
+    raise ValueError(f"{key!r} has shape {tuple(values.shape)}, which does not fit log-probabilities {tuple(shape)}.")

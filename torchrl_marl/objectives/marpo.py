@@ -1,0 +1,306 @@
+"""MARPO: reflection on the next step, and a clip whose interval follows the KL divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+
+from torchrl_marl.keys import sibling
+from torchrl_marl.objectives.ratio import RatioLoss, clip_bounds, masked_mean
+from torchrl_marl.objectives.surrogates import Gain, clip_gain, kl_interval_unchecked, reflective_clip_gain
+
+__all__ = ["ClipLayout", "MARPOLoss"]
+
+ClipLayout = Literal["code", "paper", "paper_next_fixed", "rpo"]
+
+_Bounds = tuple[float | Tensor, float | Tensor]
+
+
+class MARPOLoss(RatioLoss):
+    """Multi-agent reflective policy optimisation: MAPPO plus a term in which this action is held to the next advantage.
+
+        objective = mean(gain(log r, A; e, e')) + reflection_coeff mean(min(r r' A', clip(r, x, y) clip(r', x', y') A'))
+
+    ``r'`` and ``A'`` are ratio and advantage of the same agent one step later, written by
+    :class:`~torchrl_marl.collectors.NextStepKeys`; both ratios carry gradients; the second mean runs over rows that
+    have a next step. ``(x, y)`` are the roots of ``x - 1 - ln x = d``, and the KL target ``d`` follows the measured
+    divergence, moved once by every ``forward`` in training mode:
+
+        d <- min((1 - ema_rate) d + ema_rate (max(KL(old || new), kl_floor) + kl_bias), kl_target_max)
+
+    ``d`` is the buffer ``kl_target``, which a checkpoint saves and restores. The divergence is exact; ``forward`` finds
+    the old policy's distribution in the batch, where collectors leave its parameters (``loc`` and ``scale``,
+    ``logits``).
+
+    ``layout`` says which interval clips ``r`` in the first term, ``r`` in the second, and ``r'``:
+
+    ====================  ==================  ==================  ==================  ==================================
+    layout                r, first term       r, second term      r'                  from
+    ====================  ==================  ==================  ==================  ==================================
+    ``code``              ``clip_epsilon``    KL                  KL                  the authors' code, section 5.3
+    ``paper``             KL                  KL                  KL                  the paper's Eqs. (6) to (8)
+    ``paper_next_fixed``  KL                  KL                  next_clip_epsilon   Eq. (8) with bounds of its own
+    ``rpo``               ``clip_epsilon``    ``clip_epsilon``    next_clip_epsilon   RPO for each agent
+    ====================  ==================  ==================  ==================  ==================================
+
+    Any other ``gain`` becomes the trust region of both terms: the reflective one is then
+    ``gain(log r + log r', A'; x x', y y')``, that trust region on the product of the ratios, with the product of the
+    intervals, in place of the two clips.
+
+    Where this departs from the paper and the authors' code: ``A'`` stands in both arguments of the minimum (the paper's
+    Eq. 7 prints ``A`` in one). ``ema_rate`` weights the new divergence, as in the code (Eq. 12 is printed the other way
+    round; literally it is ``1 - ema_rate``). The target is capped, where the code's root finder falls back to a
+    narrower interval beyond 0.307. Next advantages are the batch's own (the code reads an array that is all zeros).
+    Pairs end where an episode is truncated too, and where an agent is dead at either step.
+
+    With ``reflection_coeff=0`` and ``layout="code"`` this is :class:`MAPPOLoss`, bit for bit.
+
+    Reference: MARPO: A Reflective Policy Optimization for Multi Agent Reinforcement Learning,
+    https://arxiv.org/abs/2512.22832; RPO: Gan et al., Reflective Policy Optimization, 2024,
+    https://arxiv.org/abs/2406.03678.
+
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`. ``forward`` returns these
+    scalars, too: ``kl``, ``kl_target``, ``kl_interval_low`` and ``kl_interval_high``; ``reflective_clip_fraction`` and
+    ``next_clip_fraction`` (shares of ``r`` and ``r'`` outside their intervals in the second term; ``clip_fraction`` is
+    that of the first); ``reflection_share`` (rows with a next step), ``next_ratio`` (mean of ``r'``), and the two means
+    of the objective, ``current_gain`` and ``next_gain``.
+
+    Args:
+        actor_network: decentralised policy.
+        critic_network: sees the joint observations or the state.
+        reflection_coeff: weight of the reflective term (alpha in the paper, which does not state it; 0.3 in the code).
+        clip_epsilon: half-width of the fixed clip, or a pair ``(low, high)``.
+        next_clip_epsilon: the same for ``r'`` in the layouts that fix it (RPO's value).
+        layout: see the table.
+        ema_rate: weight of the new divergence in the KL target, in [0, 1]; at 0 the target, and so the interval, stays.
+        kl_bias: added to the divergence; it sets the width in practice: where the divergence stays small, ``d`` tends
+            to ``kl_floor + kl_bias``. A buffer, as is ``kl_target``: assign to it to anneal it.
+        kl_floor: smallest divergence that counts.
+        kl_target_init: first KL target.
+        kl_target_max: largest KL target.
+        time_dim: batch dimension of time where ``forward`` gets sequences of consecutive steps instead of rows. The
+            next log-ratio is then the same output one step on, without a second pass through the policy, which is
+            what a recurrent policy needs; the last step of a sequence has no next step. Keep the order of steps.
+        gain: another trust region in place of the clip.
+        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
+            functional, reduction: as for every ratio loss, see there.
+
+    Raises:
+        ValueError: if an option is out of its range.
+
+    Example:
+        >>> loss = MARPOLoss(actor, critic)  # doctest: +SKIP
+        >>> for batch in collector:  # doctest: +SKIP
+        ...     loss.value_estimator(batch)
+        ...     rows = NextStepKeys()(batch).reshape(-1).select(*loss.in_keys)
+    """
+
+    @dataclass
+    class _AcceptedKeys(RatioLoss._AcceptedKeys):
+        reflection_mask: NestedKey = "reflection_mask"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    _schedulable_buffers = RatioLoss._schedulable_buffers | {"kl_target", "kl_bias"}
+
+    _reflective_diagnostics = (
+        "next_gain",
+        "next_ratio",
+        "reflection_share",
+        "reflective_clip_fraction",
+        "next_clip_fraction",
+    )
+    out_keys = (  # pyright: ignore[reportAssignmentType]
+        *RatioLoss.out_keys,  # pyright: ignore[reportGeneralTypeIssues]
+        "kl",
+        "kl_target",
+        "kl_interval_low",
+        "kl_interval_high",
+        "current_gain",
+        *_reflective_diagnostics,
+    )
+
+    kl_target: Tensor
+    kl_bias: Tensor
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        *,
+        reflection_coeff: float = 0.3,
+        clip_epsilon: float | Sequence[float] = 0.2,
+        next_clip_epsilon: float | Sequence[float] = 0.1,
+        layout: ClipLayout = "code",
+        ema_rate: float = 0.08,
+        kl_bias: float = 0.08,
+        kl_floor: float = 0.008,
+        kl_target_init: float = 0.01,
+        kl_target_max: float = 0.3,
+        time_dim: int | None = None,
+        gain: Gain = clip_gain,
+        entropy_coeff: float = 0.01,
+        critic_coeff: float = 1.0,
+        loss_critic_type: str = "smooth_l1",
+        normalize_advantage: bool = True,
+        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
+        functional: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        low, high = clip_bounds(clip_epsilon)
+        super().__init__(
+            actor_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )
+        if layout not in get_args(ClipLayout):
+            raise ValueError(f"layout must be one of {', '.join(get_args(ClipLayout))}; got {layout!r}.")
+        if not reflection_coeff >= 0:
+            raise ValueError(f"reflection_coeff must be at least 0, got {reflection_coeff}.")
+        if not 0 <= ema_rate <= 1:
+            raise ValueError(f"ema_rate, the weight of the new divergence, must be in [0, 1], got {ema_rate}.")
+        if not (kl_bias >= 0 and kl_floor >= 0 and kl_bias + kl_floor > 0):
+            raise ValueError(f"kl_bias and kl_floor must be at least 0, one of them above; got {kl_bias}, {kl_floor}.")
+        if not 0 < kl_target_init <= kl_target_max:
+            raise ValueError(f"kl_target_init must be in (0, kl_target_max = {kl_target_max}], got {kl_target_init}.")
+        self.reflection_coeff, self.layout, self.time_dim = reflection_coeff, layout, time_dim
+        self.ema_rate, self.kl_floor, self.kl_target_max = ema_rate, kl_floor, kl_target_max
+        self._next_bounds = clip_bounds(next_clip_epsilon)
+        if not reflection_coeff:
+            self.out_keys = tuple(key for key in self.out_keys if key not in self._reflective_diagnostics)
+        device = self.ratio_low.device
+        self.register_buffer("kl_target", torch.tensor(kl_target_init, dtype=torch.float64, device=device))
+        self.register_buffer("kl_bias", torch.tensor(kl_bias, dtype=torch.float64, device=device))
+
+    def _own_keys(self) -> list[NestedKey]:
+        """Entries that only this method reads: the old distribution's parameters and the next step's entries."""
+        keys = self.tensor_keys
+        following = []
+        if self.reflection_coeff:
+            following += [sibling(keys.action, "advantage"), keys.reflection_mask]
+            if self.time_dim is None:
+                following += [*self.actor_network.in_keys, keys.action, keys.sample_log_prob]
+        return [*self._parameter_keys(), *map(_next, following)]
+
+    def objective(
+        self,
+        tensordict: TensorDictBase,
+        distribution: Distribution,
+        log_ratio: Tensor,
+        advantage: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``loss_objective`` and the diagnostics of the KL interval and of the reflective term."""
+        kl = self._move_target(tensordict, distribution, mask)
+        fixed, from_kl = (self.ratio_low, self.ratio_high), kl_interval_unchecked(self.kl_target)
+        bounds, reflective_bounds, next_bounds = {
+            "code": (fixed, from_kl, from_kl),
+            "paper": (from_kl, from_kl, from_kl),
+            "paper_next_fixed": (from_kl, from_kl, self._next_bounds),
+            "rpo": (fixed, fixed, self._next_bounds),
+        }[self.layout]
+        gain = self.gain(log_ratio, advantage, low=bounds[0], high=bounds[1])
+        diagnostics = {
+            "kl": kl,
+            "kl_target": self.kl_target.clone(),
+            "kl_interval_low": from_kl[0],
+            "kl_interval_high": from_kl[1],
+            "clip_fraction": masked_mean(_outside(log_ratio, bounds), mask),
+            "current_gain": masked_mean(gain.detach(), mask),
+        }
+        loss_objective = self._reduce(-gain, mask)
+        if not self.reflection_coeff:
+            return loss_objective, diagnostics
+
+        next_log_ratio, next_advantage, has_next = self._next_step(tensordict, log_ratio, mask)
+        next_gain = self._reflective_gain(log_ratio, next_log_ratio, next_advantage, reflective_bounds, next_bounds)
+        diagnostics |= {
+            "next_gain": masked_mean(next_gain.detach(), has_next),
+            "next_ratio": masked_mean(next_log_ratio.detach().exp(), has_next),
+            "reflection_share": masked_mean(has_next.to(gain.dtype), mask),
+            "reflective_clip_fraction": masked_mean(_outside(log_ratio, reflective_bounds), has_next),
+            "next_clip_fraction": masked_mean(_outside(next_log_ratio, next_bounds), has_next),
+        }
+        return loss_objective + self.reflection_coeff * self._reduce(-next_gain, has_next), diagnostics
+
+    def _reflective_gain(
+        self, log_ratio: Tensor, next_log_ratio: Tensor, next_advantage: Tensor, bounds: _Bounds, next_bounds: _Bounds
+    ) -> Tensor:
+        (low, high), (next_low, next_high) = bounds, next_bounds
+        if self.gain is clip_gain:
+            sides = {"low": low, "high": high, "next_low": next_low, "next_high": next_high}
+            return reflective_clip_gain(log_ratio, next_log_ratio, next_advantage, **sides)
+        return self.gain(log_ratio + next_log_ratio, next_advantage, low=low * next_low, high=high * next_high)
+
+    def _next_step(
+        self, tensordict: TensorDictBase, log_ratio: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-ratio and advantage one step later, and the mask of rows that have them; the others are zero."""
+        following = tensordict.get("next", None)
+        needed = (self.tensor_keys.reflection_mask, sibling(self.tensor_keys.action, "advantage"))
+        if following is None or any(following.get(key, None) is None for key in needed):
+            raise KeyError(
+                f"The data has no {', '.join(repr(_next(key)) for key in needed)}: apply "
+                "torchrl_marl.collectors.NextStepKeys to the batch once it has advantages."
+            )
+        has_next = following[needed[0]]
+        if has_next.shape != log_ratio.shape:
+            raise ValueError(
+                f"{_next(needed[0])!r} has shape {tuple(has_next.shape)}, but log-probabilities have shape "
+                f"{tuple(log_ratio.shape)}."
+            )
+        if mask is not None:
+            has_next = has_next & mask
+        if self.time_dim is None:
+            _, next_log_ratio = self._log_ratio(following)
+        else:
+            time = self.time_dim % tensordict.ndim
+            next_log_ratio = log_ratio.roll(-1, time)
+            is_last = torch.arange(log_ratio.shape[time], device=log_ratio.device) == log_ratio.shape[time] - 1
+            has_next = has_next & ~is_last.reshape(-1, *(1,) * (log_ratio.ndim - time - 1))
+        next_advantage = self._advantage(tensordict, following[needed[1]], log_ratio.shape)
+        return torch.where(has_next, next_log_ratio, 0.0), torch.where(has_next, next_advantage, 0.0), has_next
+
+    @torch.no_grad()
+    def _move_target(self, tensordict: TensorDictBase, distribution: Distribution, mask: Tensor | None) -> Tensor:
+        """Measure the divergence from the old policy over live agents; in training mode, move the target towards it."""
+        missing = [key for key in self._parameter_keys() if tensordict.get(key, None) is None]
+        if missing:
+            raise KeyError(
+                f"The data has no {', '.join(map(repr, missing))}: MARPO measures the divergence from the policy that "
+                "collected it, so keep the parameters of its distribution, which the actor writes, in the batch."
+            )
+        old = self.actor_network.build_dist_from_params(tensordict)
+        kl = masked_mean(kl_divergence(old, distribution), mask).double()
+        if self.training:
+            goal = kl.clamp(min=self.kl_floor) + self.kl_bias
+            self.kl_target.lerp_(goal, self.ema_rate).clamp_(max=self.kl_target_max)
+        return kl
+
+    def _parameter_keys(self) -> list[NestedKey]:
+        return list(self.actor_network[-1].in_keys)
+
+
+def _next(key: NestedKey) -> NestedKey:
+    return ("next", key) if isinstance(key, str) else ("next", *key)
+
+
+def _outside(log_ratio: Tensor, bounds: _Bounds) -> Tensor:
+    ratio = log_ratio.detach().exp()
+    return ((ratio < bounds[0]) | (ratio > bounds[1])).to(ratio.dtype)

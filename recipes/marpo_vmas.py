@@ -1,6 +1,6 @@
 """MARPO and RPO on VMAS: every row of a batch also holds the next step of its agent.
 
-    python recipes/marpo_vmas.py                            # loss=rpo: fixed clips; loss=mappo: no reflection
+    python recipes/marpo_vmas.py                       # loss=rpo: fixed clips; loss=mappo: the same without reflection
     python recipes/marpo_vmas.py loss.reflection_coeff=0.1 loss.layout=paper env.scenario=balance
 
 Every value of config/marpo_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
@@ -20,7 +20,7 @@ from torchrl_marl.collectors import NextStepKeys
 from torchrl_marl.config import recipe
 from torchrl_marl.evaluation import plot_kl_interval
 from torchrl_marl.modules import GroupShape
-from torchrl_marl.objectives import standardize
+from torchrl_marl.objectives import MARPOLoss, standardize
 from torchrl_marl.training import Run
 
 
@@ -46,10 +46,10 @@ def main(cfg: DictConfig) -> float:
     collector = Collector(
         env, actor, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
     )
-    buffer = ReplayBuffer(
-        storage=LazyTensorStorage(cfg.frames_per_batch + cfg.env.num_envs, device=device),  # batches are rounded up
+    buffer = ReplayBuffer(  # of chunks: consecutive steps share the pass through the policy
+        storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // cfg.chunk_length, device=device),
         sampler=SamplerWithoutReplacement(),
-        batch_size=cfg.minibatch_size,
+        batch_size=cfg.minibatch_size // cfg.chunk_length,
     )
 
     run = Run(cfg, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> float:
             add_next_step(batch)
 
         buffer.empty()
-        buffer.extend(batch.reshape(-1).select(*loss.in_keys, strict=False))
+        buffer.extend(batch.reshape(-1, cfg.chunk_length).select(*loss.in_keys, strict=False))
         for _ in range(cfg.epochs):
             for minibatch in buffer:
                 losses = compute_loss(minibatch)
@@ -71,7 +71,8 @@ def main(cfg: DictConfig) -> float:
                 optimizer.step()
                 optimizer.zero_grad()
                 run.record({**losses, "grad_norm": grad_norm})
-    return run.finish(partial(plot_kl_interval, group=shape.name))
+    plots = [partial(plot_kl_interval, group=shape.name)] if isinstance(loss, MARPOLoss) else []
+    return run.finish(*plots)
 
 
 if __name__ == "__main__":

@@ -238,20 +238,24 @@ def test_sequences_give_the_losses_and_gradients_of_rows(space, layout):
     assert_close(*results, **TOLERANCE)
 
 
-def test_sequences_need_one_pass_and_no_observations_of_the_next_step():
-    loss, data, _ = make(time_dim=1)
-    assert ("next", "agents", "observation") not in loss.in_keys
-    output = run(loss, data)
-    assert_close(
-        plain(run(make(time_dim=1)[0], data.select(*loss.in_keys, strict=False))), plain(output), rtol=0, atol=0
-    )
+@every_space
+def test_chunks_keep_the_pairs_across_their_ends(space):
+    results = []
+    for chunked in (False, True):
+        loss, data, networks = make(space, batch=(4, 6), live=0.8, time_dim=-1 if chunked else None)
+        output = run(loss, data.reshape(8, 3) if chunked else data.reshape(-1))
+        objective = {"loss_objective": output["loss_objective"]}
+        results.append((plain(output, entropy=space != "continuous"), gradients(objective, *networks)))
+    assert_close(*results, **TOLERANCE)
 
 
-def test_the_last_step_of_a_sequence_has_no_next_step():
-    # A chunk of a longer batch: its last row has a pair, which is not in the chunk.
-    loss, data, _ = make(time_dim=1)
-    data["next", "reflection_mask"][:] = True
-    assert run(loss, data)["reflection_share"].item() == pytest.approx(2 / 3)
+@pytest.mark.parametrize(("form", "passes"), [("rows", 24 + 24), ("sequences", 24 + 8)])
+def test_the_policy_sees_the_next_steps_of_all_rows_or_of_the_last_of_each_sequence(form, passes):
+    loss, data, (actor, _) = make(batch=(8, 3), functional=False, time_dim=1 if form == "sequences" else None)
+    seen = []
+    actor[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))
+    run(loss, data)
+    assert sum(seen) == passes
 
 
 @pytest.mark.parametrize("gain", [barrier_gain, quadratic_gain])

@@ -85,9 +85,9 @@ class MARPOLoss(RatioLoss):
         kl_floor: smallest divergence that counts.
         kl_target_init: first KL target.
         kl_target_max: largest KL target.
-        time_dim: batch dimension of time where ``forward`` gets sequences of consecutive steps instead of rows. The
-            next log-ratio is then the same output one step on, without a second pass through the policy, which is
-            what a recurrent policy needs; the last step of a sequence has no next step. Keep the order of steps.
+        time_dim: batch dimension of time where ``forward`` gets sequences of consecutive steps, such as
+            ``split_into_chunks`` makes, instead of rows. The next log-ratio is then the same output one step on: only
+            the last step of each sequence takes a second pass through the policy, where rows take one for all.
         gain: another trust region in place of the clip.
         entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
             functional, reduction: as for every ratio loss, see there.
@@ -193,9 +193,8 @@ class MARPOLoss(RatioLoss):
         keys = self.tensor_keys
         following = []
         if self.reflection_coeff:
+            following += [*self.actor_network.in_keys, keys.action, keys.sample_log_prob]
             following += [sibling(keys.action, "advantage"), keys.reflection_mask]
-            if self.time_dim is None:
-                following += [*self.actor_network.in_keys, keys.action, keys.sample_log_prob]
         return [*self._parameter_keys(), *map(_next, following)]
 
     def objective(
@@ -271,9 +270,9 @@ class MARPOLoss(RatioLoss):
             _, next_log_ratio = self._log_ratio(following)
         else:
             time = self.time_dim % tensordict.ndim
-            next_log_ratio = log_ratio.roll(-1, time)
-            is_last = torch.arange(log_ratio.shape[time], device=log_ratio.device) == log_ratio.shape[time] - 1
-            has_next = has_next & ~is_last.reshape(-1, *(1,) * (log_ratio.ndim - time - 1))
+            last = (slice(None),) * time + (slice(-1, None),)
+            _, last_log_ratio = self._log_ratio(following[last])
+            next_log_ratio = torch.cat([log_ratio.narrow(time, 1, log_ratio.shape[time] - 1), last_log_ratio], time)
         next_advantage = self._advantage(tensordict, following[needed[1]], log_ratio.shape)
         return torch.where(has_next, next_log_ratio, 0.0), torch.where(has_next, next_advantage, 0.0), has_next
 

@@ -5,6 +5,7 @@
 Every value of config/mars_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
+from torchrl_marl.collectors import split_into_chunks
 from torchrl_marl.config import recipe
-from torchrl_marl.modules import GroupShape
+from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.objectives import standardize
 from torchrl_marl.training import Run
 
@@ -39,13 +41,16 @@ def main(cfg: DictConfig) -> float:
     compute_loss = torch.compile(loss) if cfg.compile else loss
     optimizer = instantiate(cfg.optimizer, loss.parameters())
 
+    policy = collection_policy(actor, critic)
+    env = with_recurrent_state(env, policy)
     collector = Collector(
-        env, actor, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
+        env, policy, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
     )
+    steps = cfg.chunk_length or 1
     buffer = ReplayBuffer(
-        storage=LazyTensorStorage(cfg.frames_per_batch + cfg.env.num_envs, device=device),  # batches are rounded up
+        storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // steps, device=device),  # rounded up
         sampler=SamplerWithoutReplacement(),
-        batch_size=cfg.minibatch_size,
+        batch_size=math.ceil(cfg.minibatch_size / steps),
     )
 
     run = Run(cfg, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
@@ -56,7 +61,7 @@ def main(cfg: DictConfig) -> float:
             batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")))
 
         buffer.empty()
-        buffer.extend(batch.reshape(-1).select(*loss.in_keys, strict=False))
+        buffer.extend(split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length))
         for _ in range(cfg.epochs):
             for minibatch in buffer:
                 losses = compute_loss(minibatch)

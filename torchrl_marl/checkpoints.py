@@ -18,7 +18,7 @@ from torchrl.checkpoint import (
 )
 from torchrl.modules import ProbabilisticActor
 
-from torchrl_marl.modules import GroupShape, make_actor
+from torchrl_marl.modules import GroupShape, make_actor, make_recurrent_actor
 
 __all__ = ["FORMAT_VERSION", "CheckpointFolder", "find_checkpoint", "load_policy", "read_metadata"]
 
@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 """Version of what a checkpoint holds; it grows whenever an older file could no longer be resumed."""
 
 _SCORE = "score"
-_BUILDER = "torchrl_marl.modules.make_actor"
+_BUILDERS = {f"torchrl_marl.modules.{builder.__name__}": builder for builder in (make_actor, make_recurrent_actor)}
 
 
 class CheckpointFolder:
@@ -114,12 +114,14 @@ def load_policy(
 
     Args:
         path: a checkpoint file, or a run's folder (then its best checkpoint).
-        actor: takes the parameters; needed only if the run built its actor with something else than ``make_actor``.
+        actor: takes the parameters; needed only if the run built its actor with neither of this library's builders.
         device: where to put it; ``None`` leaves ``actor`` where it is, and builds on the CPU without one.
 
     Returns:
         Actor that reads ``(group, "observation")`` and writes ``(group, "action")``: deterministic ones, unless it is
-        called under ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)``.
+        called under ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)``. A recurrent one also reads
+        ``(group, "recurrent_state")``, zeros at the start of an episode, and writes the one to carry on under
+        ``("next", group, "recurrent_state")``; :func:`torchrl_marl.modules.with_recurrent_state` does both.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -130,9 +132,10 @@ def load_policy(
     path = best or find_checkpoint(path)
     if actor is None:
         recorded = read_metadata(path)["actor"]
-        if recorded["builder"] != _BUILDER:  # importing what a file names would execute what a file says
+        build = _BUILDERS.get(recorded["builder"])
+        if build is None:  # importing what a file names would execute what a file says
             raise ValueError(f"The actor of {path} was built by {recorded['builder']}: build it and pass it as actor=.")
-        actor = make_actor(GroupShape(**recorded["shape"]), **recorded["options"], device=device)
+        actor = build(GroupShape(**recorded["shape"]), **recorded["options"], device=device)
     _load(_bind({"actor": actor}), path)
     if device is not None:
         actor.to(device)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
+from torch import nn
 from torchrl.envs import EnvBase, VmasWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_marl.envs.random_state import preserve_random_state
+from torchrl_marl.modules import with_recurrent_state
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,6 +79,8 @@ def render_episode(
         import PIL.Image  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError('filming needs Pillow: pip install "torchrl_marl[vmas]"') from error
+    if isinstance(policy, nn.Module):
+        env = with_recurrent_state(env, policy)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_gif(_film(env, simulator, policy, max_steps, env_index), path, fps)
     return path

@@ -10,6 +10,8 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
+from torchrl_marl.modules import with_recurrent_state
+
 __all__ = ["Episodes", "ended_episode_returns", "episode_returns", "evaluate"]
 
 
@@ -30,7 +32,7 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps
 
     Args:
         env: batch of environments that count ``(group, "episode_reward")``, as ``make_env`` makes them.
-        policy: the policy.
+        policy: the policy; if it is recurrent, every episode starts from states of zero.
         seed: of the environments; the same seed gives the same starts.
         max_steps: the longest that an episode can be.
 
@@ -40,6 +42,7 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps
     Raises:
         ValueError: if an episode does not end within ``max_steps``.
     """
+    env = with_recurrent_state(env, policy)
     env.set_seed(seed)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         data = env.rollout(max_steps, policy, break_when_any_done=False)

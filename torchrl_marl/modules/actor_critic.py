@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from tensordict import NestedKey
-from tensordict.nn import NormalParamExtractor, TensorDictModule
-from torch import Tensor, nn
-from torch.distributions import Categorical
+from tensordict.nn import TensorDictModule
+from torch import nn
 from torchrl.envs import EnvBase
-from torchrl.modules import MLP, MaskedCategorical, MultiAgentMLP, ProbabilisticActor, TanhNormal, ValueNorm
+from torchrl.modules import ProbabilisticActor, ValueNorm
 
-from torchrl_marl.modules.group import GroupShape
+from torchrl_marl.modules.group import GroupShape, group_shape
+from torchrl_marl.modules.layers import (
+    Activation,
+    agent_network,
+    initialize,
+    joint_input,
+    make_policy,
+    num_outputs,
+    value_layers,
+)
 from torchrl_marl.modules.value_norm import Denormalize
 
 __all__ = ["make_actor", "make_critic"]
-
-Activation = Literal["tanh", "relu"]
-_ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
 def make_actor(
@@ -61,35 +64,12 @@ def make_actor(
         >>> actor(data)["agents", "action"].shape
         torch.Size([7, 3])
     """
-    shape = _shape(env, group)
-    outputs = 2 * len(shape.action_low) if shape.num_actions is None else shape.num_actions
-    network = _agent_network(
-        shape, shape.observation_size, outputs, hidden_sizes, activation, share_parameters, agent_id
+    shape = group_shape(env, group)
+    network = agent_network(
+        shape, shape.observation_size, num_outputs(shape), hidden_sizes, activation, share_parameters, agent_id
     )
-    _initialize(network, activation, output_gain=0.01)
-    name = shape.name
-    if shape.num_actions is None:
-        network = nn.Sequential(network, NormalParamExtractor())
-        keys: list[NestedKey] = [(name, "loc"), (name, "scale")]
-        bounds = {
-            "low": torch.tensor(shape.action_low, device=device),
-            "high": torch.tensor(shape.action_high, device=device),
-        }
-        distribution = {"in_keys": keys, "distribution_class": TanhNormal, "distribution_kwargs": bounds}
-    else:
-        keys = [(name, "logits")]
-        masked = {
-            "in_keys": {"logits": keys[0], "mask": (name, "action_mask")},
-            "distribution_class": MaskedCategorical,
-        }
-        distribution = masked if shape.masked else {"in_keys": keys, "distribution_class": Categorical}
-    return ProbabilisticActor(
-        TensorDictModule(network.to(device), in_keys=[(name, "observation")], out_keys=keys),
-        out_keys=[(name, "action")],
-        return_log_prob=True,
-        log_prob_key=(name, "action_log_prob"),
-        **distribution,
-    )
+    initialize(network, activation, output_gain=0.01)
+    return make_policy(shape, (shape.name, "observation"), network, device=device)
 
 
 def make_critic(
@@ -136,115 +116,13 @@ def make_critic(
         >>> critic(data)["agents", "state_value"].shape
         torch.Size([7, 3, 1])
     """
-    shape = _shape(env, group)
+    shape = group_shape(env, group)
     key = "state" if observes == "state" else (shape.name, "observation")
     if observes == "observation":
-        network = _agent_network(shape, shape.observation_size, 1, hidden_sizes, activation, share_parameters, agent_id)
-    elif observes in ("joint_observation", "state"):
-        network = _central_network(shape, observes, hidden_sizes, activation, share_parameters)
+        network = agent_network(shape, shape.observation_size, 1, hidden_sizes, activation, share_parameters, agent_id)
     else:
-        raise ValueError(f"observes must be joint_observation, state or observation; got {observes!r}.")
-    _initialize(network, activation, output_gain=1.0)
+        inputs, joined = joint_input(shape, observes, share_parameters)
+        network = nn.Sequential(*joined, *value_layers(shape, inputs, hidden_sizes, activation, share_parameters))
+    initialize(network, activation, output_gain=1.0)
     layers = [network] if value_norm is None else [network, Denormalize(value_norm)]
     return TensorDictModule(nn.Sequential(*layers).to(device), in_keys=[key], out_keys=[(shape.name, "state_value")])
-
-
-class _OneHotAgentID(nn.Module):
-    """Append a one-hot agent id: ``[..., N, O]`` to ``[..., N, O + N]``."""
-
-    ids: Tensor
-
-    def __init__(self, num_agents: int) -> None:
-        super().__init__()
-        self.register_buffer("ids", torch.eye(num_agents), persistent=False)
-
-    def forward(self, observation: Tensor) -> Tensor:
-        ids = self.ids.expand(*observation.shape[:-1], -1)
-        return torch.cat([observation, ids], -1)
-
-
-class _ExpandToAgents(nn.Module):
-    """Give every agent the whole input: ``[..., D]`` to ``[..., N, D]``."""
-
-    def __init__(self, num_agents: int) -> None:
-        super().__init__()
-        self.num_agents = num_agents
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs.unsqueeze(-2).expand(*inputs.shape[:-1], self.num_agents, inputs.shape[-1])
-
-
-def _shape(env: EnvBase | GroupShape, group: str | None) -> GroupShape:
-    if not isinstance(env, GroupShape):
-        return GroupShape.from_env(env, group)
-    if group not in (None, env.name):
-        raise ValueError(f"group={group!r}, but the shape given is that of {env.name!r}.")
-    return env
-
-
-def _agent_network(
-    shape: GroupShape,
-    inputs: int,
-    outputs: int,
-    hidden_sizes: Sequence[int],
-    activation: Activation,
-    share_parameters: bool,
-    agent_id: bool,
-) -> nn.Module:
-    """Network applied to each agent's own input, ``[..., N, inputs]`` to ``[..., N, outputs]``."""
-    if not share_parameters:
-        return MultiAgentMLP(
-            n_agent_inputs=inputs,
-            n_agent_outputs=outputs,
-            n_agents=shape.num_agents,
-            centralized=False,
-            share_params=False,
-            num_cells=list(hidden_sizes),
-            activation_class=_activation(activation),
-        )
-    if not agent_id:
-        return _mlp(inputs, outputs, hidden_sizes, activation)
-    network = _mlp(inputs + shape.num_agents, outputs, hidden_sizes, activation)
-    return nn.Sequential(_OneHotAgentID(shape.num_agents), network)
-
-
-def _central_network(
-    shape: GroupShape, observes: str, hidden_sizes: Sequence[int], activation: Activation, share_parameters: bool
-) -> nn.Module:
-    """Network applied to what all agents see together, to ``[..., N, 1]``."""
-    if observes == "state":
-        if shape.state_size is None:
-            raise ValueError(
-                'observes="state", but the environment has no "state" at the root; use "joint_observation".'
-            )
-        inputs, joined = shape.state_size, nn.Identity()
-    else:
-        inputs, joined = shape.num_agents * shape.observation_size, nn.Flatten(-2, -1)
-    if not share_parameters:
-        network = _agent_network(shape, inputs, 1, hidden_sizes, activation, share_parameters=False, agent_id=False)
-        return nn.Sequential(joined, _ExpandToAgents(shape.num_agents), network)
-    network = _mlp(inputs, shape.num_agents, hidden_sizes, activation)
-    return nn.Sequential(joined, network, nn.Unflatten(-1, (shape.num_agents, 1)))
-
-
-def _mlp(inputs: int, outputs: int, hidden_sizes: Sequence[int], activation: Activation) -> MLP:
-    return MLP(inputs, outputs, num_cells=list(hidden_sizes), activation_class=_activation(activation))
-
-
-def _activation(name: Activation) -> type[nn.Module]:
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {name!r}.")
-    return _ACTIVATIONS[name]
-
-
-@torch.no_grad()
-def _initialize(network: nn.Module, activation: Activation, *, output_gain: float) -> None:
-    """Orthogonal weights, zero biases; per-agent weights, stacked as ``[N, out, in]``, one agent at a time."""
-    weights = [parameter for name, parameter in network.named_parameters() if name.endswith("weight")]
-    hidden_gain = math.sqrt(2) if activation == "relu" else nn.init.calculate_gain(activation)
-    for weight in weights:
-        for matrix in weight.unbind() if weight.ndim == 3 else [weight]:
-            nn.init.orthogonal_(matrix, gain=output_gain if weight is weights[-1] else hidden_gain)
-    for name, parameter in network.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()

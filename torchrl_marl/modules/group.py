@@ -8,7 +8,7 @@ from typing import Any, cast
 from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
 
-__all__ = ["GroupShape"]
+__all__ = ["GroupShape", "group_shape"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,19 @@ class GroupShape:
             state_size=None if state is None else state.shape.numel(),
             **_action_space(env.full_action_spec_unbatched[group, "action"]),
         )
+
+
+def group_shape(env: EnvBase | GroupShape, group: str | None) -> GroupShape:
+    """Return the shape of a group of an environment, or the shape itself if that is what is given.
+
+    Raises:
+        ValueError: if the group is not that of the shape, or does not fit (see :meth:`GroupShape.from_env`).
+    """
+    if not isinstance(env, GroupShape):
+        return GroupShape.from_env(env, group)
+    if group not in (None, env.name):
+        raise ValueError(f"group={group!r}, but the shape given is that of {env.name!r}.")
+    return env
 
 
 def _action_space(spec: TensorSpec) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""Chunks of steps in a row, for recurrent networks."""
+
+from __future__ import annotations
+
+from tensordict import TensorDictBase
+
+__all__ = ["split_into_chunks"]
+
+
+def split_into_chunks(batch: TensorDictBase, chunk_length: int | None) -> TensorDictBase:
+    """Cut a batch ``[*B, T]`` into chunks ``[chunks, chunk_length]`` of steps in a row, or into single rows.
+
+    Episodes may end within a chunk. A recurrent network starts each chunk from the state stored in its first row, so
+    gradients reach back to there.
+
+    Args:
+        batch: time is its last dimension.
+        chunk_length: steps of a chunk, a divisor of ``T``; ``None`` gives rows ``[B * T]``.
+
+    Returns:
+        The same data, in the order of the batch.
+
+    Raises:
+        ValueError: if the chunks do not fill ``T``.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> batch = TensorDict({"step": torch.arange(12).reshape(2, 6)}, batch_size=(2, 6))
+        >>> split_into_chunks(batch, 3)["step"]
+        tensor([[ 0,  1,  2],
+                [ 3,  4,  5],
+                [ 6,  7,  8],
+                [ 9, 10, 11]])
+    """
+    if chunk_length is None:
+        return batch.reshape(-1)
+    steps = batch.shape[-1]
+    if chunk_length < 1 or steps % chunk_length:
+        raise ValueError(f"chunk_length must divide the {steps} steps that each environment takes, got {chunk_length}.")
+    return batch.reshape(-1, chunk_length)

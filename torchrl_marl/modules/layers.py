@@ -1,0 +1,182 @@
+"""What the builders share: networks over agents, the head that turns outputs into actions, initial weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torchrl.modules import MLP, MaskedCategorical, MultiAgentMLP, ProbabilisticActor, TanhNormal
+
+from torchrl_marl.modules.group import GroupShape
+
+__all__ = [
+    "Activation",
+    "activation_class",
+    "agent_network",
+    "initialize",
+    "joint_input",
+    "make_policy",
+    "num_outputs",
+    "value_layers",
+]
+
+Activation = Literal["tanh", "relu"]
+_ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+def make_policy(
+    shape: GroupShape,
+    in_key: NestedKey,
+    network: nn.Module,
+    *before: TensorDictModuleBase,
+    device: torch.device | str | None = None,
+) -> ProbabilisticActor:
+    """Turn what a network makes of ``in_key`` into actions: squashed Gaussians or (masked) categoricals.
+
+    Args:
+        shape: of the group.
+        in_key: entry that the network reads, ``[*batch, agents, size]``.
+        network: has ``num_outputs(shape)`` outputs for each agent.
+        *before: TensorDict modules that run first, such as one that writes ``in_key``.
+        device: where parameters live.
+    """
+    name = shape.name
+    if shape.num_actions is None:
+        network = nn.Sequential(network, NormalParamExtractor())
+        keys: list[NestedKey] = [(name, "loc"), (name, "scale")]
+        bounds = {
+            "low": torch.tensor(shape.action_low, device=device),
+            "high": torch.tensor(shape.action_high, device=device),
+        }
+        distribution = {"in_keys": keys, "distribution_class": TanhNormal, "distribution_kwargs": bounds}
+    else:
+        keys = [(name, "logits")]
+        masked = {
+            "in_keys": {"logits": keys[0], "mask": (name, "action_mask")},
+            "distribution_class": MaskedCategorical,
+        }
+        distribution = masked if shape.masked else {"in_keys": keys, "distribution_class": Categorical}
+    head = TensorDictModule(network.to(device), in_keys=[in_key], out_keys=keys)
+    return ProbabilisticActor(
+        TensorDictSequential(*before, head) if before else head,
+        out_keys=[(name, "action")],
+        return_log_prob=True,
+        log_prob_key=(name, "action_log_prob"),
+        **distribution,
+    )
+
+
+def num_outputs(shape: GroupShape) -> int:
+    """How many numbers describe an agent's action distribution: logits, or a location and a scale per dimension."""
+    return 2 * len(shape.action_low) if shape.num_actions is None else shape.num_actions
+
+
+def agent_network(
+    shape: GroupShape,
+    inputs: int,
+    outputs: int,
+    hidden_sizes: Sequence[int],
+    activation: Activation,
+    share_parameters: bool,
+    agent_id: bool,
+) -> nn.Module:
+    """Network applied to each agent's own input, ``[..., N, inputs]`` to ``[..., N, outputs]``."""
+    if not share_parameters:
+        return MultiAgentMLP(
+            n_agent_inputs=inputs,
+            n_agent_outputs=outputs,
+            n_agents=shape.num_agents,
+            centralized=False,
+            share_params=False,
+            num_cells=list(hidden_sizes),
+            activation_class=activation_class(activation),
+        )
+    if not agent_id:
+        return _mlp(inputs, outputs, hidden_sizes, activation)
+    network = _mlp(inputs + shape.num_agents, outputs, hidden_sizes, activation)
+    return nn.Sequential(_OneHotAgentID(shape.num_agents), network)
+
+
+def joint_input(shape: GroupShape, observes: str, share_parameters: bool) -> tuple[int, list[nn.Module]]:
+    """Size of what all agents see together, and the layers that put it side by side: ``[..., size]`` for a network that
+    all agents share, ``[..., N, size]`` for networks of their own.
+    """
+    if observes == "joint_observation":
+        size, layers = shape.num_agents * shape.observation_size, [nn.Flatten(-2, -1)]
+    elif observes != "state":
+        raise ValueError(f"observes must be joint_observation, state or observation; got {observes!r}.")
+    elif shape.state_size is None:
+        raise ValueError('observes="state", but the environment has no "state" at the root; use "joint_observation".')
+    else:
+        size, layers = shape.state_size, [nn.Identity()]
+    return size, layers if share_parameters else [*layers, _ExpandToAgents(shape.num_agents)]
+
+
+def value_layers(
+    shape: GroupShape, inputs: int, hidden_sizes: Sequence[int], activation: Activation, share_parameters: bool
+) -> list[nn.Module]:
+    """Layers from ``[..., inputs]`` (shared: one body, an output for each agent) or ``[..., N, inputs]`` to values."""
+    if not share_parameters:
+        return [agent_network(shape, inputs, 1, hidden_sizes, activation, share_parameters, agent_id=False)]
+    network = _mlp(inputs, shape.num_agents, hidden_sizes, activation)
+    return [network, nn.Unflatten(-1, (shape.num_agents, 1))]
+
+
+def _mlp(inputs: int, outputs: int, hidden_sizes: Sequence[int], activation: Activation) -> MLP:
+    """Multi-layer perceptron, ``[..., inputs]`` to ``[..., outputs]``."""
+    return MLP(inputs, outputs, num_cells=list(hidden_sizes), activation_class=activation_class(activation))
+
+
+def activation_class(name: Activation) -> type[nn.Module]:
+    """Return the activation called ``name``."""
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {name!r}.")
+    return _ACTIVATIONS[name]
+
+
+@torch.no_grad()
+def initialize(network: nn.Module, activation: Activation, *, output_gain: float | None = None) -> None:
+    """Orthogonal weights, zero biases; per-agent weights, stacked as ``[N, out, in]``, one agent at a time.
+
+    The last layer's weights get ``output_gain``, or that of hidden layers if it feeds an activation (``None``).
+    """
+    weights = [parameter for name, parameter in network.named_parameters() if name.endswith("weight")]
+    hidden_gain = math.sqrt(2) if activation == "relu" else nn.init.calculate_gain(activation)
+    last_gain = hidden_gain if output_gain is None else output_gain
+    for weight in weights:
+        for matrix in weight.unbind() if weight.ndim == 3 else [weight]:
+            nn.init.orthogonal_(matrix, gain=last_gain if weight is weights[-1] else hidden_gain)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+
+
+class _OneHotAgentID(nn.Module):
+    """Append a one-hot agent id: ``[..., N, O]`` to ``[..., N, O + N]``."""
+
+    ids: Tensor
+
+    def __init__(self, num_agents: int) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.eye(num_agents), persistent=False)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        ids = self.ids.expand(*observation.shape[:-1], -1)
+        return torch.cat([observation, ids], -1)
+
+
+class _ExpandToAgents(nn.Module):
+    """Give every agent the whole input: ``[..., D]`` to ``[..., N, D]``."""
+
+    def __init__(self, num_agents: int) -> None:
+        super().__init__()
+        self.num_agents = num_agents
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.unsqueeze(-2).expand(*inputs.shape[:-1], self.num_agents, inputs.shape[-1])

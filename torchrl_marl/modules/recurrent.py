@@ -1,0 +1,401 @@
+"""Recurrent actors and critics whose hidden state is an entry of the TensorDict, for one step or a whole sequence.
+
+A row's stored state is the one *before* its step. The environment's primer puts it to zero where an episode starts, the
+network writes the one after the step under ``"next"``, and TorchRL carries it on. So there are two ways to run:
+
+* one step for every row (acting, value estimation): from the row's stored state;
+* a sequence ``[*batch, time]`` (losses): from the stored state of its first row, and again from that of every row
+  marked by ``"is_init"``; in between each step goes on from the one before, with gradients.
+
+TorchRL's :class:`~torchrl.modules.set_recurrent_mode` chooses: off by default, on within every loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from torch import Tensor, nn
+from torch.nn import functional
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import Compose, EnvBase, InitTracker, TensorDictPrimer, TransformedEnv
+from torchrl.modules import ProbabilisticActor, ValueNorm, recurrent_mode
+
+from torchrl_marl.modules.group import GroupShape, group_shape
+from torchrl_marl.modules.layers import (
+    Activation,
+    activation_class,
+    agent_network,
+    initialize,
+    joint_input,
+    make_policy,
+    num_outputs,
+    value_layers,
+)
+from torchrl_marl.modules.value_norm import Denormalize
+
+__all__ = [
+    "MultiAgentGRU",
+    "RecurrentModule",
+    "collection_policy",
+    "make_recurrent_actor",
+    "make_recurrent_critic",
+    "with_recurrent_state",
+]
+
+_INIT = "is_init"
+
+
+class MultiAgentGRU(nn.Module):
+    """Gated recurrent unit with one set of weights for all rows, or one for each agent.
+
+        r, z = sigmoid(W_r x + U_r h), sigmoid(W_z x + U_z h),   n = tanh(W_n x + r U_n h),   h' = (1 - z) n + z h
+
+    with a bias in every product, as in :class:`torch.nn.GRU`, whose layout of weights it has too; those of several
+    agents are stacked. Each gate's matrices are initialised orthogonal, biases zero.
+
+    Sequences run in a loop over time with one matrix product for the inputs of all steps. On a CPU it takes the time of
+    ``torch.nn.GRU``, which cannot restart within a sequence nor have weights for each agent.
+
+    Reference: Cho et al., 2014, https://arxiv.org/abs/1406.1078, in the variant of ``torch.nn.GRU``.
+
+    Args:
+        input_size: length of an input.
+        hidden_size: length of the hidden state, which is the output too.
+        num_agents: number of agents with weights of their own; ``None`` to share one set.
+
+    Example:
+        >>> gru = MultiAgentGRU(3, 8)
+        >>> gru(torch.zeros(5, 2, 3), torch.zeros(5, 2, 8)).shape
+        torch.Size([5, 2, 8])
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, num_agents: int | None = None) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        stack = () if num_agents is None else (num_agents,)
+        self.weight_ih = nn.Parameter(torch.empty(*stack, 3 * hidden_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(*stack, 3 * hidden_size, hidden_size))
+        self.bias_ih = nn.Parameter(torch.zeros(*stack, 3 * hidden_size))
+        self.bias_hh = nn.Parameter(torch.zeros(*stack, 3 * hidden_size))
+        for weight in (self.weight_ih, self.weight_hh):
+            for gate in weight.detach().unflatten(-2, (3, hidden_size)).flatten(0, -3):
+                nn.init.orthogonal_(gate)
+
+    def forward(self, inputs: Tensor, state: Tensor) -> Tensor:
+        """Take one step.
+
+        Args:
+            inputs: ``[*rows, input_size]``; with weights of their own, the last of ``rows`` are the agents.
+            state: ``[*rows, hidden_size]``.
+
+        Returns:
+            The next state, shaped as ``state``.
+        """
+        return self._step(_affine(inputs, self.weight_ih, self.bias_ih), state)
+
+    def unroll(self, inputs: Tensor, states: Tensor, restart: Tensor, *, time_dim: int) -> Tensor:
+        """Run over a sequence.
+
+        Args:
+            inputs: ``[*batch, time, *agents, input_size]``.
+            states: ``[*batch, time, *agents, hidden_size]``; those of the first step and of restarts are read.
+            restart: bool, broadcasts with ``states``: where a step starts from its entry of ``states``.
+            time_dim: which dimension is time, counted from the front.
+
+        Returns:
+            The state after every step, shaped as ``states``.
+        """
+        projected = _affine(inputs, self.weight_ih, self.bias_ih)
+        state, after = states.select(time_dim, 0), []
+        steps = zip(*(tensor.unbind(time_dim) for tensor in (projected, states, restart)), strict=True)
+        for projected_now, stored, anew in steps:
+            state = self._step(projected_now, torch.where(anew, stored, state))
+            after.append(state)
+        return torch.stack(after, time_dim)
+
+    def _step(self, projected: Tensor, state: Tensor) -> Tensor:
+        gates = [2 * self.hidden_size, self.hidden_size]
+        reset_update, candidate = projected.split(gates, -1)
+        recurrent_reset_update, recurrent_candidate = _affine(state, self.weight_hh, self.bias_hh).split(gates, -1)
+        reset, update = (reset_update + recurrent_reset_update).sigmoid().chunk(2, -1)
+        return torch.lerp(torch.addcmul(candidate, reset, recurrent_candidate).tanh(), state, update)
+
+
+class RecurrentModule(TensorDictModuleBase):
+    """An embedding followed by a GRU: reads an input and the state before the step, writes the state after it.
+
+    The state is read under ``state_key`` and written under ``("next", state_key)``. In recurrent mode it also reads
+    ``"is_init"``, ``[*batch, time, 1]``; outside of it a row's state says all there is to say (see this file's head).
+
+    It follows TorchRL's protocol for recurrent modules: ``make_tensordict_primer``, on which
+    :func:`torchrl.modules.utils.get_env_transforms_from_module` and
+    ``Collector(auto_register_policy_transforms=True)`` build.
+
+    Args:
+        embedding: network from the input to ``[*batch, *agents, input_size]`` of the GRU.
+        gru: the recurrent unit.
+        in_key: the input.
+        state_key: the state; ``(group, name)`` with one state for each agent, ``name`` with one for the team.
+        num_agents: how many agents have a state of their own; ``None`` for the team's one.
+
+    Raises:
+        KeyError: on a call, if there is no state (the environment lacks the primer).
+        ValueError: on a call, if the state has another shape, or the data are no sequences in recurrent mode.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        gru: MultiAgentGRU,
+        *,
+        in_key: NestedKey,
+        state_key: NestedKey,
+        num_agents: int | None,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.gru = gru
+        self.state_key = state_key
+        self.in_keys = [in_key, state_key, _INIT]
+        self.out_keys = [unravel_key(("next", state_key))]
+        self._state_shape = (gru.hidden_size,) if num_agents is None else (num_agents, gru.hidden_size)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the state after each row's step, ``[*batch, *agents, hidden_size]``."""
+        batch = tensordict.batch_size
+        state = tensordict.get(self.state_key, None)
+        if state is None:
+            raise KeyError(
+                f"There is no {self.state_key!r}: act in with_recurrent_state(env, policy), or set it to zeros of shape "
+                f"{(*batch, *self._state_shape)} at the start of an episode and carry {self.out_keys[0]!r} on."
+            )
+        inputs = self.embedding(tensordict.get(self.in_keys[0]))
+        if state.shape != (*batch, *self._state_shape) or inputs.shape[:-1] != state.shape[:-1]:
+            raise ValueError(
+                f"{self.state_key!r} has shape {tuple(state.shape)} and the embedded {self.in_keys[0]!r} "
+                f"{tuple(inputs.shape)}, but the batch {tuple(batch)} asks for {(*batch, *self._state_shape)}."
+            )
+        if recurrent_mode():
+            after = self.gru.unroll(inputs, state, self._restart(tensordict), time_dim=len(batch) - 1)
+        else:
+            after = self.gru(inputs, state)
+        return tensordict.set(self.out_keys[0], after)
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """Return the transform that adds the state to an environment, zero where episodes start."""
+        spec: Composite | Unbounded = Unbounded(self._state_shape)
+        path = (self.state_key,) if isinstance(self.state_key, str) else self.state_key
+        for depth, name in enumerate(reversed(path)):
+            spec = Composite({name: spec}, shape=self._state_shape[:-1] if depth < len(path) - 1 else ())
+        return TensorDictPrimer(spec, expand_specs=True)
+
+    def _restart(self, tensordict: TensorDictBase) -> Tensor:
+        batch, restart = tensordict.batch_size, tensordict.get(_INIT)
+        if len(batch) < 2:
+            raise ValueError(
+                f"Recurrent networks are trained on sequences [*batch, time], but the data have shape {tuple(batch)}: "
+                "split batches with torchrl_marl.collectors.split_into_chunks (recipes: chunk_length=...)."
+            )
+        if restart.shape != (*batch, 1):
+            raise ValueError(f"{_INIT!r} must have shape {(*batch, 1)}, got {tuple(restart.shape)}.")
+        return restart.reshape(*batch, *(1 for _ in self._state_shape))
+
+
+def make_recurrent_actor(
+    env: EnvBase | GroupShape,
+    *,
+    group: str | None = None,
+    hidden_sizes: Sequence[int] = (128,),
+    recurrent_size: int = 128,
+    head_sizes: Sequence[int] = (128,),
+    activation: Activation = "tanh",
+    share_parameters: bool = True,
+    agent_id: bool = True,
+    device: torch.device | str | None = None,
+) -> ProbabilisticActor:
+    """Build a decentralised policy with a memory: MLP, GRU, MLP, from each agent's own history to its actions.
+
+    Action distributions and initial weights are those of :func:`~torchrl_marl.modules.make_actor`. Act in
+    :func:`with_recurrent_state`; train on sequences (:func:`torchrl_marl.collectors.split_into_chunks`).
+
+    Args:
+        env: the environment, or the shape of a group (then no environment is needed).
+        group: which group of the environment; may be left out if it has just one.
+        hidden_sizes: widths of the layers before the GRU.
+        recurrent_size: length of each agent's hidden state.
+        head_sizes: widths of the hidden layers after the GRU.
+        activation: of the hidden layers.
+        share_parameters: one network for all agents, or one for each (their parameters are stacked).
+        agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents
+            with networks of their own need none and get none.
+        device: where parameters live.
+
+    Returns:
+        Actor that reads ``(group, "observation")`` and ``(group, "recurrent_state")`` and writes ``(group, "action")``,
+        ``(group, "action_log_prob")`` and ``("next", group, "recurrent_state")``.
+
+    Raises:
+        ValueError: if the group or its spaces do not fit, ``hidden_sizes`` is empty, or the activation is unknown.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> actor = make_recurrent_actor(GroupShape("agents", 3, 8, num_actions=5), recurrent_size=16)
+        >>> agents = {"observation": torch.zeros(7, 3, 8), "recurrent_state": torch.zeros(7, 3, 16)}
+        >>> data = actor(TensorDict({"agents": agents}, batch_size=7))
+        >>> data["agents", "action"].shape, data["next", "agents", "recurrent_state"].shape
+        (torch.Size([7, 3]), torch.Size([7, 3, 16]))
+    """
+    shape = group_shape(env, group)
+    observation: NestedKey = (shape.name, "observation")
+    embedding = _embedding(shape, shape.observation_size, hidden_sizes, activation, share_parameters, agent_id)
+    memory = RecurrentModule(
+        embedding,
+        MultiAgentGRU(hidden_sizes[-1], recurrent_size, num_agents=None if share_parameters else shape.num_agents),
+        in_key=observation,
+        state_key=(shape.name, "recurrent_state"),
+        num_agents=shape.num_agents,
+    )
+    head = agent_network(
+        shape, recurrent_size, num_outputs(shape), head_sizes, activation, share_parameters, agent_id=False
+    )
+    initialize(head, activation, output_gain=0.01)
+    return make_policy(shape, memory.out_keys[0], head, memory.to(device), device=device)
+
+
+def make_recurrent_critic(
+    env: EnvBase | GroupShape,
+    *,
+    group: str | None = None,
+    observes: Literal["joint_observation", "state", "observation"] = "joint_observation",
+    hidden_sizes: Sequence[int] = (128,),
+    recurrent_size: int = 128,
+    head_sizes: Sequence[int] = (128,),
+    activation: Activation = "tanh",
+    share_parameters: bool = True,
+    agent_id: bool = True,
+    value_norm: ValueNorm | None = None,
+    device: torch.device | str | None = None,
+) -> TensorDictSequential:
+    """Build a critic with a memory: MLP, GRU, MLP, from a history to the value of every agent of a group.
+
+    A centralised critic with shared parameters has one state for the team; any other has one for each agent. Its state
+    before each step must be in the data: collect with :func:`collection_policy`.
+
+    Args:
+        env: the environment, or the shape of a group.
+        group: which group of the environment; may be left out if it has just one.
+        observes: as for :func:`~torchrl_marl.modules.make_critic`.
+        hidden_sizes: widths of the layers before the GRU.
+        recurrent_size: length of a hidden state.
+        head_sizes: widths of the hidden layers after the GRU.
+        activation: of the hidden layers.
+        share_parameters: one network for all agents, or one for each.
+        agent_id: append a one-hot agent id to an agent's own observation (shared ``"observation"`` critics only).
+        value_norm: running statistics of values, see :class:`~torchrl_marl.modules.Denormalize`.
+        device: where parameters live.
+
+    Returns:
+        Critic that reads what it observes and its state, ``"<group>_critic_state"`` (team) or
+        ``(group, "critic_state")``, and writes ``(group, "state_value")`` and the state after the step under ``"next"``.
+
+    Raises:
+        ValueError: if the group or its spaces do not fit, there is no global state, or an option is unknown.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> critic = make_recurrent_critic(GroupShape("agents", 3, 8, num_actions=5), recurrent_size=16)
+        >>> data = TensorDict({"agents": {"observation": torch.zeros(7, 3, 8)}}, batch_size=7)
+        >>> critic(data.set("agents_critic_state", torch.zeros(7, 16)))["agents", "state_value"].shape
+        torch.Size([7, 3, 1])
+    """
+    shape = group_shape(env, group)
+    team = share_parameters and observes != "observation"
+    if observes == "observation":
+        inputs, joined = shape.observation_size, []
+        layers = [agent_network(shape, recurrent_size, 1, head_sizes, activation, share_parameters, agent_id=False)]
+    else:
+        inputs, joined = joint_input(shape, observes, share_parameters)
+        agent_id = False
+        layers = value_layers(shape, recurrent_size, head_sizes, activation, share_parameters)
+    embedding = _embedding(shape, inputs, hidden_sizes, activation, share_parameters, agent_id)
+    memory = RecurrentModule(
+        nn.Sequential(*joined, embedding),
+        MultiAgentGRU(hidden_sizes[-1], recurrent_size, num_agents=None if share_parameters else shape.num_agents),
+        in_key="state" if observes == "state" else (shape.name, "observation"),
+        state_key=f"{shape.name}_critic_state" if team else (shape.name, "critic_state"),
+        num_agents=None if team else shape.num_agents,
+    )
+    head = nn.Sequential(*layers)
+    initialize(head, activation, output_gain=1.0)
+    if value_norm is not None:
+        head.append(Denormalize(value_norm))
+    value = TensorDictModule(head, in_keys=memory.out_keys, out_keys=[(shape.name, "state_value")])
+    return TensorDictSequential(memory, value).to(device)
+
+
+def collection_policy(actor: ProbabilisticActor, critic: TensorDictModuleBase) -> TensorDictModuleBase:
+    """Return what a collector must run: the actor and, where the critic has a memory, that memory.
+
+    The critic's states then lie in the data, from which values and losses start. Without a memory it is the actor.
+
+    Args:
+        actor: the policy.
+        critic: the critic.
+    """
+    memories = _recurrent_modules(critic)
+    return TensorDictSequential(actor, *memories) if memories else actor
+
+
+def with_recurrent_state(env: EnvBase, policy: nn.Module) -> EnvBase:
+    """Return an environment that holds the states of a policy's recurrent modules and marks episode starts.
+
+    States are zero wherever an episode starts, in those copies of the environment where it does. The environment given
+    stays as it is; it is returned if nothing is missing.
+
+    Args:
+        env: environment with done flags at the root.
+        policy: any module with :class:`RecurrentModule` parts, or none.
+
+    Example:
+        >>> from torchrl_marl.envs import make_env
+        >>> env = make_env("balance", num_envs=2, max_steps=5, seed=0)
+        >>> actor = make_recurrent_actor(env, recurrent_size=16)
+        >>> with_recurrent_state(env, actor).rollout(3, actor)["next", "agents", "recurrent_state"].shape
+        torch.Size([2, 3, 3, 16])
+    """
+    present = env.full_observation_spec.keys(True, True)
+    primers = [
+        module.make_tensordict_primer() for module in _recurrent_modules(policy) if module.state_key not in present
+    ]
+    return TransformedEnv(env, Compose(InitTracker(), *primers), auto_unwrap=False) if primers else env
+
+
+def _recurrent_modules(network: nn.Module) -> list[RecurrentModule]:
+    return [module for module in network.modules() if isinstance(module, RecurrentModule)]
+
+
+def _embedding(
+    shape: GroupShape,
+    inputs: int,
+    hidden_sizes: Sequence[int],
+    activation: Activation,
+    share_parameters: bool,
+    agent_id: bool,
+) -> nn.Module:
+    if not hidden_sizes:
+        raise ValueError(f"hidden_sizes must name at least one layer before the GRU, got {hidden_sizes!r}.")
+    *widths, last = hidden_sizes
+    network = agent_network(shape, inputs, last, widths, activation, share_parameters, agent_id)
+    initialize(network, activation)
+    return nn.Sequential(network, activation_class(activation)())
+
+
+def _affine(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``[..., N, D]`` through one matrix, or through each agent's own."""
+    if weight.ndim == 2:
+        return functional.linear(inputs, weight, bias)
+    return torch.einsum("...nd,nkd->...nk", inputs, weight) + bias

@@ -64,7 +64,7 @@ def make_policy(
         distribution = masked if shape.masked else {"in_keys": keys, "distribution_class": Categorical}
     head = TensorDictModule(network.to(device), in_keys=[in_key], out_keys=keys)
     return ProbabilisticActor(
-        TensorDictSequential(*before, head) if before else head,
+        TensorDictSequential([*before, head]) if before else head,
         out_keys=[(name, "action")],
         return_log_prob=True,
         log_prob_key=(name, "action_log_prob"),
@@ -104,18 +104,19 @@ def agent_network(
 
 
 def joint_input(shape: GroupShape, observes: str, share_parameters: bool) -> tuple[int, list[nn.Module]]:
-    """Size of what all agents see together, and the layers that put it side by side: ``[..., size]`` for a network that
-    all agents share, ``[..., N, size]`` for networks of their own.
+    """Return the size of what all agents see together, and the layers that put it side by side.
+
+    They give ``[..., size]`` for a network that all agents share, ``[..., N, size]`` for networks of their own.
     """
     if observes == "joint_observation":
-        size, layers = shape.num_agents * shape.observation_size, [nn.Flatten(-2, -1)]
+        size, joined = shape.num_agents * shape.observation_size, nn.Flatten(-2, -1)
     elif observes != "state":
         raise ValueError(f"observes must be joint_observation, state or observation; got {observes!r}.")
     elif shape.state_size is None:
         raise ValueError('observes="state", but the environment has no "state" at the root; use "joint_observation".')
     else:
-        size, layers = shape.state_size, [nn.Identity()]
-    return size, layers if share_parameters else [*layers, _ExpandToAgents(shape.num_agents)]
+        size, joined = shape.state_size, nn.Identity()
+    return size, [joined] if share_parameters else [joined, _ExpandToAgents(shape.num_agents)]
 
 
 def value_layers(

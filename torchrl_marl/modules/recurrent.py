@@ -162,7 +162,7 @@ class RecurrentModule(TensorDictModuleBase):
         self.state_key = state_key
         self.in_keys = [in_key, state_key, _INIT]
         self.out_keys = [unravel_key(("next", state_key))]
-        self._state_shape = (gru.hidden_size,) if num_agents is None else (num_agents, gru.hidden_size)
+        self._state_shape = torch.Size([gru.hidden_size] if num_agents is None else [num_agents, gru.hidden_size])
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the state after each row's step, ``[*batch, *agents, hidden_size]``."""
@@ -170,7 +170,7 @@ class RecurrentModule(TensorDictModuleBase):
         state = tensordict.get(self.state_key, None)
         if state is None:
             raise KeyError(
-                f"There is no {self.state_key!r}: act in with_recurrent_state(env, policy), or set it to zeros of shape "
+                f"There is no {self.state_key!r}: act in with_recurrent_state(env, policy), or set it to zeros "
                 f"{(*batch, *self._state_shape)} at the start of an episode and carry {self.out_keys[0]!r} on."
             )
         inputs = self.embedding(tensordict.get(self.in_keys[0]))
@@ -187,21 +187,20 @@ class RecurrentModule(TensorDictModuleBase):
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Return the transform that adds the state to an environment, zero where episodes start."""
-        spec: Composite | Unbounded = Unbounded(self._state_shape)
-        path = (self.state_key,) if isinstance(self.state_key, str) else self.state_key
-        for depth, name in enumerate(reversed(path)):
-            spec = Composite({name: spec}, shape=self._state_shape[:-1] if depth < len(path) - 1 else ())
-        return TensorDictPrimer(spec, expand_specs=True)
+        *group, name = (self.state_key,) if isinstance(self.state_key, str) else self.state_key
+        spec = Composite({name: Unbounded(self._state_shape)}, shape=self._state_shape[:-1] if group else ())
+        return TensorDictPrimer(Composite({group[0]: spec}) if group else spec, expand_specs=True)
 
     def _restart(self, tensordict: TensorDictBase) -> Tensor:
-        batch, restart = tensordict.batch_size, tensordict.get(_INIT)
+        batch, restart = tensordict.batch_size, tensordict.get(_INIT, None)
         if len(batch) < 2:
             raise ValueError(
                 f"Recurrent networks are trained on sequences [*batch, time], but the data have shape {tuple(batch)}: "
                 "split batches with torchrl_marl.collectors.split_into_chunks (recipes: chunk_length=...)."
             )
-        if restart.shape != (*batch, 1):
-            raise ValueError(f"{_INIT!r} must have shape {(*batch, 1)}, got {tuple(restart.shape)}.")
+        if restart is None or restart.shape != (*batch, 1):
+            found = "is missing" if restart is None else f"has shape {tuple(restart.shape)}"
+            raise ValueError(f"{_INIT!r}, which marks episode starts, must be {(*batch, 1)}, but {found}.")
         return restart.reshape(*batch, *(1 for _ in self._state_shape))
 
 
@@ -299,8 +298,8 @@ def make_recurrent_critic(
         device: where parameters live.
 
     Returns:
-        Critic that reads what it observes and its state, ``"<group>_critic_state"`` (team) or
-        ``(group, "critic_state")``, and writes ``(group, "state_value")`` and the state after the step under ``"next"``.
+        Critic that reads what it observes and its state, ``"<group>_critic_state"`` for the team or
+        ``(group, "critic_state")``, and writes ``(group, "state_value")`` and, under ``"next"``, the state to carry on.
 
     Raises:
         ValueError: if the group or its spaces do not fit, there is no global state, or an option is unknown.
@@ -334,7 +333,7 @@ def make_recurrent_critic(
     if value_norm is not None:
         head.append(Denormalize(value_norm))
     value = TensorDictModule(head, in_keys=memory.out_keys, out_keys=[(shape.name, "state_value")])
-    return TensorDictSequential(memory, value).to(device)
+    return TensorDictSequential([memory, value]).to(device)
 
 
 def collection_policy(actor: ProbabilisticActor, critic: TensorDictModuleBase) -> TensorDictModuleBase:
@@ -347,7 +346,7 @@ def collection_policy(actor: ProbabilisticActor, critic: TensorDictModuleBase) -
         critic: the critic.
     """
     memories = _recurrent_modules(critic)
-    return TensorDictSequential(actor, *memories) if memories else actor
+    return TensorDictSequential([actor, *memories]) if memories else actor
 
 
 def with_recurrent_state(env: EnvBase, policy: nn.Module) -> EnvBase:
@@ -371,7 +370,7 @@ def with_recurrent_state(env: EnvBase, policy: nn.Module) -> EnvBase:
     primers = [
         module.make_tensordict_primer() for module in _recurrent_modules(policy) if module.state_key not in present
     ]
-    return TransformedEnv(env, Compose(InitTracker(), *primers), auto_unwrap=False) if primers else env
+    return TransformedEnv(env, Compose([InitTracker(), *primers]), auto_unwrap=False) if primers else env
 
 
 def _recurrent_modules(network: nn.Module) -> list[RecurrentModule]:

@@ -306,22 +306,6 @@ def test_a_row_outside_of_recurrent_mode_starts_from_its_stored_state_alone():
         assert_close(output(network, data.set("is_init", ~data["is_init"])), output(network, data))
 
 
-def test_compiled_equals_eager():
-    torch.compiler.reset()
-    for network in (networks()[0], networks(share=False)[1]):
-        data = sequences(network)
-        module = memory(network)
-
-        def run(data, module=module):
-            return module(data.copy())["next", module.state_key]
-
-        with set_recurrent_mode(True):
-            results = [run(data), torch.compile(run, fullgraph=True, backend="aot_eager")(data)]
-        assert_close(results[0], results[1], **TOLERANCE)
-        gradients = [torch.autograd.grad(result.sum(), module.parameters()) for result in results]
-        assert_close(gradients[0], gradients[1], **TOLERANCE)
-
-
 # --- agents
 
 

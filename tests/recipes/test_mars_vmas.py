@@ -17,6 +17,12 @@ from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.objectives import IPPOLoss
 
+GRU = [
+    "actor=gru",
+    "critic=gru",
+    "chunk_length=5",
+    *(f"{network}.{size}" for network in ("actor", "critic") for size in ("recurrent_size=8", "head_sizes=[]")),
+]
 METHODS = sorted(path.stem for path in (RECIPES / "config" / "loss").glob("*.yaml"))
 RECIPE_OF = {"marpo": "marpo_vmas", "rpo": "marpo_vmas"}  # the others are mars_vmas.py's
 
@@ -115,6 +121,7 @@ def test_arguments_that_the_yaml_does_not_list_can_be_overridden(
         ("optimize.lr=1", "optimizer"),
         ("los=mars", "loss"),
         ("loss=marz", "loss=mars"),
+        ("actor=gruu", "actor=gru"),
         ("loss.target_ratio=[0.5,2]", "loss.target_ratios"),
         ("env.scenrio=balance", "env.scenario"),
         ("optimizer.learning_rate=1", "optimizer.lr"),
@@ -134,8 +141,11 @@ def test_a_key_that_nothing_reads_fails_with_the_nearest_names(
     assert not run_folders(tmp_path)
 
 
-def test_a_run_killed_in_the_middle_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = ["total_frames=1600", "evaluation.interval=240", "seed=5", "env.scenario=balance"]
+@pytest.mark.parametrize("networks", [[], GRU], ids=["mlp", "gru"])
+def test_a_run_killed_in_the_middle_resumes_bit_for_bit(
+    networks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = ["total_frames=1600", "evaluation.interval=240", "seed=5", "env.scenario=balance", *networks]
     run_recipe(monkeypatch, tmp_path / "whole", *long)
     process = start_recipe(tmp_path / "killed", *long)
     killed = wait_for_frames(tmp_path / "killed", 800)  # past a checkpoint, and beyond what that one holds
@@ -242,6 +252,44 @@ def test_the_policy_acts_from_local_observations_alone(tmp_path: Path, monkeypat
         ]
     torch.testing.assert_close(actions[0][:, 0], actions[1][:, 0])
     assert not torch.allclose(actions[0][:, 1:], actions[1][:, 1:])
+
+
+@pytest.mark.parametrize("method", ["mars", "ippo"])
+def test_a_recurrent_policy_acts_from_its_own_history_and_scores_what_was_logged(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(monkeypatch, tmp_path, *GRU, f"loss={method}", "evaluation.video=true")
+    (folder,) = run_folders(tmp_path)
+    assert (folder / "episode.gif").exists()
+    policy = load_policy(find_checkpoint(folder))
+    state, observation = torch.zeros(6, 4, 8), torch.randn(6, 4, 18)
+    actions = []
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        for _ in range(2):  # the same observation again, with another state
+            agents = {"observation": observation, "recurrent_state": state}
+            data = policy(TensorDict({"agents": agents}, batch_size=6))
+            state = data["next", "agents", "recurrent_state"]
+            actions.append(data["agents", "action"])
+    assert not torch.allclose(*actions)
+    episodes = evaluate(make_env("navigation", num_envs=4, max_steps=10, seed=0), policy, seed=1_000_003, max_steps=10)
+    assert episodes.returns.mean().item() == pytest.approx(last_value(folder, "eval/reward/episode_reward_mean"))
+
+
+def test_a_memory_for_one_of_the_two_networks_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for network in ("actor", "critic"):
+        run_recipe(monkeypatch, tmp_path, f"{network}=gru", "chunk_length=5", "total_frames=80")
+    assert all((folder / "summary.json").exists() for folder in run_folders(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("length", "message"), [("3", "divide the 10 steps.*got 3"), ("null", r"sequences.*shape \(40,\)")]
+)
+def test_chunks_that_do_not_fit_are_refused(
+    length: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match=message):
+        run_recipe(monkeypatch, tmp_path, *GRU, f"chunk_length={length}")
 
 
 def test_the_best_checkpoint_is_kept_and_scores_what_was_logged(

@@ -16,10 +16,10 @@ from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
-from torchrl_marl.collectors import NextStepKeys
+from torchrl_marl.collectors import NextStepKeys, split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.evaluation import plot_kl_interval
-from torchrl_marl.modules import GroupShape
+from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.objectives import MARPOLoss, standardize
 from torchrl_marl.training import Run
 
@@ -43,8 +43,10 @@ def main(cfg: DictConfig) -> float:
     optimizer = instantiate(cfg.optimizer, loss.parameters())
     add_next_step = NextStepKeys(action=(shape.name, "action"), log_prob=(shape.name, "action_log_prob"))
 
+    policy = collection_policy(actor, critic)
+    env = with_recurrent_state(env, policy)
     collector = Collector(
-        env, actor, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
+        env, policy, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
     )
     buffer = ReplayBuffer(  # of chunks: consecutive steps share the pass through the policy
         storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // cfg.chunk_length, device=device),
@@ -61,7 +63,7 @@ def main(cfg: DictConfig) -> float:
             add_next_step(batch)
 
         buffer.empty()
-        buffer.extend(batch.reshape(-1, cfg.chunk_length).select(*loss.in_keys, strict=False))
+        buffer.extend(split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length))
         for _ in range(cfg.epochs):
             for minibatch in buffer:
                 losses = compute_loss(minibatch)

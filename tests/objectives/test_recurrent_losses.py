@@ -16,7 +16,7 @@ from torchrl.modules import RunningValueNorm, set_recurrent_mode
 
 from tests.objectives.loss_factories import gradients
 from tests.objectives.recall_env import RecallEnv
-from torchrl_marl.collectors import split_into_chunks
+from torchrl_marl.collectors import NextStepKeys, split_into_chunks
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.modules import (
@@ -29,7 +29,7 @@ from torchrl_marl.modules import (
     make_recurrent_critic,
     with_recurrent_state,
 )
-from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, standardize
+from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARPOLoss, MARSLoss, MASPOLoss, standardize
 
 SIZES = {"hidden_sizes": (8,), "recurrent_size": 7, "head_sizes": (9,)}
 GAMMA, LMBDA = 0.9, 0.8
@@ -110,6 +110,26 @@ def test_ratios_are_one_on_what_was_just_collected(loss_class, share):
         stir(loss.actor_network)
         stir(loss.critic_network)
     assert not batch["is_init"][:, 0].all()
+
+
+def test_both_ratios_of_marpo_are_one_on_what_was_just_collected():
+    loss, collector = falling_balance(MARPOLoss, time_dim=1)
+    batch = NextStepKeys()(estimate(loss, next(iter(collector))))
+    pairs = batch["next", "reflection_mask"]
+    assert not pairs[batch["next", "done"].squeeze(-1)].any()
+    for length in (4, 8, 48):
+        output = loss(split_into_chunks(batch.select(*loss.in_keys, strict=False), length))
+        assert abs(output["max_ratio"] - 1) < 1e-5
+        assert abs(output["next_ratio"] - 1) < 1e-6
+        assert output["next_clip_fraction"] == 0
+        assert_close(output["reflection_share"], pairs.float().mean())
+        assert all(gradient.isfinite().all() for gradient in gradients(output, loss.actor_network))
+
+
+def test_marpo_asks_for_sequences_where_the_policy_has_a_memory():
+    shape = GroupShape("agents", 3, 5, num_actions=4)
+    with pytest.raises(ValueError, match="time_dim"):
+        MARPOLoss(make_recurrent_actor(shape), make_critic(shape))
 
 
 def test_log_probabilities_of_continuous_actions_are_recomputed_as_well_as_without_a_memory():

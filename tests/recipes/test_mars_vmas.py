@@ -254,11 +254,12 @@ def test_the_policy_acts_from_local_observations_alone(tmp_path: Path, monkeypat
     assert not torch.allclose(actions[0][:, 1:], actions[1][:, 1:])
 
 
-@pytest.mark.parametrize("method", ["mars", "ippo"])
+@pytest.mark.parametrize("method", ["mars", "ippo", "marpo"])
 def test_a_recurrent_policy_acts_from_its_own_history_and_scores_what_was_logged(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_recipe(monkeypatch, tmp_path, *GRU, f"loss={method}", "evaluation.video=true")
+    recipe = RECIPE_OF.get(method, "mars_vmas")
+    run_recipe(monkeypatch, tmp_path, *GRU, f"loss={method}", "evaluation.video=true", recipe=recipe)
     (folder,) = run_folders(tmp_path)
     assert (folder / "episode.gif").exists()
     policy = load_policy(find_checkpoint(folder))

@@ -87,7 +87,8 @@ class MARPOLoss(RatioLoss):
         kl_target_max: largest KL target.
         time_dim: batch dimension of time where ``forward`` gets sequences of consecutive steps, such as
             ``split_into_chunks`` makes, instead of rows. The next log-ratio is then the same output one step on: only
-            the last step of each sequence takes a second pass through the policy, where rows take one for all.
+            the last step of each sequence takes a second pass through the policy, where rows take one for all. A
+            recurrent policy needs it; the last step's second pass starts from the state that was collected.
         gain: another trust region in place of the clip.
         entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
             functional, reduction: as for every ratio loss, see there.
@@ -169,6 +170,8 @@ class MARPOLoss(RatioLoss):
             functional=functional,
             reduction=reduction,
         )
+        if time_dim is None and reflection_coeff and "is_init" in actor_network.in_keys:
+            raise ValueError("A recurrent policy is trained on sequences: say which dimension is time with time_dim.")
         if layout not in get_args(ClipLayout):
             raise ValueError(f"layout must be one of {', '.join(get_args(ClipLayout))}; got {layout!r}.")
         if not reflection_coeff >= 0:

@@ -18,7 +18,7 @@ key                                        shape          meaning
 ``("next", "terminated")``                 ``[B, 1]``     the episode ended and has no future: no bootstrapping
 ``"state"``                                ``[B, S]``     global state, where the environment has one
 ``"advantage"``, ``"value_target"``        ``[B, N, 1]``  written by a loss's value estimator
-``("agents", "recurrent_state")``          ``[B, N, H]``  a recurrent actor's state before the step; ``"next"``: after it
+``("agents", "recurrent_state")``          ``[B, N, H]``  a recurrent actor's state before the step (``"next"``: after)
 ``("agents", "critic_state")``             ``[B, N, H]``  the same of a recurrent critic with a state for each agent
 ``"agents_critic_state"``                  ``[B, H]``     the same of a recurrent critic with one state for the team
 ``"is_init"``                              ``[B, 1]``     the step is the first of its episode (TorchRL's InitTracker)

@@ -8,6 +8,10 @@ network writes the one after the step under ``"next"``, and TorchRL carries it o
   marked by ``"is_init"``; in between each step goes on from the one before, with gradients.
 
 TorchRL's :class:`~torchrl.modules.set_recurrent_mode` chooses: off by default, on within every loss.
+
+Restarting from stored states rather than from zeros makes values of next observations exact, too. Value estimators run
+the critic over those as rows or as a sequence of its own, marked where episodes start; the state stored beside the
+first next observation of an episode, and beside its last one, has seen all that came before in that episode.
 """
 
 from __future__ import annotations

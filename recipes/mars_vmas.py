@@ -42,9 +42,12 @@ def main(cfg: DictConfig) -> float:
     optimizer = instantiate(cfg.optimizer, loss.parameters())
 
     policy = collection_policy(actor, critic)
-    env = with_recurrent_state(env, policy)
     collector = Collector(
-        env, policy, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
+        with_recurrent_state(env, policy),
+        policy,
+        frames_per_batch=cfg.frames_per_batch,
+        total_frames=-1,
+        auto_register_policy_transforms=False,
     )
     steps = cfg.chunk_length or 1
     buffer = ReplayBuffer(
@@ -53,7 +56,7 @@ def main(cfg: DictConfig) -> float:
         batch_size=math.ceil(cfg.minibatch_size / steps),
     )
 
-    run = Run(cfg, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
+    run = Run(cfg, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer, env=env)
     for batch in run.batches(collector):
         with torch.no_grad():
             loss.value_estimator(batch)

@@ -121,7 +121,7 @@ def test_each_flaw_gives_exactly_its_warning(options, message, capsys):
 def test_the_text_names_everything_a_user_builds_networks_from(capsys):
     check_env(TransformedEnv(Team(limit=None), StepCounter(max_steps=9)), num_steps=20)
     expected = """
-        TransformedEnv, 3 environments in parallel, no device set
+        Team, 3 environments in parallel, no device set
         time limit    9 steps, reported as truncated
         done flags    done, terminated, truncated
         at the root   state float32 [7], step_count int64 [1]

@@ -141,11 +141,15 @@ def test_a_key_that_nothing_reads_fails_with_the_nearest_names(
     assert not run_folders(tmp_path)
 
 
-@pytest.mark.parametrize("networks", [[], GRU], ids=["mlp", "gru"])
+@pytest.mark.parametrize(
+    "overrides",
+    [["env.scenario=balance"], ["env.scenario=balance", *GRU], ["env=coordsum", "env.scenario=CoordSum-2x5", *GRU]],
+    ids=["mlp", "gru", "coordsum"],
+)
 def test_a_run_killed_in_the_middle_resumes_bit_for_bit(
-    networks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = ["total_frames=1600", "evaluation.interval=240", "seed=5", "env.scenario=balance", *networks]
+    long = [*overrides, "total_frames=1600", "evaluation.interval=240", "seed=5"]
     run_recipe(monkeypatch, tmp_path / "whole", *long)
     process = start_recipe(tmp_path / "killed", *long)
     killed = wait_for_frames(tmp_path / "killed", 800)  # past a checkpoint, and beyond what that one holds

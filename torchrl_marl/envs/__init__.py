@@ -1,8 +1,21 @@
 """Environments, and the tools to build, check, film and reproduce them."""
 
 from torchrl_marl.envs.check import check_env
+from torchrl_marl.envs.coordsum import CoordSumEnv, make_coordsum
 from torchrl_marl.envs.random_state import RandomState, preserve_random_state
 from torchrl_marl.envs.render import render_episode
+from torchrl_marl.envs.rules import Rules
+from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.envs.vmas import make_env
 
-__all__ = ["RandomState", "check_env", "make_env", "preserve_random_state", "render_episode"]
+__all__ = [
+    "CoordSumEnv",
+    "RandomState",
+    "Rules",
+    "TensorEnv",
+    "check_env",
+    "make_coordsum",
+    "make_env",
+    "preserve_random_state",
+    "render_episode",
+]

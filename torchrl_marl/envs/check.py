@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import textwrap
@@ -17,6 +18,7 @@ from torchrl.envs import EnvBase, StepCounter, TransformedEnv, VmasWrapper
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_marl.envs.random_state import preserve_random_state
+from torchrl_marl.envs.tensor_env import TensorEnv
 
 __all__ = ["check_env"]
 
@@ -30,8 +32,8 @@ def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
     masks that nobody reads, time limits reported as terminations, rewards that differ within a group, episodes
     without end, values that are not finite, observations of different sizes, and done flags per agent.
 
-    The random state of the process and the environment's own ``torch.Generator``s are put back afterwards. The
-    environment has to be reset before it is used further.
+    The random state of the process and the environment's own (``torch.Generator``s and what its ``state_dict`` holds)
+    are put back afterwards. The environment has to be reset before it is used further.
 
     Args:
         env: a TorchRL environment with a ``group_map``; one copy of it rather than a ``SerialEnv`` or ``ParallelEnv``.
@@ -79,8 +81,8 @@ def _group_map(env: EnvBase) -> dict[str, list[str]]:
 @contextlib.contextmanager
 def _undisturbed(env: EnvBase) -> Iterator[None]:
     """Restore all random states and keep TorchRL's log lines out of the printed text."""
-    while isinstance(env, TransformedEnv):
-        env = env.base_env
+    env = _base(env)
+    own_state = copy.deepcopy(env.state_dict())
     generators = [value for value in vars(env).values() if isinstance(value, torch.Generator)]
     states = [generator.get_state() for generator in generators]
     logger = logging.getLogger("torchrl")
@@ -93,6 +95,13 @@ def _undisturbed(env: EnvBase) -> Iterator[None]:
         logger.setLevel(level)
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+        env.load_state_dict(own_state)
+
+
+def _base(env: EnvBase) -> EnvBase:
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return env
 
 
 def _path(key: Any) -> Key:
@@ -123,6 +132,9 @@ def _time_limit(env: EnvBase) -> tuple[int, str] | None:
     counters = [module.max_steps for module in env.modules() if isinstance(module, StepCounter)]
     if limits := [limit for limit in counters if limit is not None]:
         return min(limits), "truncated"
+    base = _base(env)
+    if isinstance(base, TensorEnv):
+        return base.rules.max_steps, f"{base.rules.time_limit}d"
     simulator = _simulator(env)
     return (simulator.max_steps, "terminated") if simulator is not None and simulator.max_steps else None
 
@@ -151,7 +163,7 @@ def _episodes(env: EnvBase, rollout: TensorDictBase) -> tuple[Tensor, Tensor]:
 
 def _describe(env: EnvBase) -> str:
     groups, specs, simulator, limit = _group_map(env), _specs(env), _simulator(env), _time_limit(env)
-    name = type(env).__name__ if simulator is None else f"VmasEnv ({simulator.scenario_name})"
+    name = type(_base(env)).__name__ if simulator is None else f"VmasEnv ({simulator.scenario_name})"
     count = f"{math.prod(env.batch_size)} environments in parallel" if env.batch_size else "one environment"
     root = [f"{'/'.join(key)} {_layout(env, spec)}" for key, spec in specs.items() if key[0] not in groups]
     lines = [
@@ -221,8 +233,10 @@ def _time_limit_findings(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]
         "Advantages then count the value beyond the limit as zero. Report the limit as `truncated`: "
         "make_env(time_limit='truncate'), or no limit in the environment and a StepCounter(max_steps=...) around it."
     )
-    limit = _time_limit(env)
+    base, limit = _base(env), _time_limit(env)
     lengths, terminated = _episodes(env, rollout)
+    if isinstance(base, TensorEnv) and base.rules.fixed_length:
+        return
     if limit is None and not len(lengths):
         yield (
             f"no episode ended in {rollout.shape[-1]} steps and no time limit is declared: an endless task is never "

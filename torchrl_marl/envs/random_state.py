@@ -23,8 +23,8 @@ class RandomState:
     """The process-wide random state as a checkpointable object.
 
     Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's ``GlobalRNGState``) and, where
-    VMAS is loaded, the random stream that all VMAS environments share. A generator that an environment owns is not
-    part of it.
+    VMAS is loaded, the random stream that all VMAS environments share. A stream that an environment owns is not
+    part of it: that is in the environment's own ``state_dict``.
 
     Example:
         >>> saved = RandomState().state_dict()

@@ -15,6 +15,7 @@ from torchrl.envs import EnvBase, VmasWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_marl.envs.random_state import preserve_random_state
+from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.modules import with_recurrent_state
 
 if TYPE_CHECKING:
@@ -35,27 +36,28 @@ def render_episode(
     *,
     max_steps: int,
     env_index: int = 0,
-    fps: int = 20,
+    fps: int | None = None,
 ) -> Path:
-    """Film one episode of a VMAS task, played with the policy's deterministic actions, and write it as a GIF.
+    """Film one episode, played with the policy's deterministic actions, and write it as a GIF.
 
-    VMAS draws the frames off screen; where OpenGL is missing we draw the same entities with Pillow. No display is
-    needed. The random state is left as it was, but the environment is reset and stepped: film on one of its own.
+    The library's own games draw themselves. VMAS draws the frames off screen; where OpenGL is missing we draw the same
+    entities with Pillow. No display is needed. The random state of the process is left as it was, but the environment
+    is reset and stepped: film on one of its own.
 
     Args:
-        env: a VMAS environment, such as one from ``make_env``.
+        env: a VMAS environment, such as one from ``make_env``, or a ``TensorEnv``, such as ``CoordSumEnv``.
         policy: writes the actions, such as the actor of a loss.
         path: file to write; ends in ".gif". Missing folders are made.
         max_steps: the film stops here, or earlier when the episode ends.
         env_index: which of the parallel environments to film.
-        fps: frames per second. VMAS simulates 10 steps per second.
+        fps: frames per second; ``None`` for 20 in VMAS, which simulates 10 steps per second, and 6 in other games.
 
     Returns:
         The path of the file.
 
     Raises:
         ImportError: if Pillow is not installed.
-        ValueError: if the environment is not a VMAS task or an argument is out of its range.
+        ValueError: if the environment cannot be drawn or an argument is out of its range.
 
     Example:
         >>> import tempfile
@@ -66,11 +68,12 @@ def render_episode(
         'random.gif'
     """
     path = Path(path)
-    simulator = next((module for module in env.modules() if isinstance(module, VmasWrapper)), None)
+    simulator = next((module for module in env.modules() if isinstance(module, VmasWrapper | TensorEnv)), None)
     if simulator is None:
-        raise ValueError(f"only VMAS environments can be filmed, got {type(env).__name__}")
+        raise ValueError(f"only VMAS environments and TensorEnv can be filmed, got {type(env).__name__}")
     if not 0 <= env_index < env.batch_size[0]:
         raise ValueError(f"env_index must be in 0..{env.batch_size[0] - 1}, got {env_index}")
+    fps = (20 if isinstance(simulator, VmasWrapper) else 6) if fps is None else fps
     if max_steps < 1 or fps < 1:
         raise ValueError(f"max_steps and fps must be at least 1, got {max_steps} and {fps}")
     if path.suffix.lower() != ".gif":
@@ -82,34 +85,67 @@ def render_episode(
     if isinstance(policy, nn.Module):
         env = with_recurrent_state(env, policy)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_gif(_film(env, simulator, policy, max_steps, env_index), path, fps)
+    if isinstance(simulator, VmasWrapper):
+        camera = _VmasCamera(simulator, env_index)
+    else:
+        camera = _Camera(simulator, env_index)
+    _write_gif(_film(env, camera, policy, max_steps, env_index), path, fps)
     return path
 
 
-def _film(env: EnvBase, simulator: VmasWrapper, policy: Callable, max_steps: int, env_index: int) -> list[Image]:
+def _film(env: EnvBase, camera: _Camera | _VmasCamera, policy: Callable, max_steps: int, env_index: int) -> list[Image]:
     """Play the episode and return its frames with captions."""
-    scenes, captions = [], []
-    photographs: list[Image] | None = []
+    captions = []
     returns = dict.fromkeys(env.reward_keys, 0.0)
     with torch.no_grad(), preserve_random_state(), set_exploration_type(ExplorationType.DETERMINISTIC):
         data = env.reset()
         for step in range(max_steps + 1):
-            scenes.append(_scene(simulator, env_index))
+            camera.shoot()
             captions.append(_caption(step, returns))
-            if photographs is not None:
-                try:
-                    photographs.append(_photograph(simulator, env_index))
-                except Exception:
-                    # Without OpenGL, EGL or a display pyglet fails at the first frame, each in its own way.
-                    photographs = None
             if step == max_steps or data["done"][env_index].any():
                 break
             data = env.step(policy(data))
             for key in returns:
                 returns[key] += data["next", key][env_index].mean().item()
             data = env.step_mdp(data)
-    images = _draw(scenes, _bounds(scenes)) if photographs is None else photographs
-    return [_with_caption(image, caption) for image, caption in zip(images, captions, strict=True)]
+    return [_with_caption(image, caption) for image, caption in zip(camera.images(), captions, strict=True)]
+
+
+class _Camera:
+    """Takes the pictures that a game draws of itself."""
+
+    def __init__(self, env: TensorEnv, env_index: int) -> None:
+        self._env, self._env_index = env, env_index
+        self._images: list[Image] = []
+
+    def shoot(self) -> None:
+        from PIL import Image
+
+        self._images.append(Image.fromarray(self._env.render(self._env_index).numpy()))
+
+    def images(self) -> list[Image]:
+        return self._images
+
+
+class _VmasCamera:
+    """Takes VMAS's pictures, or draws the entities where VMAS cannot."""
+
+    def __init__(self, simulator: VmasWrapper, env_index: int) -> None:
+        self._simulator, self._env_index = simulator, env_index
+        self._scenes: list[list[_Body]] = []
+        self._photographs: list[Image] | None = []
+
+    def shoot(self) -> None:
+        self._scenes.append(_scene(self._simulator, self._env_index))
+        if self._photographs is not None:
+            try:
+                self._photographs.append(_photograph(self._simulator, self._env_index))
+            except Exception:
+                # Without OpenGL, EGL or a display pyglet fails at the first frame, each in its own way.
+                self._photographs = None
+
+    def images(self) -> list[Image]:
+        return _draw(self._scenes, _bounds(self._scenes)) if self._photographs is None else self._photographs
 
 
 def _photograph(simulator: VmasWrapper, env_index: int) -> Image:

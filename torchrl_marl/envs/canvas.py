@@ -1,0 +1,85 @@
+"""Smooth drawings with Pillow, which is imported only to draw."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["AGENT_COLORS", "FAINT", "INK", "Canvas"]
+
+_SUPERSAMPLING = 3
+
+INK, FAINT = "#2e3440", "#8a93a3"
+# Paul Tol's "bright" palette without its yellow and grey, then two darker tones: also told apart without red and green.
+AGENT_COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#e0862c", "#332288", "#7a5230")
+
+
+class Canvas:
+    """A picture in pixels, drawn three times as large and scaled down, so that edges are smooth.
+
+    Args:
+        width: of the picture.
+        height: of the picture.
+        background: colour.
+    """
+
+    def __init__(self, width: int, height: int, background: str = "white") -> None:
+        from PIL import Image, ImageDraw
+
+        self._size = (width, height)
+        self._image = Image.new("RGB", (_SUPERSAMPLING * width, _SUPERSAMPLING * height), background)
+        self._pen = ImageDraw.Draw(self._image)
+
+    def rectangle(
+        self,
+        corner: tuple[float, float],
+        size: tuple[float, float],
+        fill: str | None,
+        *,
+        edge: str | None = None,
+        radius: float = 0,
+        width: float = 1.5,
+    ) -> None:
+        """Draw a rectangle from its upper left corner."""
+        (x, y), (w, h) = self._scaled(corner), self._scaled(size)
+        self._pen.rounded_rectangle(
+            [x, y, x + w - 1, y + h - 1], _SUPERSAMPLING * radius, fill, edge, round(_SUPERSAMPLING * width)
+        )
+
+    def disc(
+        self, center: tuple[float, float], radius: float, fill: str, *, edge: str | None = None, width: float = 1.5
+    ) -> None:
+        """Draw a disc."""
+        self._pen.circle(self._scaled(center), _SUPERSAMPLING * radius, fill, edge, round(_SUPERSAMPLING * width))
+
+    def polygon(self, points: list[tuple[float, float]], fill: str) -> None:
+        """Draw a filled polygon."""
+        self._pen.polygon([self._scaled(point) for point in points], fill)
+
+    def path(self, points: list[tuple[float, float]], color: str, width: float) -> None:
+        """Draw a line through points, with round ends and corners."""
+        scaled = [self._scaled(point) for point in points]
+        self._pen.line(scaled, color, round(_SUPERSAMPLING * width), joint="curve")
+        for end in (scaled[0], scaled[-1]):
+            self._pen.circle(end, _SUPERSAMPLING * width / 2, color)
+
+    def text(
+        self, position: tuple[float, float], content: str, size: int, color: str = INK, anchor: str = "mm"
+    ) -> None:
+        """Write text; ``anchor`` as in Pillow, by default the middle of the text."""
+        from PIL import ImageFont
+
+        font = ImageFont.load_default(_SUPERSAMPLING * size)
+        self._pen.text(self._scaled(position), content, fill=color, font=font, anchor=anchor)
+
+    def image(self) -> Image:
+        """Return the picture."""
+        from PIL import Image
+
+        return self._image.resize(self._size, Image.Resampling.LANCZOS)
+
+    @staticmethod
+    def _scaled(point: tuple[float, float]) -> tuple[float, float]:
+        return _SUPERSAMPLING * point[0], _SUPERSAMPLING * point[1]

@@ -1,0 +1,127 @@
+"""What a cooperative game written in Torch is made of: pure functions between states."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Rules", "State", "TimeLimit"]
+
+TimeLimit = Literal["truncate", "terminate"]
+State = Mapping[str, Tensor]  # the entries of a state's TensorDict
+
+
+class Rules(nn.Module, ABC):
+    """A cooperative game as pure functions on a state, for any batch ``[*B]`` of environments at once.
+
+    A collector plays with four of them, eager or inside its own ``torch.compile``::
+
+        state = rules.reset(random_streams(seed, num_envs))
+        data = rules.describe(state)                          # what the agents see
+        state, next_data = rules.step(state, action)          # ... and reward, done, terminated, truncated
+        state = rules.restart(state, next_data["done"].squeeze(-1))
+
+    They read nothing but their arguments and constants, wait for no device, and have no Python loop over environments
+    or agents. A state is a TensorDict that holds at least ``random`` (the environment's stream), ``step`` and
+    ``episode_reward``, all ``[*B]``. Each environment draws from its own stream only: whatever the batch, it goes on
+    from a state and actions as it does alone, and a state resumes it exactly.
+
+    A game defines ``begin``, ``advance``, ``observe`` and ``draw``. Tables are buffers, so that ``to`` moves them.
+
+    Args:
+        num_agents: number of agents, ``N``.
+        max_steps: time limit of an episode.
+        time_limit: how the limit is reported. "truncate" sets ``truncated``, and advantage estimation bootstraps from
+            the last state; "terminate" sets ``terminated``.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    fixed_length: ClassVar[bool] = False
+    """Whether the number of steps is part of the game, so that reaching it may well be a termination."""
+
+    def __init__(self, *, num_agents: int, max_steps: int, time_limit: TimeLimit) -> None:
+        super().__init__()
+        for name, value in (("num_agents", num_agents), ("max_steps", max_steps)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if time_limit not in ("truncate", "terminate"):
+            raise ValueError(f"time_limit must be 'truncate' or 'terminate', got {time_limit!r}")
+        self.num_agents, self.max_steps, self.time_limit = num_agents, max_steps, time_limit
+
+    @abstractmethod
+    def begin(self, random: Tensor) -> dict[str, Tensor]:
+        """Return the game's own part of the state at the start of an episode, and ``random`` if it drew numbers."""
+
+    @abstractmethod
+    def advance(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return what an action changes in the state, the team's reward and whether the game is over, both ``[*B]``."""
+
+    @abstractmethod
+    def observe(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what the agents observe, ``[*B, N, ...]`` each, and what is known at the root, such as ``state``."""
+
+    @abstractmethod
+    def draw(self, state: State) -> Image:
+        """Return a picture of one environment's state."""
+
+    def reset(self, random: Tensor) -> TensorDict:
+        """Return the states of new episodes, drawn from the streams ``random``, ``[*B]``."""
+        zeros = torch.zeros_like(random)
+        state = {"random": random, "step": zeros, "episode_reward": zeros.float(), **self.begin(random)}
+        return TensorDict(state, batch_size=random.shape)
+
+    def restart(self, state: TensorDict, where: Tensor) -> TensorDict:
+        """Return the states with new episodes begun where the mask ``where``, ``[*B]``, is set."""
+        return self.reset(state["random"]).where(where, state)
+
+    def step(self, state: TensorDict, action: Tensor) -> tuple[TensorDict, TensorDict]:
+        """Play one step.
+
+        Args:
+            state: as returned by ``reset``, ``restart`` or ``step``.
+            action: of every agent, ``[*B, N]`` or ``[*B, N, A]``.
+
+        Returns:
+            The state after it, and what ``describe`` says of that with ``("agents", "reward")``, ``done``,
+            ``terminated`` and ``truncated``.
+        """
+        entries = _entries(state)
+        changes, reward, terminated = self.advance(entries, action)
+        step = entries["step"] + 1
+        at_limit = step >= self.max_steps
+        if self.time_limit == "terminate":
+            terminated = terminated | at_limit
+        truncated = at_limit & ~terminated
+        changes |= {"step": step, "episode_reward": entries["episode_reward"] + reward}
+        state = TensorDict({**entries, **changes}, batch_size=state.batch_size)
+        data = self.describe(state)
+        data["agents", "reward"] = self._per_agent(reward)
+        for name, flag in (("done", terminated | truncated), ("terminated", terminated), ("truncated", truncated)):
+            data[name] = flag.unsqueeze(-1)
+        return state, data
+
+    def describe(self, state: TensorDict) -> TensorDict:
+        """Return what is known in a state: observations, ``("agents", "episode_reward")`` and ``step_count``."""
+        batch, entries = state.batch_size, _entries(state)
+        agents, root = self.observe(entries)
+        agents["episode_reward"] = self._per_agent(entries["episode_reward"])
+        content: dict[str, Any] = {"agents": TensorDict(agents, batch_size=[*batch, self.num_agents])}
+        return TensorDict({**content, **root, "step_count": entries["step"].unsqueeze(-1).clone()}, batch_size=batch)
+
+    def _per_agent(self, value: Tensor) -> Tensor:
+        # A copy for every agent, as of all that is returned: transforms may write in place.
+        return value[..., None, None].expand(*value.shape, self.num_agents, 1).clone()
+
+
+def _entries(state: TensorDict) -> dict[str, Tensor]:
+    return dict(state.items())  # pyright: ignore[reportReturnType]

@@ -177,9 +177,9 @@ def test_released_tasks_hide_the_step_and_clamp_the_memory():
 
 def test_long_games_do_not_overflow_the_opponents_memory(script_targets):
     script_targets([0] * 5000)
-    env = CoordSumEnv(1, 30, num_targets=1, num_envs=1, max_steps=2000)
-    _, guesses, *_ = play(env.rules, [(29,)] * 2000)
-    assert guesses == [0] + [29] * 1999  # a score of 2000 * 30 does not fit into 16 bits
+    env = CoordSumEnv(1, 30, num_targets=1, num_envs=1, max_steps=2201)
+    _, guesses, *_ = play(env.rules, [(29,)] * 1100 + [(5,)] * 1101)  # 1100 * 30 does not fit into 16 bits
+    assert guesses == [0] + [29] * 2199 + [5]
 
 
 @pytest.mark.parametrize("name", ["3x10", "CoordSum-3x", "CoordSum-3x10-v0", "coordsum-3x10"])

@@ -2,6 +2,7 @@
 
 from torchrl_marl.envs.check import check_env
 from torchrl_marl.envs.coordsum import CoordSumEnv, make_coordsum
+from torchrl_marl.envs.maze import MazeEnv, make_maze
 from torchrl_marl.envs.random_state import RandomState, preserve_random_state
 from torchrl_marl.envs.render import render_episode
 from torchrl_marl.envs.rules import Rules
@@ -10,12 +11,14 @@ from torchrl_marl.envs.vmas import make_env
 
 __all__ = [
     "CoordSumEnv",
+    "MazeEnv",
     "RandomState",
     "Rules",
     "TensorEnv",
     "check_env",
     "make_coordsum",
     "make_env",
+    "make_maze",
     "preserve_random_state",
     "render_episode",
 ]

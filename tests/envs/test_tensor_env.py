@@ -9,7 +9,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import Compose, RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_marl.envs import CoordSumEnv, check_env, make_coordsum, make_maze, render_episode
+from torchrl_marl.envs import CoordSumEnv, check_env, make_coordsum, make_maze, make_paxmen, render_episode
 from torchrl_marl.envs.random_streams import random_streams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -18,6 +18,8 @@ ENVS = {
     "CoordSum-5x20-80": lambda **options: make_coordsum("CoordSum-5x20-80", **options),
     "black_red": lambda **options: make_maze("black_red", **options),
     "black_blue_red": lambda **options: make_maze("black_blue_red", **options),
+    "PaxMen-4": lambda **options: make_paxmen("PaxMen-4", **options),
+    "PaxMen-6": lambda **options: make_paxmen("PaxMen-6", **options),
 }
 DETERMINISTIC = {"black_red", "black_blue_red"}
 

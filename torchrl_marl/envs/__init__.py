@@ -3,6 +3,7 @@
 from torchrl_marl.envs.check import check_env
 from torchrl_marl.envs.coordsum import CoordSumEnv, make_coordsum
 from torchrl_marl.envs.maze import MazeEnv, make_maze
+from torchrl_marl.envs.paxmen import PaxMenEnv, make_paxmen
 from torchrl_marl.envs.random_state import RandomState, preserve_random_state
 from torchrl_marl.envs.render import render_episode
 from torchrl_marl.envs.rules import Rules
@@ -12,6 +13,7 @@ from torchrl_marl.envs.vmas import make_env
 __all__ = [
     "CoordSumEnv",
     "MazeEnv",
+    "PaxMenEnv",
     "RandomState",
     "Rules",
     "TensorEnv",
@@ -19,6 +21,7 @@ __all__ = [
     "make_coordsum",
     "make_env",
     "make_maze",
+    "make_paxmen",
     "preserve_random_state",
     "render_episode",
 ]

@@ -1,0 +1,364 @@
+"""PaxMen: a team leaves its hub, spreads into the corridors of a maze that differs by episode, and eats the dots."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, pad
+from torchrl.data import Categorical
+
+from torchrl_marl.envs.canvas import AGENT_COLORS, Canvas
+from torchrl_marl.envs.random_streams import draw_below
+from torchrl_marl.envs.rules import Rules, State, TimeLimit
+from torchrl_marl.envs.tensor_env import TensorEnv
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["PaxMenEnv", "PaxMenRules", "make_paxmen"]
+
+# "#" wall, "." corridor, "o" corridor with a dot, digits where the agents start, in their order.
+_MAZES = (
+    """
+    ###############
+    ###ooo...ooo###
+    #######.#######
+    #o#####.#######
+    #o#####.###ooo#
+    #o...##.###.###
+    ####.#405##.###
+    ##....3.1...###
+    ##.###726##.###
+    ##o####.###.###
+    ##o####..o#ooo#
+    ##o####.#o#####
+    #######.#o#####
+    ##ooo...#######
+    ###############
+    """,
+    """
+    ###############
+    ###oo...#######
+    ###o###.##o##o#
+    ##o####..oo##o#
+    ##o####.#####o#
+    ##o####.#####.#
+    ##.###405####.#
+    ##....3.1.....#
+    ####.#726#.####
+    #o...##.##ooo##
+    #o#####.#######
+    #o#####.#######
+    #######.#######
+    ###ooo...ooo###
+    ###############
+    """,
+    """
+    ###############
+    #######...ooo##
+    #####o#.#######
+    #####o#.####oo#
+    #####o..#####o#
+    ##ooo##.#####.#
+    ####.#405####.#
+    #.....3.1.....#
+    #.####726##.###
+    #.#####.###o###
+    #o#####.###oo##
+    #o##o.....o####
+    #o##o#####o####
+    ####o#####o####
+    ###############
+    """,
+)
+_SIZE = 15
+_NUM_CELLS = _SIZE * _SIZE
+_NUM_DOTS = 24
+_FLOOR, _WALL = _NUM_DOTS, _NUM_DOTS + 1  # kinds of cells beyond the dots 0..23
+_MAX_AGENTS = 8
+_MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, eat; row 0 is on top
+_EAT = 4
+
+_CELL = 24  # of the picture, in pixels
+_BACKGROUND, _BLOCK, _FLOOR_COLOR, _LIT, _DOT = "#10142b", "#28357a", "#10142b", "#2b3050", "#ffd86b"
+
+
+class PaxMenRules(Rules):
+    """The rules of :class:`PaxMenEnv`, whose arguments these are.
+
+    A cell's kind is the number of its dot, or floor, or wall. Dots are a row of flags by number, with one more flag for
+    each of the other two kinds, never set: looking up the kinds around an agent, and then their flags, gives the dots
+    that it sees.
+    """
+
+    successor: Tensor
+    kind: Tensor
+    view: Tensor
+    offset: Tensor
+    layout_code: Tensor
+    place: Tensor
+    start: Tensor
+    all_dots: Tensor
+    self_pairs: Tensor
+
+    def __init__(
+        self, *, num_agents: int, view_radius: int, step_cost: float, max_steps: int, time_limit: TimeLimit
+    ) -> None:
+        super().__init__(num_agents=num_agents, max_steps=max_steps, time_limit=time_limit)
+        if num_agents > _MAX_AGENTS:
+            raise ValueError(f"num_agents must be at most {_MAX_AGENTS}, the places in the hub; got {num_agents}")
+        if view_radius < 1:
+            raise ValueError(f"view_radius must be at least 1, got {view_radius}")
+        self.view_radius, self.step_cost = view_radius, step_cost
+        kinds = _layouts()
+        self.num_layouts = len(kinds)
+        hub = "".join(_MAZES[0].split())
+        cells = torch.arange(_NUM_CELLS)
+        tables = {
+            "successor": _successors(kinds).flatten(),
+            "kind": kinds.flatten(),
+            "view": _windows(kinds, view_radius).flatten(0, 1),
+            "offset": _offsets(view_radius).flatten(),
+            "layout_code": torch.eye(self.num_layouts),
+            "place": torch.stack([cells // _SIZE, cells % _SIZE], -1) / (_SIZE - 1),
+            "start": torch.tensor([hub.index(str(agent)) for agent in range(num_agents)]),
+            "all_dots": torch.arange(_NUM_DOTS + 2) < _NUM_DOTS,
+            "self_pairs": torch.eye(num_agents, dtype=torch.bool),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    def begin(self, random: Tensor) -> dict[str, Tensor]:
+        """Draw a layout; the agents stand in the hub, and no dot is eaten."""
+        random, layout = draw_below(random, self.num_layouts)
+        cell = self.start.expand(*random.shape, -1)
+        dots = self.all_dots.expand(*random.shape, -1)
+        return {"random": random, "layout": layout, "cell": cell, "facing": torch.full_like(cell, 3), "dots": dots}
+
+    def advance(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Eat and move; all at once, so that a dot that several agents eat counts once."""
+        index = self._index(state)
+        bite = torch.where(action == _EAT, self.kind.take(index), _FLOOR)
+        left = state["dots"].scatter(-1, bite, False)
+        reward = (state["dots"] ^ left).sum(-1) - self.step_cost
+        changes = {
+            "cell": self.successor.take(index * len(_MOVES) + action),
+            "dots": torch.where(left.any(-1, keepdim=True), left, self.all_dots),
+            "facing": torch.where(action == _EAT, state["facing"], action),
+        }
+        return changes, reward, torch.zeros_like(state["layout"], dtype=torch.bool)
+
+    def observe(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Show each agent the walls, dots and other agents around it; the state holds everything."""
+        cell, dots = state["cell"], state["dots"]
+        kinds = embedding(self._index(state), self.view)
+        dots_around = dots.gather(-1, kinds.flatten(-2)).reshape(kinds.shape)
+        pair = self.offset.take(cell.unsqueeze(-1) * _NUM_CELLS + cell.unsqueeze(-2))
+        out_of_view = kinds.shape[-1]
+        pair = pair.masked_fill(self.self_pairs, out_of_view)
+        others = dots.new_zeros(*cell.shape, out_of_view + 1).scatter(-1, pair, True)[..., :-1]
+        observation = torch.cat([kinds == _WALL, dots_around, others], -1).float()
+        layout = embedding(state["layout"], self.layout_code)
+        places = embedding(cell, self.place).flatten(-2)
+        return {"observation": observation}, {"state": torch.cat([layout, dots[..., :_NUM_DOTS], places], -1)}
+
+    def _index(self, state: State) -> Tensor:
+        return state["layout"].unsqueeze(-1) * _NUM_CELLS + state["cell"]
+
+    def draw(self, state: State) -> Image:
+        """Draw the maze, the dots and the agents; what they see is lit."""
+        canvas = Canvas(_SIZE * _CELL, _SIZE * _CELL, _BACKGROUND)
+        layout, cells = int(state["layout"]), state["cell"].tolist()
+        kinds = self.kind.reshape(-1, _SIZE, _SIZE)[layout].tolist()
+        near = [divmod(cell, _SIZE) for cell in cells]
+        for row, column in ((row, column) for row in range(_SIZE) for column in range(_SIZE)):
+            kind = kinds[row][column]
+            lit = any(max(abs(row - r), abs(column - c)) <= self.view_radius for r, c in near)
+            _draw_cell(canvas, row, column, kind, lit)
+            if kind < _NUM_DOTS and state["dots"][kind]:
+                canvas.disc(_center(row, column), 4.5, _DOT)
+        for agent, (row, column) in enumerate(near):
+            together = [other for other in range(self.num_agents) if cells[other] == cells[agent]]
+            shift = 4 * (together.index(agent) - (len(together) - 1) / 2)  # so that all show who share a cell
+            _draw_agent(canvas, _center(row, column, shift), AGENT_COLORS[agent], int(state["facing"][agent]))
+        return canvas.image()
+
+
+class PaxMenEnv(TensorEnv):
+    """A team of Pac-Men that has to split up: exploration under partial observability with shared rewards.
+
+    Agents start in the hub at the middle of a maze, from which four corridors branch into eight dead ends. An agent in
+    a cell with a dot can eat it. Each dot eaten gives the team 1, however many eat it at once (their shares add up to
+    1); each step costs the team ``step_cost``. All dots come back once all have been eaten. Every agent gets the team's
+    reward, sees only what is near, and moves into walls in vain; agents share cells and do not block each other.
+
+    Reference: the MARS paper, appendix C.2 (after Li et al., Celebrating diversity in shared multi-agent reinforcement
+    learning, 2021), which gives the hub, branching corridors of varying orientation and length, a fixed set of
+    topologies drawn by episode, teams of four to six, the five actions, the local grid and the rewards.
+
+    The rest is our choice, as we know of no released code. There are three mazes of 15 x 15 cells in eight orientations
+    each: 24 layouts, equally likely. Each has 24 dots in groups of three at its dead ends, 7 to 11 steps from the
+    middle; with more dead ends than agents, roles go on changing. What is seen, 5 x 5 cells, comes as three planes,
+    since one number for each cell could not show an agent on a dot. A step's cost counts once for the team, whatever
+    its size. Agents start in distinct cells of the hub. Episodes have no end of their own; 200 steps give a good team
+    several rounds of dots.
+
+    ==============================  ====================  ==============================================================
+    key                             shape                 content
+    ==============================  ====================  ==============================================================
+    ``("agents", "observation")``   ``[B, N, 75]``        planes of the 5 x 5 cells around: wall, dot, another agent
+    ``("agents", "action")``        ``[B, N]``            0 up, 1 down, 2 left, 3 right, 4 eat
+    ``"state"``                     ``[B, 48 + 2 N]``     layout as one-hot, dots left, row and column of agents in 0..1
+    ==============================  ====================  ==============================================================
+
+    Args:
+        num_agents: number of agents, ``N``, at most 8.
+        view_radius: how many cells an agent sees in each direction; an observation has ``3 (2 view_radius + 1)**2``
+            entries.
+        step_cost: the team's cost of a step.
+        num_envs: number of environments stepped together, ``B``.
+        max_steps: time limit of an episode.
+        time_limit: how the limit is reported: ``"truncate"`` or ``"terminate"``.
+        seed: of the environments' streams; ``None`` draws one from Torch's global generator.
+        device: where to play.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> env = PaxMenEnv(num_agents=5, num_envs=2, seed=0)
+        >>> data = env.rand_step(env.reset())
+        >>> data["agents", "observation"].shape, data["next", "agents", "reward"][0, 0]  # there are no dots in the hub
+        (torch.Size([2, 5, 75]), tensor([-0.0250]))
+    """
+
+    def __init__(
+        self,
+        num_agents: int = 4,
+        *,
+        view_radius: int = 2,
+        step_cost: float = 0.025,
+        num_envs: int,
+        max_steps: int = 200,
+        time_limit: TimeLimit = "truncate",
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        rules = PaxMenRules(
+            num_agents=num_agents,
+            view_radius=view_radius,
+            step_cost=step_cost,
+            max_steps=max_steps,
+            time_limit=time_limit,
+        )
+        action_spec = Categorical(len(_MOVES), shape=torch.Size([num_agents]))
+        super().__init__(rules, action_spec=action_spec, num_envs=num_envs, seed=seed, device=device)
+
+
+def make_paxmen(
+    scenario: str = "PaxMen-4",
+    *,
+    view_radius: int = 2,
+    step_cost: float = 0.025,
+    num_envs: int,
+    max_steps: int = 200,
+    time_limit: TimeLimit = "truncate",
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+) -> PaxMenEnv:
+    """Build a PaxMen task by its name.
+
+    Args:
+        scenario: ``PaxMen-N`` for ``N`` agents; the paper has 4, 5 and 6.
+        view_radius: see :class:`PaxMenEnv`, as for the other arguments.
+        step_cost: the team's cost of a step.
+        num_envs: number of environments stepped together.
+        max_steps: time limit of an episode.
+        time_limit: how the limit is reported.
+        seed: of the environments' streams.
+        device: where to play.
+
+    Returns:
+        The environment.
+
+    Raises:
+        ValueError: if the name is of another form or an argument is out of its range.
+
+    Example:
+        >>> len(make_paxmen("PaxMen-6", num_envs=2, seed=0).group_map["agents"])
+        6
+    """
+    match = re.fullmatch(r"PaxMen-(\d+)", scenario)
+    if match is None:
+        raise ValueError(f"scenario must be PaxMen-N for N agents, such as PaxMen-4; got {scenario!r}")
+    return PaxMenEnv(
+        int(match[1]),
+        view_radius=view_radius,
+        step_cost=step_cost,
+        num_envs=num_envs,
+        max_steps=max_steps,
+        time_limit=time_limit,
+        seed=seed,
+        device=device,
+    )
+
+
+def _layouts() -> Tensor:
+    """The kinds of the cells of every maze in its eight orientations, ``[layouts, cells]``."""
+    layouts = []
+    for maze in _MAZES:
+        letters, numbers = "".join(maze.split()), iter(range(_NUM_DOTS))
+        kinds = [_WALL if letter == "#" else next(numbers) if letter == "o" else _FLOOR for letter in letters]
+        square = torch.tensor(kinds).reshape(_SIZE, _SIZE)
+        for side in (square, square.T):
+            layouts += [side.rot90(turns).flatten() for turns in range(4)]
+    return torch.stack(layouts)
+
+
+def _successors(kinds: Tensor) -> Tensor:
+    """Where each action leads from each cell, ``[layouts, cells, actions]``; off the map is never reached."""
+    cells = torch.arange(_NUM_CELLS)
+    steps = torch.tensor([_SIZE * down + right for down, right in _MOVES])
+    ahead = (cells.unsqueeze(-1) + steps).clamp(0, _NUM_CELLS - 1)
+    return torch.where(kinds[:, ahead] == _WALL, cells.unsqueeze(-1), ahead)
+
+
+def _windows(kinds: Tensor, radius: int) -> Tensor:
+    """The kinds around each cell, ``[layouts, cells, window]``; outside is wall."""
+    side = 2 * radius + 1
+    padded = pad(kinds.reshape(-1, _SIZE, _SIZE), (radius,) * 4, value=_WALL)
+    return padded.unfold(1, side, 1).unfold(2, side, 1).reshape(len(kinds), _NUM_CELLS, side * side)
+
+
+def _offsets(radius: int) -> Tensor:
+    """Where in the window around one cell another lies, ``[cells, cells]``; beyond its last place if outside."""
+    side, cells = 2 * radius + 1, torch.arange(_NUM_CELLS)
+    place = torch.stack([cells // _SIZE, cells % _SIZE], -1)
+    down, right = (place - place.unsqueeze(1) + radius).unbind(-1)
+    inside = (down >= 0) & (down < side) & (right >= 0) & (right < side)
+    return torch.where(inside, side * down + right, side * side)
+
+
+def _center(row: int, column: int, shift: float = 0) -> tuple[float, float]:
+    return (column + 0.5) * _CELL + shift, (row + 0.5) * _CELL + shift
+
+
+def _draw_cell(canvas: Canvas, row: int, column: int, kind: int, lit: bool) -> None:
+    corner = (column * _CELL, row * _CELL)
+    if kind == _WALL:
+        canvas.rectangle((corner[0] + 1, corner[1] + 1), (_CELL - 2, _CELL - 2), _BLOCK, radius=5)
+    elif lit:
+        canvas.rectangle(corner, (_CELL + 0.5, _CELL + 0.5), _LIT)
+
+
+def _draw_agent(canvas: Canvas, center: tuple[float, float], color: str, facing: int) -> None:
+    """A disc with its mouth open to where it moved last."""
+    (down, right), radius = _MOVES[facing], 9.5
+    angle = math.atan2(down, right)
+    canvas.disc(center, radius, color)
+    lips = [(1.1 * radius * math.cos(angle + turn), 1.1 * radius * math.sin(angle + turn)) for turn in (-0.6, 0, 0.6)]
+    canvas.polygon([center, *((center[0] + x, center[1] + y) for x, y in lips)], _LIT)

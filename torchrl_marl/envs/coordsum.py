@@ -83,7 +83,7 @@ class CoordSumRules(Rules):
 
         row = self._row(target)
         ballot = (row * self.num_actions + first.unsqueeze(-1)).to(ballots.dtype)
-        votes = 1 + (ballots == ballot).sum(-1)
+        votes = 1 + (ballots == ballot).sum(-1, dtype=torch.int32)
         score = (votes * self.num_actions + self.num_actions - 1 - first).to(leader.dtype).unsqueeze(-1)
         leader = leader.scatter(-1, row, score.maximum(leader.gather(-1, row)))
         place = state["step"].clamp(max=self.max_steps - 1).unsqueeze(-1)  # stepping on after the end does no harm

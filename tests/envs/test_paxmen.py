@@ -38,7 +38,7 @@ def placed(rules, cells, layout=0, dots=range(24)):
     state = rules.reset(torch.zeros(1, dtype=torch.int64))
     state["layout"] = torch.tensor([layout])
     state["cell"] = torch.tensor([[15 * row + column for row, column in cells]])
-    state["dots"] = torch.tensor([[number in dots for number in range(26)]])
+    state["dots"] = torch.tensor([[float(number in dots) for number in range(26)]])
     return state
 
 
@@ -122,7 +122,7 @@ def test_a_dot_is_one_for_the_team_however_many_eat_it(rules):
         state, data, reward = step(rules, placed(rules, cells), *actions)
         assert reward == pytest.approx(len(eaten) - COST)
         assert set(range(24)) - set(state["dots"][0].nonzero().flatten().tolist()) == eaten
-        assert torch.equal(data["state"][0, 24:48].bool(), state["dots"][0, :24])
+        assert torch.equal(data["state"][0, 24:48], state["dots"][0, :24])
     state, _, _ = step(rules, placed(rules, (dot, hub, hub)), EAT, 0, 0)
     assert step(rules, state, EAT, EAT, EAT)[2] == pytest.approx(-COST)  # it is gone
 
@@ -186,7 +186,7 @@ def test_random_play_equals_a_plain_implementation():
     layouts = [grids(env.rules)[int(row[:24].argmax())] for row in data["state"]]
     cells = [[tuple(place) for place in (row[48:] * 14).round().int().reshape(5, 2).tolist()] for row in data["state"]]
     dots = [{0, 1, 2} for _ in range(3)]  # one dead end, so that random walks come to an end of it
-    env.state["dots"] = torch.arange(26).expand(3, -1) < 3
+    env.state["dots"] = (torch.arange(26).expand(3, -1) < 3).float()
     rounds, returns = 0, [0.0] * 3
     for _ in range(400):
         actions = []

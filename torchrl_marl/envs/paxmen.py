@@ -126,7 +126,8 @@ class PaxMenRules(Rules):
             "layout_code": torch.eye(self.num_layouts),
             "place": torch.stack([cells // _SIZE, cells % _SIZE], -1) / (_SIZE - 1),
             "start": torch.tensor([hub.index(str(agent)) for agent in range(num_agents)]),
-            "all_dots": torch.arange(_NUM_DOTS + 2) < _NUM_DOTS,
+            # Numbers, not truth values, which compiled scattering is slow with.
+            "all_dots": (torch.arange(_NUM_DOTS + 2) < _NUM_DOTS).float(),
             "self_pairs": torch.eye(num_agents, dtype=torch.bool),
         }
         for name, table in tables.items():
@@ -143,8 +144,8 @@ class PaxMenRules(Rules):
         """Eat and move; all at once, so that a dot that several agents eat counts once."""
         index = self._index(state)
         bite = torch.where(action == _EAT, self.kind.take(index), _FLOOR)
-        left = state["dots"].scatter(-1, bite, False)
-        reward = (state["dots"] ^ left).sum(-1) - self.step_cost
+        left = state["dots"].scatter(-1, bite, 0.0)
+        reward = (state["dots"] - left).sum(-1) - self.step_cost
         changes = {
             "cell": self.successor.take(index * len(_MOVES) + action),
             "dots": torch.where(left.any(-1, keepdim=True), left, self.all_dots),
@@ -160,8 +161,9 @@ class PaxMenRules(Rules):
         pair = self.offset.take(cell.unsqueeze(-1) * _NUM_CELLS + cell.unsqueeze(-2))
         out_of_view = kinds.shape[-1]
         pair = pair.masked_fill(self.self_pairs, out_of_view)
-        others = dots.new_zeros(*cell.shape, out_of_view + 1).scatter(-1, pair, True)[..., :-1]
-        observation = torch.cat([kinds == _WALL, dots_around, others], -1).float()
+        nobody = dots.new_zeros(*cell.shape, out_of_view + 1)
+        others = nobody.scatter(-1, pair, torch.ones_like(pair, dtype=dots.dtype))[..., :-1]
+        observation = torch.cat([(kinds == _WALL).float(), dots_around, others], -1)
         layout = embedding(state["layout"], self.layout_code)
         places = embedding(cell, self.place).flatten(-2)
         return {"observation": observation}, {"state": torch.cat([layout, dots[..., :_NUM_DOTS], places], -1)}

@@ -22,17 +22,13 @@ State = Mapping[str, Tensor]  # the entries of a state's TensorDict
 class Rules(nn.Module, ABC):
     """A cooperative game as pure functions on a state, for any batch ``[*B]`` of environments at once.
 
-    A collector plays with four of them, eager or inside its own ``torch.compile``::
+    ``reset``, ``describe``, ``step`` and ``restart`` are all that a collector needs, eager or inside its own
+    ``torch.compile``; :class:`~torchrl_marl.envs.TensorEnv` makes a TorchRL environment of them. They read nothing but
+    their arguments and constants, wait for no device, and have no Python loop over environments or agents.
 
-        state = rules.reset(random_streams(seed, num_envs))
-        data = rules.describe(state)                          # what the agents see
-        state, next_data = rules.step(state, action)          # ... and reward, done, terminated, truncated
-        state = rules.restart(state, next_data["done"].squeeze(-1))
-
-    They read nothing but their arguments and constants, wait for no device, and have no Python loop over environments
-    or agents. A state is a TensorDict that holds at least ``random`` (the environment's stream), ``step`` and
-    ``episode_reward``, all ``[*B]``. Each environment draws from its own stream only: whatever the batch, it goes on
-    from a state and actions as it does alone, and a state resumes it exactly.
+    A state is a TensorDict that holds at least ``random`` (the environment's stream), ``step`` and ``episode_reward``,
+    all ``[*B]``. Each environment draws from its own stream only: from a state and actions it goes on in a batch as it
+    does alone, and a stored state resumes it exactly.
 
     A game defines ``begin``, ``advance``, ``observe`` and ``draw``. Tables are buffers, so that ``to`` moves them.
 
@@ -44,6 +40,17 @@ class Rules(nn.Module, ABC):
 
     Raises:
         ValueError: if an argument is out of its range.
+
+    Example:
+        >>> from torchrl_marl.envs import MazeEnv
+        >>> from torchrl_marl.envs.random_streams import random_streams
+        >>> rules = MazeEnv("black_red", num_envs=1).rules
+        >>> state = rules.reset(random_streams(0, 1000))
+        >>> data = rules.describe(state)  # what the agents see
+        >>> state, next_data = rules.step(state, torch.ones(1000, 2, dtype=torch.int64))  # and reward and done flags
+        >>> state = rules.restart(state, next_data["done"].squeeze(-1))
+        >>> state["step"].unique()
+        tensor([1])
     """
 
     fixed_length: ClassVar[bool] = False

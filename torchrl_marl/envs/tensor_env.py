@@ -35,6 +35,14 @@ class TensorEnv(EnvBase):
 
     Raises:
         ValueError: if ``num_envs`` is below 1.
+
+    Example:
+        >>> from torchrl_marl.envs import CoordSumEnv
+        >>> env, restored = CoordSumEnv(num_envs=2, seed=0), CoordSumEnv(num_envs=2)
+        >>> restored.load_state_dict(env.state_dict())
+        <All keys matched successfully>
+        >>> torch.equal(env.reset()["state"], restored.reset()["state"])
+        True
     """
 
     def __init__(

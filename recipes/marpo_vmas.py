@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> float:
         batch_size=cfg.minibatch_size // cfg.chunk_length,
     )
 
-    run = Run(cfg, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
+    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
         with torch.no_grad():
             loss.value_estimator(batch)

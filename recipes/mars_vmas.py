@@ -42,12 +42,9 @@ def main(cfg: DictConfig) -> float:
     optimizer = instantiate(cfg.optimizer, loss.parameters())
 
     policy = collection_policy(actor, critic)
+    env = with_recurrent_state(env, policy)
     collector = Collector(
-        with_recurrent_state(env, policy),
-        policy,
-        frames_per_batch=cfg.frames_per_batch,
-        total_frames=-1,
-        auto_register_policy_transforms=False,
+        env, policy, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
     )
     steps = cfg.chunk_length or 1
     buffer = ReplayBuffer(
@@ -56,7 +53,7 @@ def main(cfg: DictConfig) -> float:
         batch_size=math.ceil(cfg.minibatch_size / steps),
     )
 
-    run = Run(cfg, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer, env=env)
+    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
         with torch.no_grad():
             loss.value_estimator(batch)

@@ -40,7 +40,7 @@ class Run:
 
     The loop stays in the recipe::
 
-        run = Run(cfg, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
+        run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
         for batch in run.batches(collector):
             ...  # advantages, then epochs of minibatches
             run.record(losses)
@@ -53,6 +53,7 @@ class Run:
     Args:
         cfg: resolved configuration with ``seed``, ``total_frames``, ``evaluation``, ``logger``, ``env``, ``actor``,
             ``folder``, ``method``, ``recipe`` and ``resume`` (``None`` or a checkpoint file to go on from).
+        env: what the data come from; its own random streams, if it has some, become part of checkpoints.
         make_env: ``make_env(num_envs=..., seed=...)``, for evaluation.
         actor: the policy.
         shape: what the actor was built for.
@@ -67,6 +68,7 @@ class Run:
         self,
         cfg: DictConfig,
         *,
+        env: EnvBase,
         make_env: Callable[..., EnvBase],
         actor: ProbabilisticActor,
         shape: GroupShape,
@@ -92,7 +94,7 @@ class Run:
         self._checkpoints = CheckpointFolder(
             self.folder / "checkpoints",
             actor=actor,
-            random_state=RandomState(),
+            random_state=RandomState(env),
             progress=self._progress,
             **components,
         )

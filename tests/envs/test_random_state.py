@@ -5,8 +5,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torchrl.envs import InitTracker, StepCounter, TransformedEnv
 
-from torchrl_marl.envs import RandomState, make_env, preserve_random_state
+from torchrl_marl.envs import CoordSumEnv, RandomState, make_env, preserve_random_state
 
 pytest.importorskip("vmas")
 ENVIRONMENT = "vmas.simulator.environment.environment"
@@ -98,3 +99,22 @@ def test_evaluation_changes_training_only_where_the_random_state_is_not_preserve
 
     same = (train(evaluate=True) == train(evaluate=False)).all()
     assert same == preserve
+
+
+def test_loading_brings_back_the_streams_of_an_environment_under_transforms(tmp_path):
+    env = TransformedEnv(CoordSumEnv(num_envs=3, seed=0), InitTracker())
+    env.rollout(3)
+    torch.save(RandomState(env).state_dict(), tmp_path / "state.pt")
+    starts = env.reset()["state"]
+    inner = TransformedEnv(CoordSumEnv(num_envs=3, seed=7), StepCounter())
+    other = TransformedEnv(inner, InitTracker(), auto_unwrap=False)
+    RandomState(other).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(other.reset()["state"], starts)
+
+
+def test_a_state_of_another_environment_is_refused():
+    state = RandomState(CoordSumEnv(num_envs=3)).state_dict()
+    with pytest.raises(ValueError, match="the state holds streams of 1 environments, here are 0"):
+        RandomState().load_state_dict(state)
+    with pytest.raises(ValueError, match=r"streams must be of shape \[2\], got \[3\]"):
+        RandomState(CoordSumEnv(num_envs=2)).load_state_dict(state)

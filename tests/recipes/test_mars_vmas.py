@@ -143,8 +143,8 @@ def test_a_key_that_nothing_reads_fails_with_the_nearest_names(
 
 @pytest.mark.parametrize(
     "overrides",
-    [["env.scenario=balance"], ["env.scenario=balance", *GRU], ["env=coordsum", "env.scenario=CoordSum-2x5", *GRU]],
-    ids=["mlp", "gru", "coordsum"],
+    [["env.scenario=balance"], ["env=coordsum", "env.scenario=CoordSum-2x5", *GRU]],
+    ids=["vmas", "coordsum, gru"],
 )
 def test_a_run_killed_in_the_middle_resumes_bit_for_bit(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

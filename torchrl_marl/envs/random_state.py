@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torchrl.checkpoint import GlobalRNGState
+from torchrl.envs import EnvBase
 
+from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.envs.vmas import import_vmas
 
 __all__ = ["RandomState", "preserve_random_state"]
@@ -20,11 +22,14 @@ _VMAS_ENVIRONMENT = "vmas.simulator.environment.environment"
 
 
 class RandomState:
-    """The process-wide random state as a checkpointable object.
+    """The random state of a run as a checkpointable object.
 
-    Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's ``GlobalRNGState``) and, where
-    VMAS is loaded, the random stream that all VMAS environments share. A stream that an environment owns is not
-    part of it: that is in the environment's own ``state_dict``.
+    Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's ``GlobalRNGState``), where VMAS
+    is loaded the random stream that all VMAS environments share, and the streams of an environment that owns its
+    randomness (``TensorEnv``).
+
+    Args:
+        env: the environment whose streams are part of the state, under any transforms; ``None`` for no environment.
 
     Example:
         >>> saved = RandomState().state_dict()
@@ -34,6 +39,9 @@ class RandomState:
         True
     """
 
+    def __init__(self, env: EnvBase | None = None) -> None:
+        self._games = [] if env is None else [module for module in env.modules() if isinstance(module, TensorEnv)]
+
     def state_dict(self) -> dict[str, Any]:
         """Capture every generator.
 
@@ -42,6 +50,7 @@ class RandomState:
             ``torch.load(..., weights_only=True)`` reads it back.
         """
         state = GlobalRNGState().state_dict()
+        state["streams"] = [game.get_extra_state() for game in self._games]
         if _VMAS_ENVIRONMENT in sys.modules:
             torch_state, (name, keys, *rest), python_state = _vmas_stream()
             numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
@@ -56,7 +65,13 @@ class RandomState:
 
         Raises:
             ImportError: if the state holds VMAS's stream and VMAS is not installed.
+            ValueError: if the state was taken of another environment.
         """
+        streams = state_dict.get("streams", [])
+        if len(streams) != len(self._games):
+            raise ValueError(f"the state holds streams of {len(streams)} environments, here are {len(self._games)}")
+        for game, own in zip(self._games, streams, strict=True):
+            game.set_extra_state(own)
         GlobalRNGState().load_state_dict(state_dict)
         if "vmas" in state_dict:
             import_vmas()

@@ -78,6 +78,16 @@ def test_every_method_trains_and_leaves_a_complete_folder(
     assert [int(row.split(",")[0]) for row in evaluations] == [0, 80, 160, 240]
 
 
+@pytest.mark.parametrize("env", ["coordsum", "maze", "paxmen"])
+def test_every_game_trains_and_is_filmed(env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, f"env={env}", "total_frames=80", "evaluation.video=true")
+    (folder,) = run_folders(tmp_path)
+    scenario = OmegaConf.load(RECIPES / "config" / "env" / f"{env}.yaml").scenario
+    assert folder.parents[1].name == scenario
+    assert json.loads((folder / "summary.json").read_text())["frames"] == 80
+    assert (folder / "episode.gif").read_bytes().startswith(b"GIF")
+
+
 def test_ippo_gets_a_critic_of_local_observations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(monkeypatch, tmp_path, "loss=ippo", "total_frames=80")
     (folder,) = run_folders(tmp_path)

@@ -275,7 +275,9 @@ def _draw_round(canvas: Canvas, rules: CoordSumRules, state: State) -> None:
             (left + side / 2, middle), str(action) if played else "?", round(side / 2), "white" if played else color
         )
     left = _MARGIN + rules.num_agents * (side + 6) + 12
-    canvas.text((left, middle), "=" if correct or not played else "\N{NOT EQUAL TO}", 22)
+    canvas.text((left, middle), "=", 22)
+    if played and not correct:
+        canvas.path([(left - 4, middle + 10), (left + 4, middle - 8)], _POOR, 2)
     canvas.rectangle((left + 18, top), (56, side), "#eceff4", edge=INK, radius=6)
     canvas.text((left + 46, middle), str(target), round(side / 2))
     canvas.text((left + 18, 20), "target", 11, FAINT, "lm")
@@ -283,7 +285,7 @@ def _draw_round(canvas: Canvas, rules: CoordSumRules, state: State) -> None:
         verdict, color = ("fooled", _GOOD) if not guessed else ("right", _FAIR)
         reward, color = (0, _POOR) if not correct else (2 - guessed, color)
         canvas.text((_MARGIN, top + side + 18), f"opponent guesses {guess} for the first: {verdict}", 12, INK, "lm")
-        canvas.text((_WIDTH - _MARGIN, top + side + 18), f"+{reward}", 18, color, "rm")
+        canvas.text((_WIDTH - _MARGIN, top + side + 18), f"+{reward}" if reward else "0", 18, color, "rm")
 
 
 def _draw_memory(canvas: Canvas, rules: CoordSumRules, state: State) -> None:

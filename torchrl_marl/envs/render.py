@@ -291,7 +291,8 @@ def _write_gif(frames: list[Image], path: Path, fps: int) -> None:
     sample = Image.new("RGB", (frames[0].width, frames[0].height * len(chosen)))
     for row, frame in enumerate(chosen):
         sample.paste(frame, (0, row * frame.height))
-    palette = sample.quantize(64)
+    # By coverage, so that small things keep their colours.
+    palette = sample.quantize(128, Image.Quantize.MAXCOVERAGE)
     first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [1000 // fps] * len(rest) + [1500]  # the last frame stays a while
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)

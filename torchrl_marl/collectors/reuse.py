@@ -107,8 +107,8 @@ def gated_reuse_matrix(kl: Tensor, *, own_weight: float = 0.7, kl_threshold: flo
     own = torch.eye(len(kl), dtype=torch.bool, device=kl.device)
     close = (kl <= kl_threshold) & ~own
     count = close.sum(-1, keepdim=True)
-    shared = torch.where(close, (1 - own_weight) / count.clamp(min=1), 0.0)
-    return torch.where(own, torch.where(count > 0, own_weight, 1.0), shared).to(kl.dtype)
+    shared = close.to(kl.dtype) * (1 - own_weight) / count.clamp(min=1)
+    return torch.where(own, torch.where(count > 0, kl.new_tensor(own_weight), 1.0), shared)
 
 
 def fixed_reuse_matrix(

@@ -168,7 +168,7 @@ class SequentialLoss(RatioLoss):
     def in_keys(self) -> list[NestedKey]:
         """Entries that ``forward`` reads; ``data.select(*loss.in_keys, strict=False)`` keeps just these."""
         keys = self.tensor_keys
-        return [*super().in_keys, keys.update_log_ratio, *([keys.reuse_source] if self.sampled else [])]
+        return [*self._actor_critic_keys(), keys.update_log_ratio, *([keys.reuse_source] if self.sampled else [])]
 
     def agent_parameters(self, agent: int) -> list[nn.Parameter]:
         """Return the parameters of one agent's policy, for an optimiser of its own for example."""
@@ -330,7 +330,10 @@ class SequentialLoss(RatioLoss):
             value = tensordict.get(key, None)
             if value is not None:
                 entries[key] = take(value) if isinstance(key, tuple) and key[: len(group)] == group else value
-        return TensorDict(entries, batch_size=tensordict.batch_size)
+        steps = tensordict.get(self.tensor_keys.sample_log_prob).shape[
+            :-1
+        ]  # of data given as tensors: agents are a batch
+        return TensorDict(entries, batch_size=steps)
 
     def _over_sources(self, values: Tensor, mask: Tensor | None) -> Tensor:
         """Reduce ``[*B, S]`` source by source, weighted as the learner weights its sources."""

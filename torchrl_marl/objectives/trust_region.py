@@ -229,6 +229,7 @@ def backtracking_line_search(
     return start, {"step_fraction": zero, "improvement": zero, "kl": zero}
 
 
+@torch.enable_grad()
 def trust_region_step(
     parameters: Sequence[Tensor],
     evaluate: Callable[[], tuple[Tensor, Tensor]],

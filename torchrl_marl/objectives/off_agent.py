@@ -210,7 +210,7 @@ class OATRPOLoss(SequentialLoss):
             tensordict: the whole batch, any shape ``[B]``.
 
         Returns:
-            What ``forward`` returned before the step and, of the step, ``step_fraction`` (0: none was good enough),
+            What ``forward`` returns after the step and, of the step, ``step_fraction`` (0: none was good enough),
             ``improvement``, ``expected_improvement``, ``kl`` and ``grad_norm``. All detached.
 
         Raises:

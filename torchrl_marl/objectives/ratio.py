@@ -166,9 +166,6 @@ class RatioLoss(LossModule):
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries that ``forward`` reads; ``data.select(*loss.in_keys, strict=False)`` keeps just these."""
-        return self._actor_critic_keys()
-
-    def _actor_critic_keys(self) -> list[NestedKey]:
         keys = self.tensor_keys
         read = [*self.actor_network.in_keys, *self.critic_network.in_keys]
         read += [keys.action, keys.sample_log_prob, keys.advantage, keys.value_target]

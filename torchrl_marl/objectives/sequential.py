@@ -164,16 +164,15 @@ class SequentialLoss(RatioLoss):
         keys = [key for key in cast("tuple[str, ...]", RatioLoss.out_keys) if key not in critic]
         return [*keys, *critic] if self.turn is None else [*keys, "mean_compound_ratio", "max_compound_ratio"]
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Entries that ``forward`` reads; ``data.select(*loss.in_keys, strict=False)`` keeps just these."""
-        keys = self.tensor_keys
-        return [*self._actor_critic_keys(), keys.update_log_ratio, *([keys.reuse_source] if self.sampled else [])]
-
     def agent_parameters(self, agent: int) -> list[nn.Parameter]:
         """Return the parameters of one agent's policy, for an optimiser of its own for example."""
         with self._parameters_of("actor_network"):
             return list(self._policies[agent].parameters())
+
+    def reuse_weights(self) -> dict[str, Tensor]:
+        """Return ``reuse_i_j``, the share of agent j's experience in what agent i learns from, for logs."""
+        matrix = torch.eye(self.num_agents) if self.reuse is None else self.reuse.matrix.clone()
+        return {f"reuse_{i}_{j}": weight for i, row in enumerate(matrix) for j, weight in enumerate(row)}
 
     def turns(self, tensordict: TensorDictBase, *, order: Sequence[int] | None = None) -> Iterator[Turn]:
         """Give every agent its turn, then the critic.
@@ -261,6 +260,10 @@ class SequentialLoss(RatioLoss):
         }
         return self._over_sources(-compound * gain, mask), diagnostics
 
+    def _own_keys(self) -> list[NestedKey]:
+        keys = self.tensor_keys
+        return [keys.update_log_ratio, keys.reuse_source] if self.sampled else [keys.update_log_ratio]
+
     def _trust_region_step(self, tensordict: TensorDictBase, *, max_kl: Tensor, **line_search: float) -> TensorDict:
         """Take a natural-gradient step of the agent whose turn it is, confirmed on the whole batch given."""
         if not isinstance(self.turn, int):
@@ -271,17 +274,17 @@ class SequentialLoss(RatioLoss):
         experience, entropy_mask = self._experience(self._with_advantage(tensordict), self.turn)
         with torch.no_grad(), self._parameters_of("actor_network"):
             old = policy.get_dist(experience.copy())
-        evaluations = []
 
         def evaluate() -> tuple[Tensor, Tensor]:
             losses, new = self._actor_losses(experience, policy, entropy_mask)
-            evaluations.append(losses)
             kl = policy_kl(old, new)
             mask = self._mask(experience, kl.shape)
             return -losses["loss_objective"] - losses["loss_entropy"], self._over_sources(kl, mask)
 
         step = trust_region_step(self.agent_parameters(self.turn), evaluate, max_kl=max_kl, **line_search)  # pyright: ignore
-        return TensorDict({**evaluations[0], **step}).detach()
+        with torch.no_grad():
+            losses, _ = self._actor_losses(experience, policy, entropy_mask)
+        return TensorDict({**losses, **step}).detach()
 
     def _experience(self, tensordict: TensorDictBase, agent: int) -> tuple[TensorDict, Tensor | None]:
         """What ``agent`` learns from, its sources' slots ``[*B, S]`` being the group, and where its entropy counts.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tensordict import TensorDict, TensorDictParams
 from torch import nn
 from torch.testing import assert_close
 
@@ -88,3 +89,25 @@ def test_compiled_networks_equal_eager_ones():
     inputs = torch.randn(7, AGENTS, 5)
     compiled = torch.compile(networks, fullgraph=True, backend="aot_eager")
     assert_close(compiled(inputs), networks(inputs))
+
+
+@pytest.mark.parametrize("parameters", [True, False], ids=["parameters", "plain-tensors"])
+def test_functional_parameters_take_the_place_of_the_networks_own(parameters):
+    # as functional losses and value estimators put them there, also under vmap
+    networks = AgentNetworks(linear_networks())
+    before = [parameter.clone() for parameter in networks.parameters()]
+    inputs = torch.randn(7, AGENTS, 5)
+    other = AgentNetworks(linear_networks())
+    params = TensorDict.from_module(other).data.clone()
+    params = TensorDictParams(params) if parameters else params
+    with params.to_module(networks, preserve_module_state=False):
+        assert_close(networks(inputs), other(inputs))
+        assert_close(networks.networks[1](inputs[:, 1]), other(inputs)[:, 1])
+
+    def call(params):
+        with params.to_module(networks, preserve_module_state=False):
+            return networks(inputs)
+
+    both = torch.stack([TensorDict.from_module(module).data for module in (networks, other)])
+    assert_close(torch.vmap(call)(both), torch.stack([networks(inputs), other(inputs)]))
+    assert_close(list(networks.parameters()), before, rtol=0, atol=0)

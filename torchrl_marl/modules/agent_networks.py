@@ -36,10 +36,14 @@ class AgentNetworks(nn.Module):
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
-        shapes = [{name: value.shape for name, value in _tensors(network).items()} for network in networks]
+        shapes = [
+            {name: value.shape for name, value in [*network.named_parameters(), *network.named_buffers()]}
+            for network in networks
+        ]
         if not shapes or any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"Agents' networks must be alike, one for each agent; their parameters are {shapes}.")
         self.networks = nn.ModuleList(networks)
+        self._names = list(shapes[0])
 
     def __len__(self) -> int:
         return len(self.networks)
@@ -48,8 +52,7 @@ class AgentNetworks(nn.Module):
         """Apply network i to ``inputs[..., i, :]``, for all agents at once."""
         if inputs.shape[-2] != len(self):
             raise ValueError(f"Inputs must be [..., {len(self)} agents, size], got {tuple(inputs.shape)}.")
-        each = [_tensors(network) for network in self.networks]
-        stacked = {name: torch.stack([tensors[name] for tensors in each]) for name in each[0]}
+        stacked = {name: torch.stack([_get(network, name) for network in self.networks]) for name in self._names}
         return torch.vmap(self._apply_network, in_dims=(0, -2), out_dims=-2)(stacked, inputs)
 
     def _apply_network(self, tensors: dict[str, Tensor], inputs: Tensor) -> Tensor:
@@ -107,5 +110,7 @@ def count_agents(actor: nn.Module) -> int:
     return len(stacks[0])
 
 
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+def _get(network: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer; or what tensordict has put in its place, which the module does not list as either."""
+    path, _, name = name.rpartition(".")
+    return getattr(network.get_submodule(path), name)

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
-from torchrl_marl.objectives.ratio import RatioLoss, _per_agent, _require
+from torchrl_marl.objectives.ratio import RatioLoss, _per_agent, _require, masked_mean
 from torchrl_marl.objectives.surrogates import Gain
 from torchrl_marl.objectives.trust_region import policy_kl, trust_region_step
 
@@ -253,14 +253,14 @@ class SequentialLoss(RatioLoss):
         if self.turn is None:
             return self._reduce(-gain, mask), {}
         compound = tensordict.get(self.tensor_keys.update_log_ratio).exp()
-        live = torch.ones_like(compound, dtype=torch.bool) if mask is None else mask
         diagnostics = {
-            "mean_compound_ratio": torch.where(live, compound, 0.0).sum() / live.sum().clamp(min=1),
-            "max_compound_ratio": torch.where(live, compound, 0.0).max(),
+            "mean_compound_ratio": masked_mean(compound, mask),
+            "max_compound_ratio": (compound if mask is None else compound.where(mask, 0.0)).max(),
         }
         return self._over_sources(-compound * gain, mask), diagnostics
 
     def _own_keys(self) -> list[NestedKey]:
+        """Entries that only sequential methods read."""
         keys = self.tensor_keys
         return [keys.update_log_ratio, keys.reuse_source] if self.sampled else [keys.update_log_ratio]
 
@@ -298,8 +298,10 @@ class SequentialLoss(RatioLoss):
             source = _require(tensordict, keys.reuse_source)[..., agent].unsqueeze(-1)
             take, own = _take_along(source), source == agent
         else:
-            take = _take_each(self._sources, dim=stored.ndim - 1)
-            own = torch.tensor(self._sources, device=stored.device) == agent
+            take, own = _take_each(self._sources, dim=stored.ndim - 1), None
+            if len(self._sources) > 1:
+                slots = torch.arange(len(self._sources), device=stored.device)
+                own = (slots == self._sources.index(agent)).expand(*stored.shape[:-1], -1)
         experience = self._observed(tensordict, take)
         for key in (keys.action, keys.sample_log_prob):
             experience.set(key, take(_require(tensordict, key)))
@@ -310,9 +312,8 @@ class SequentialLoss(RatioLoss):
         mask = self._mask(tensordict, stored.shape)
         if mask is not None:
             experience.set(keys.mask, take(mask))
-            own = own & take(mask)
-        alone = not self.sampled and len(self._sources) == 1
-        return experience, None if alone else own.expand_as(experience.get(keys.sample_log_prob))
+            own = None if own is None else own & take(mask)
+        return experience, own
 
     def _update_log_ratio(self, tensordict: TensorDictBase, agent: int, mask: Tensor | None) -> Tensor:
         """``log pi_new - log pi_old`` of an agent that has had its turn, ``[*B]``, zero where it is dead."""
@@ -330,13 +331,11 @@ class SequentialLoss(RatioLoss):
         group = action[:-1] if isinstance(action, tuple) else ()
         entries = {}
         for key in self.actor_network.in_keys:
-            value = tensordict.get(key, None)
+            value, path = tensordict.get(key, None), (key,) if isinstance(key, str) else key
             if value is not None:
-                entries[key] = take(value) if isinstance(key, tuple) and key[: len(group)] == group else value
-        steps = tensordict.get(self.tensor_keys.sample_log_prob).shape[
-            :-1
-        ]  # of data given as tensors: agents are a batch
-        return TensorDict(entries, batch_size=steps)
+                entries[key] = take(value) if path[: len(group)] == group else value
+        # not the batch size of the data: it counts agents too if forward was given plain tensors
+        return TensorDict(entries, batch_size=tensordict.get(self.tensor_keys.sample_log_prob).shape[:-1])
 
     def _over_sources(self, values: Tensor, mask: Tensor | None) -> Tensor:
         """Reduce ``[*B, S]`` source by source, weighted as the learner weights its sources."""

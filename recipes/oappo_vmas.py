@@ -7,6 +7,7 @@
 Every value of config/oappo_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
+from torchrl_marl.collectors import split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.evaluation import plot_reuse_matrix
-from torchrl_marl.modules import GroupShape
+from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.objectives import standardize
 from torchrl_marl.training import Run
 
@@ -42,13 +44,16 @@ def main(cfg: DictConfig) -> float:
     compute_loss = torch.compile(loss) if cfg.compile else loss
     optimizer = instantiate(cfg.optimizer, loss.parameters())
 
+    policy = collection_policy(actor, critic)
+    env = with_recurrent_state(env, policy)
     collector = Collector(
-        env, actor, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
+        env, policy, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
     )
+    steps = cfg.chunk_length or 1
     buffer = ReplayBuffer(
-        storage=LazyTensorStorage(cfg.frames_per_batch + cfg.env.num_envs, device=device),  # batches are rounded up
+        storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // steps, device=device),  # rounded up
         sampler=SamplerWithoutReplacement(),
-        batch_size=cfg.minibatch_size,
+        batch_size=math.ceil(cfg.minibatch_size / steps),
     )
 
     run = Run(cfg, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
@@ -58,7 +63,7 @@ def main(cfg: DictConfig) -> float:
             loss.update_value_norm(batch)
             batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")))
 
-        rows = batch.reshape(-1).select(*loss.in_keys, strict=False)
+        rows = split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length)
         for turn in loss.turns(rows):  # every agent, in random order, then the critic
             buffer.empty()
             buffer.extend(rows)

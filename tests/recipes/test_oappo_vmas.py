@@ -51,6 +51,13 @@ def test_a_mapping_can_be_fixed_on_the_command_line(tmp_path: Path, monkeypatch:
     assert [series(folder, f"reuse_{i}_{j}") for i in (0, 1) for j in (0, 1)] == [[1.0], [0.0], [0.5], [0.5]]
 
 
+def test_the_critic_may_have_a_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ["critic.recurrent_size=8", "critic.head_sizes=[]", "chunk_length=5", "total_frames=80"]
+    run_recipe(monkeypatch, tmp_path, "critic=gru", *sizes, recipe="oatrpo_vmas")
+    (folder,) = run_folders(tmp_path)
+    assert series(folder, "loss_critic")[0] > 0
+
+
 def test_agents_that_share_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(Exception, match="network of its own"):

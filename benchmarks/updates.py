@@ -1,4 +1,7 @@
-"""Processor time of one update (loss, backward, Adam) on the same rows, by method: a table of ratios to MAPPO."""
+"""Processor time of one update (loss, backward, Adam) on the same rows, by method: a table of ratios to MAPPO.
+
+An update of a sequential method is that of every agent and of the critic.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torchrl.modules import PopArtValueNorm
 
 from torchrl_marl.collectors import NextStepKeys
 from torchrl_marl.modules import GroupShape, make_actor, make_critic
-from torchrl_marl.objectives import MAPPOLoss, MARPOLoss, MARSLoss, RatioLoss
+from torchrl_marl.objectives import HAPPOLoss, MAPPOLoss, MARPOLoss, MARSLoss, OAPPOLoss, RatioLoss, SequentialLoss
 
 SHAPE = GroupShape("agents", num_agents=4, observation_size=18, action_low=(-1.0,) * 2, action_high=(1.0,) * 2)
 METHODS = {
@@ -21,6 +24,9 @@ METHODS = {
     "MARPO, without reflection": (MARPOLoss, {"reflection_coeff": 0.0}),
     "MARPO": (MARPOLoss, {}),
     "MARPO, on sequences": (MARPOLoss, {"time_dim": 1}),
+    "HAPPO": (HAPPOLoss, {}),
+    "OAPPO, 4 sources each": (OAPPOLoss, {"reuse_matrix": "AR"}),
+    "OAPPO, a source drawn for each row": (OAPPOLoss, {"reuse_matrix": "AR", "reuse": "sampled"}),
 }
 
 
@@ -39,7 +45,8 @@ class Update:
     """One method with its own networks and optimiser."""
 
     def __init__(self, loss: type[RatioLoss], options: dict, compiled: bool) -> None:
-        actor, critic = make_actor(SHAPE), make_critic(SHAPE, value_norm=PopArtValueNorm(shape=1))
+        actor = make_actor(SHAPE, share_parameters=not issubclass(loss, SequentialLoss))
+        critic = make_critic(SHAPE, value_norm=PopArtValueNorm(shape=1))
         self.loss = loss(actor, critic, functional=False, normalize_advantage=False, **options)
         self.compute = torch.compile(self.loss) if compiled else self.loss
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=1e-5)
@@ -49,11 +56,12 @@ class Update:
         """Seconds of processor time."""
         data = (batch if self.sequences else batch.reshape(-1)).select(*self.loss.in_keys, strict=False)
         start = time.process_time()
-        losses = self.compute(data)
-        (losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]).backward()
-        torch.nn.utils.clip_grad_norm_(self.loss.parameters(), 0.5)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for _ in self.loss.turns(data) if isinstance(self.loss, SequentialLoss) else [None]:
+            losses = self.compute(data)
+            sum(losses[key] for key in losses.keys() if key.startswith("loss_")).backward()
+            torch.nn.utils.clip_grad_norm_(self.loss.parameters(), 0.5)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return time.process_time() - start
 
 

@@ -298,9 +298,8 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _reduced(records: list[Mapping[str, Tensor]]) -> dict[str, float]:
-    if not records:
-        return {}
-    stacked = {name: torch.stack([record[name] for record in records]) for name in records[0]}
+    names = dict.fromkeys(name for record in records for name in record)  # not every record has every name
+    stacked = {name: torch.stack([record[name] for record in records if name in record]) for name in names}
     reduce = {"min": torch.amin, "max": torch.amax}
     return {name: reduce.get(name[:3], torch.mean)(values).item() for name, values in stacked.items()}
 

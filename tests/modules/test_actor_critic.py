@@ -16,7 +16,7 @@ from torchrl.data import Categorical as CategoricalSpec
 from torchrl.envs import ExplorationType, VmasEnv, set_exploration_type
 from torchrl.modules import MaskedCategorical, RunningValueNorm, TanhNormal
 
-from torchrl_marl.modules import Denormalize, GroupShape, make_actor, make_critic
+from torchrl_marl.modules import AgentNetworks, Denormalize, GroupShape, make_actor, make_critic
 
 AGENTS, OBSERVATION, ACTIONS, STATE = 3, 5, 4, 6
 LOW, HIGH = (-1.0, -2.0), (1.0, 3.0)
@@ -285,37 +285,34 @@ def test_the_agent_id_is_one_hot_and_in_order():
 def test_each_agents_own_policy_parameters_are_reached_by_its_output_only(shape):
     actor = stir(make_actor(shape, hidden_sizes=(8,), share_parameters=False))
     output = network_output(actor, observations(7, shape=shape))
-    _assert_slices(output, list(actor.parameters()))
+    _assert_reached_by_its_agent_only(output, actor)
 
 
 @every_critic
 def test_each_agents_own_critic_parameters_are_reached_by_its_value_only(observes):
     critic = stir(make_critic(SHAPES["categorical"], observes=observes, hidden_sizes=(8,), share_parameters=False))
-    _assert_slices(critic(observations(7))["agents", "state_value"], list(critic.parameters()))
+    _assert_reached_by_its_agent_only(critic(observations(7))["agents", "state_value"], critic)
 
 
-def _assert_slices(output, parameters):
-    """Agent i's output reaches slice i of every parameter and no other slice."""
+def _assert_reached_by_its_agent_only(output, module):
+    """Agent i's output reaches every parameter of network i and no other parameter."""
+    (networks,) = (child for child in module.modules() if isinstance(child, AgentNetworks))
     for agent in range(AGENTS):
-        grads = torch.autograd.grad(output[:, agent].square().sum(), parameters, retain_graph=True)
-        for gradient in grads:
-            assert gradient.shape[0] == AGENTS
-            assert [part.any().item() for part in gradient] == [i == agent for i in range(AGENTS)]
+        for owner, network in enumerate(networks.networks):
+            grads = torch.autograd.grad(output[:, agent].square().sum(), list(network.parameters()), retain_graph=True)
+            assert [gradient.any().item() for gradient in grads] == [owner == agent] * len(grads)
 
 
 # --- initial weights
 
 
 def layers(module):
-    """``[(weight, bias)]`` of each layer in order, and of each agent where they are stacked."""
-    named = dict(module.named_parameters())
-    weights = [value for name, value in named.items() if name.endswith("weight")]
-    biases = [value for name, value in named.items() if name.endswith("bias")]
-    assert len(weights) + len(biases) == len(named)
-    return [
-        list(zip(weight.unbind(), bias.unbind(), strict=True)) if weight.ndim == 3 else [(weight, bias)]
-        for weight, bias in zip(weights, biases, strict=True)
-    ]
+    """``[[(weight, bias)]]``: each layer in order, in the networks of all agents or the one that they share."""
+    own = [child.networks for child in module.modules() if isinstance(child, AgentNetworks)]
+    networks = own[0] if own else [module]
+    assert sum(len(list(network.parameters())) for network in networks) == len(list(module.parameters()))
+    linear = [[layer for layer in net.modules() if isinstance(layer, torch.nn.Linear)] for net in networks]
+    return [[(layer.weight, layer.bias) for layer in same] for same in zip(*linear, strict=True)]
 
 
 def assert_orthogonal(weight, gain):

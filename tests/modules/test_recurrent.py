@@ -15,6 +15,7 @@ from torchrl.modules.utils import get_env_transforms_from_module
 
 from torchrl_marl.envs import make_env
 from torchrl_marl.modules import (
+    AgentNetworks,
     Denormalize,
     GroupShape,
     MultiAgentGRU,
@@ -309,15 +310,24 @@ def test_a_row_outside_of_recurrent_mode_starts_from_its_stored_state_alone():
 # --- agents
 
 
+def weights_of_agents(network):
+    """Each weight of networks of agents' own, as the list of all agents' ones: parameters, or a stacked parameter."""
+    stacks = [module for module in network.modules() if isinstance(module, AgentNetworks)]
+    apart = [same for stack in stacks for same in zip(*(own.parameters() for own in stack.networks), strict=True)]
+    listed = {id(parameter) for same in apart for parameter in same}
+    return [*apart, *(parameter for parameter in network.parameters() if id(parameter) not in listed)]
+
+
 def test_gradients_of_one_agents_output_touch_only_its_own_weights():
     for network in networks(share=False):
         data = sequences(network)
         with set_recurrent_mode(True):
             mine = output(network, data)[:, :, 1].square().sum()
-        for gradient in torch.autograd.grad(mine, network.parameters()):
-            assert len(gradient) == AGENTS
-            assert gradient[1].any()
-            assert not gradient[[0, 2]].any()
+        for weights in weights_of_agents(network):
+            assert len(weights) == AGENTS
+            gradients = torch.autograd.grad(mine, weights, retain_graph=True)
+            of_agents = gradients if isinstance(weights, tuple) else gradients[0]
+            assert [gradient.any().item() for gradient in of_agents] == [False, True, False]
 
 
 def permuted(network, data, order, *, weights):
@@ -327,8 +337,10 @@ def permuted(network, data, order, *, weights):
         data[key] = data[key][:, :, order]
     if weights:
         with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.copy_(parameter[order])
+            for same in weights_of_agents(network):
+                before = [weight.clone() for weight in same]
+                for weight, source in zip(same, order, strict=True):
+                    weight.copy_(before[source])
     with set_recurrent_mode(True):
         return output(network, data)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from torchrl_marl.objectives.surrogates import barrier_gain, clip_gain, kl_interval, quadratic_gain
+from torchrl_marl.objectives.surrogates import barrier_gain, clip_gain, kl_interval, quadratic_gain, ratio_gain
 
-GAINS = {"clip": clip_gain, "quadratic": quadratic_gain, "barrier": barrier_gain}
+GAINS = {"clip": clip_gain, "quadratic": quadratic_gain, "barrier": barrier_gain, "ratio": ratio_gain}
 SOFT_GAINS = {"quadratic": quadratic_gain, "barrier": barrier_gain}  # those with a target ratio
 LOW, HIGH = 0.75, 1.3  # neither reciprocal nor equally far from 1
 MARS_VECTORS = json.loads(Path(__file__).with_name("mars_vectors.json").read_text())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_kl_interval", "plot_learning_curve"]
+__all__ = ["plot_kl_interval", "plot_learning_curve", "plot_reuse_matrix"]
 
 
 def plot_learning_curve(evaluations: Sequence[tuple[int, float]], path: Path, *, title: str) -> Path:
@@ -55,11 +57,7 @@ def plot_kl_interval(run: Path, group: str = "agents") -> Path:
     """
     from matplotlib.figure import Figure
 
-    def metric(name: str) -> tuple[list[float], list[float]]:
-        with (run / "scalars" / "train" / group / f"{name}.csv").open() as file:
-            frames, values = zip(*((float(row[0]), float(row[1])) for row in csv.reader(file)), strict=True)
-        return list(frames), list(values)
-
+    metric = partial(_metric, run, group)
     figure = Figure(figsize=(6, 5), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     frames, low = metric("kl_interval_low")
@@ -79,6 +77,52 @@ def plot_kl_interval(run: Path, group: str = "agents") -> Path:
     path = run / "kl_interval.png"
     figure.savefig(path)
     return path
+
+
+def plot_reuse_matrix(run: Path, group: str = "agents") -> Path:
+    """Draw whose experience the agents of an off-agent method used over training: one stripe a learner and source.
+
+    Args:
+        run: folder of a run of :class:`~torchrl_marl.objectives.OAPPOLoss` or one of its kind, with its metrics.
+        group: name of the agents' group.
+
+    Returns:
+        The PNG file, ``reuse_matrix.png`` in the run's folder.
+
+    Raises:
+        FileNotFoundError: if the run has no such metrics.
+        ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    files = list((run / "scalars" / "train" / group).glob("reuse_*_*.csv"))
+    if not files:
+        raise FileNotFoundError(f"{run} has no metrics train/{group}/reuse_*.")
+    agents, norm = math.isqrt(len(files)), Normalize(0, 1)
+    figure = Figure(figsize=(6, 0.6 + 0.25 * len(files)), dpi=150, layout="constrained")
+    axes = figure.subplots(agents, 1, sharex=True, squeeze=False)[:, 0]
+    for learner, stripes in enumerate(axes):
+        series = [_metric(run, group, f"reuse_{learner}_{source}") for source in range(agents)]
+        frames, weights = series[0][0], [values for _, values in series]
+        extent = (0, frames[-1], agents - 0.5, -0.5)
+        stripes.imshow(weights, norm=norm, cmap="Blues", aspect="auto", extent=extent, interpolation="nearest")
+        stripes.set(ylabel=f"agent {learner}", yticks=range(agents))
+        _tidy(stripes)
+        stripes.grid(False)
+    axes[0].set_title("Share of each agent's experience in what an agent learns from")
+    axes[-1].set_xlabel("frames")
+    figure.colorbar(ScalarMappable(norm, "Blues"), ax=list(axes))
+    path = run / "reuse_matrix.png"
+    figure.savefig(path)
+    return path
+
+
+def _metric(run: Path, group: str, name: str) -> tuple[list[float], list[float]]:
+    with (run / "scalars" / "train" / group / f"{name}.csv").open() as file:
+        frames, values = zip(*((float(row[0]), float(row[1])) for row in csv.reader(file)), strict=True)
+    return list(frames), list(values)
 
 
 def _tidy(axes: Axes) -> None:

@@ -1,6 +1,7 @@
 """Networks: actor and critic builders, feed-forward and recurrent, and value normalisation."""
 
 from torchrl_marl.modules.actor_critic import make_actor, make_critic
+from torchrl_marl.modules.agent_networks import AgentNetworks, agent_policy
 from torchrl_marl.modules.group import GroupShape
 from torchrl_marl.modules.recurrent import (
     MultiAgentGRU,
@@ -13,10 +14,12 @@ from torchrl_marl.modules.recurrent import (
 from torchrl_marl.modules.value_norm import Denormalize
 
 __all__ = [
+    "AgentNetworks",
     "Denormalize",
     "GroupShape",
     "MultiAgentGRU",
     "RecurrentModule",
+    "agent_policy",
     "collection_policy",
     "make_actor",
     "make_critic",

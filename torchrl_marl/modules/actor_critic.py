@@ -46,7 +46,8 @@ def make_actor(
         group: which group of the environment; may be left out if it has just one.
         hidden_sizes: widths of the hidden layers.
         activation: of the hidden layers.
-        share_parameters: one network for all agents, or one for each (their parameters are stacked).
+        share_parameters: one network for all agents, or one for each
+            (:class:`~torchrl_marl.modules.AgentNetworks`).
         agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents
             with networks of their own need none and get none.
         device: where parameters live.

@@ -11,8 +11,9 @@ from tensordict import NestedKey
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torch.distributions import Categorical
-from torchrl.modules import MLP, MaskedCategorical, MultiAgentMLP, ProbabilisticActor, TanhNormal
+from torchrl.modules import MLP, MaskedCategorical, ProbabilisticActor, TanhNormal
 
+from torchrl_marl.modules.agent_networks import AgentNetworks
 from torchrl_marl.modules.group import GroupShape
 
 __all__ = [
@@ -88,15 +89,7 @@ def agent_network(
 ) -> nn.Module:
     """Network applied to each agent's own input, ``[..., N, inputs]`` to ``[..., N, outputs]``."""
     if not share_parameters:
-        return MultiAgentMLP(
-            n_agent_inputs=inputs,
-            n_agent_outputs=outputs,
-            n_agents=shape.num_agents,
-            centralized=False,
-            share_params=False,
-            num_cells=list(hidden_sizes),
-            activation_class=activation_class(activation),
-        )
+        return AgentNetworks([_mlp(inputs, outputs, hidden_sizes, activation) for _ in range(shape.num_agents)])
     if not agent_id:
         return _mlp(inputs, outputs, hidden_sizes, activation)
     network = _mlp(inputs + shape.num_agents, outputs, hidden_sizes, activation)
@@ -141,21 +134,18 @@ def activation_class(name: Activation) -> type[nn.Module]:
     return _ACTIVATIONS[name]
 
 
-@torch.no_grad()
 def initialize(network: nn.Module, activation: Activation, *, output_gain: float | None = None) -> None:
-    """Orthogonal weights, zero biases; per-agent weights, stacked as ``[N, out, in]``, one agent at a time.
+    """Orthogonal weights, zero biases, in each MLP.
 
     The last layer's weights get ``output_gain``, or that of hidden layers if it feeds an activation (``None``).
     """
-    weights = [parameter for name, parameter in network.named_parameters() if name.endswith("weight")]
     hidden_gain = math.sqrt(2) if activation == "relu" else nn.init.calculate_gain(activation)
     last_gain = hidden_gain if output_gain is None else output_gain
-    for weight in weights:
-        for matrix in weight.unbind() if weight.ndim == 3 else [weight]:
-            nn.init.orthogonal_(matrix, gain=last_gain if weight is weights[-1] else hidden_gain)
-    for name, parameter in network.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
+    for mlp in (module for module in network.modules() if isinstance(module, MLP)):
+        layers = [layer for layer in mlp if isinstance(layer, nn.Linear)]
+        for layer in layers:
+            nn.init.orthogonal_(layer.weight, gain=last_gain if layer is layers[-1] else hidden_gain)
+            nn.init.zeros_(layer.bias)
 
 
 class _OneHotAgentID(nn.Module):

@@ -232,7 +232,7 @@ def make_recurrent_actor(
         recurrent_size: length of each agent's hidden state.
         head_sizes: widths of the hidden layers after the GRU.
         activation: of the hidden layers.
-        share_parameters: one network for all agents, or one for each (their parameters are stacked).
+        share_parameters: one network for all agents, or one for each (the GRU's parameters are stacked).
         agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents
             with networks of their own need none and get none.
         device: where parameters live.

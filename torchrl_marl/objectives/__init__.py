@@ -1,9 +1,25 @@
 """Losses, one class per method, and the equations that they are made of."""
 
+from torchrl_marl.objectives.happo import HAPPOLoss, HATRPOLoss
 from torchrl_marl.objectives.marpo import MARPOLoss
 from torchrl_marl.objectives.mars import MARSLoss
 from torchrl_marl.objectives.maspo import MASPOLoss
+from torchrl_marl.objectives.off_agent import OAPPOLoss, OATRPOLoss
 from torchrl_marl.objectives.ppo import IPPOLoss, MAPPOLoss
 from torchrl_marl.objectives.ratio import RatioLoss, standardize
+from torchrl_marl.objectives.sequential import SequentialLoss
 
-__all__ = ["IPPOLoss", "MAPPOLoss", "MARPOLoss", "MARSLoss", "MASPOLoss", "RatioLoss", "standardize"]
+__all__ = [
+    "HAPPOLoss",
+    "HATRPOLoss",
+    "IPPOLoss",
+    "MAPPOLoss",
+    "MARPOLoss",
+    "MARSLoss",
+    "MASPOLoss",
+    "OAPPOLoss",
+    "OATRPOLoss",
+    "RatioLoss",
+    "SequentialLoss",
+    "standardize",
+]

@@ -239,34 +239,9 @@ class RatioLoss(LossModule):
             KeyError: if an entry is missing.
             ValueError: if shapes do not fit, or stored log-probabilities carry gradients.
         """
-        tensordict = tensordict.copy()
-        keys = self.tensor_keys
-        if keys.advantage not in tensordict.keys(True):
-            params = None if self.critic_network_params is None else self.critic_network_params.detach()
-            with torch.no_grad():
-                self.value_estimator(tensordict, params=params)
-        distribution, log_ratio = self._log_ratio(tensordict)
-        mask = self._mask(tensordict, log_ratio.shape)
-        if mask is not None:  # dead agents get r = 1: whatever log-probability they stored has no effect
-            log_ratio = torch.where(mask, log_ratio, 0.0)
-        advantage = self._advantage(tensordict, tensordict.get(keys.advantage), log_ratio.shape)
-        if mask is not None:
-            advantage = torch.where(mask, advantage, 0.0)
-        loss_objective, objective_diagnostics = self.objective(tensordict, distribution, log_ratio, advantage, mask)
-        entropy = _entropy(distribution)
-        critic_distance, explained_variance = self._critic_distance(tensordict)
-        losses = {
-            "loss_objective": loss_objective,
-            "loss_entropy": -self.entropy_coeff * self._reduce(entropy, mask),
-            "loss_critic": self.critic_coeff * critic_distance,
-        }
-        diagnostics = {
-            "entropy": masked_mean(entropy.detach(), mask),
-            **_ratio_diagnostics(log_ratio.detach(), mask, self.ratio_low, self.ratio_high),
-            "explained_variance": explained_variance,
-            **objective_diagnostics,
-        }
-        return TensorDict({**losses, **diagnostics})
+        tensordict = self._with_advantage(tensordict)
+        losses, _ = self._actor_losses(tensordict, self.actor_network)
+        return TensorDict({**losses, **self._critic_losses(tensordict)})
 
     def objective(
         self,
@@ -288,13 +263,61 @@ class RatioLoss(LossModule):
         gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
         return self._reduce(-gain, mask), {}
 
+    def _with_advantage(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Copy the batch, with the value estimator's advantages and targets if it holds none."""
+        tensordict = tensordict.copy()
+        if self.tensor_keys.advantage not in tensordict.keys(True):
+            params = None if self.critic_network_params is None else self.critic_network_params.detach()
+            with torch.no_grad():
+                self.value_estimator(tensordict, params=params)
+        return tensordict
+
+    def _actor_losses(
+        self,
+        tensordict: TensorDictBase,
+        policy: ProbabilisticTensorDictSequential,
+        entropy_mask: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], Distribution]:
+        """Objective, entropy and their diagnostics for ``policy``, and its distributions.
+
+        Args:
+            tensordict: the batch; its group may be a selection of agents.
+            policy: acts in their slots.
+            entropy_mask: where the entropy counts; ``None`` for wherever agents live.
+        """
+        distribution, log_ratio = self._log_ratio(tensordict, policy)
+        mask = self._mask(tensordict, log_ratio.shape)
+        if mask is not None:  # dead agents get r = 1: whatever log-probability they stored has no effect
+            log_ratio = torch.where(mask, log_ratio, 0.0)
+        advantage = self._advantage(tensordict, tensordict.get(self.tensor_keys.advantage), log_ratio.shape)
+        if mask is not None:
+            advantage = torch.where(mask, advantage, 0.0)
+        loss_objective, objective_diagnostics = self.objective(tensordict, distribution, log_ratio, advantage, mask)
+        entropy = _entropy(distribution)
+        entropy_mask = mask if entropy_mask is None else entropy_mask
+        losses = {
+            "loss_objective": loss_objective,
+            "loss_entropy": -self.entropy_coeff * self._reduce(entropy, entropy_mask),
+            "entropy": masked_mean(entropy.detach(), entropy_mask),
+            **_ratio_diagnostics(log_ratio.detach(), mask, self.ratio_low, self.ratio_high),
+            **objective_diagnostics,
+        }
+        return losses, distribution
+
+    def _critic_losses(self, tensordict: TensorDictBase) -> dict[str, Tensor]:
+        distance, explained_variance = self._critic_distance(tensordict)
+        return {"loss_critic": self.critic_coeff * distance, "explained_variance": explained_variance}
+
     def _parameters_of(self, name: str) -> contextlib.AbstractContextManager:
         params = getattr(self, f"{name}_params") if self._functional else None
         if params is None:
             return contextlib.nullcontext()
         return params.to_module(getattr(self, name), preserve_module_state=False)
 
-    def _log_ratio(self, tensordict: TensorDictBase) -> tuple[Distribution, Tensor]:
+    def _log_ratio(
+        self, tensordict: TensorDictBase, policy: ProbabilisticTensorDictSequential | None = None
+    ) -> tuple[Distribution, Tensor]:
+        policy = self.actor_network if policy is None else policy
         keys = self.tensor_keys
         stored = _require(tensordict, keys.sample_log_prob)
         if stored.requires_grad:
@@ -302,7 +325,7 @@ class RatioLoss(LossModule):
                 f"The stored log-probability {keys.sample_log_prob!r} requires grad: collect under no_grad."
             )
         with self._parameters_of("actor_network"):
-            distribution = self.actor_network.get_dist(tensordict.copy())
+            distribution = policy.get_dist(tensordict.copy())
         log_prob = distribution.log_prob(_require(tensordict, keys.action))
         if log_prob.shape != stored.shape:
             raise ValueError(

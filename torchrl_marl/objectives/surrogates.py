@@ -16,7 +16,7 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
-__all__ = ["Gain", "barrier_gain", "clip_gain", "kl_interval", "quadratic_gain", "reflective_clip_gain"]
+__all__ = ["Gain", "barrier_gain", "clip_gain", "kl_interval", "quadratic_gain", "ratio_gain", "reflective_clip_gain"]
 
 
 class Gain(Protocol):
@@ -130,6 +130,34 @@ def barrier_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, h
     alpha = advantage / (1 - _target_ratio(advantage, low, high) ** -2)
     barrier = 4 * (log_ratio / 2).sinh().square()  # phi, without cancellation near r = 1 and without a division
     return log_ratio.exp() * advantage - alpha * barrier
+
+
+def ratio_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """The importance-weighted advantage itself, for methods whose trust region is elsewhere (HATRPO, OATRPO).
+
+        gain = r A
+
+    Reference: Kuba et al., Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning, 2022,
+    https://arxiv.org/abs/2109.11251.
+
+    Args:
+        log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape.
+        advantage: same shape.
+        low: not used: no ratio is out of bounds.
+        high: not used.
+
+    Returns:
+        The gain to maximise, elementwise, same shape.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> ratio_gain(torch.tensor([0.0, 3.0]).log1p(), torch.tensor([1.0, 0.5]), low=0.8, high=1.2)
+        tensor([1., 2.])
+    """
+    _check_same_shape(log_ratio, advantage)
+    return log_ratio.exp() * advantage
 
 
 def reflective_clip_gain(

@@ -1,0 +1,64 @@
+"""The recipes of sequential methods: what they log, and that they are one another where the methods are."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.runs import curves, run_folders, run_recipe
+
+
+def series(folder: Path, metric: str) -> list[float]:
+    rows = (folder / "scalars/train/agents" / f"{metric}.csv").read_text().split()
+    return [float(row.split(",")[1]) for row in rows]
+
+
+def test_the_reuse_matrix_is_logged_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, recipe="oatrpo_vmas")
+    (folder,) = run_folders(tmp_path)
+    for agent in (0, 1):
+        shares = [series(folder, f"reuse_{agent}_{source}") for source in (0, 1)]
+        assert [sum(row) for row in zip(*shares, strict=True)] == pytest.approx([1.0] * 3)
+        assert shares[agent][0] == pytest.approx(0.7)  # fresh policies are close
+    assert (folder / "reuse_matrix.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_reuse_a_whole_run_is_happos_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path / "off", "loss.own_weight=1", "total_frames=160", recipe="oappo_vmas")
+    run_recipe(monkeypatch, tmp_path / "own", "loss=happo", "total_frames=160", recipe="oappo_vmas")
+    off, own = (curves(run_folders(tmp_path / name)[0]) for name in ("off", "own"))
+    assert off == own
+    assert len(off["scalars/train/agents/loss_objective.csv"].split()) == 2
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path / "whole", "total_frames=160", recipe="oappo_vmas")
+    run_recipe(monkeypatch, tmp_path / "cut", "total_frames=80", recipe="oappo_vmas")
+    (cut,) = run_folders(tmp_path / "cut")
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={cut}", "total_frames=160", recipe="oappo_vmas")
+    one, other = (
+        {name: curve for name, curve in curves(folder).items() if "train/" in name}
+        for folder in (cut, run_folders(tmp_path / "whole")[0])
+    )
+    assert one == other
+    assert len(one) > 10
+
+
+def test_a_mapping_can_be_fixed_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "loss.reuse_matrix=[[1.0,0.0],[0.5,0.5]]"
+    run_recipe(monkeypatch, tmp_path, rows, "total_frames=80", recipe="oappo_vmas")
+    (folder,) = run_folders(tmp_path)
+    assert [series(folder, f"reuse_{i}_{j}") for i in (0, 1) for j in (0, 1)] == [[1.0], [0.0], [0.5], [0.5]]
+
+
+def test_the_critic_may_have_a_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ["critic.recurrent_size=8", "critic.head_sizes=[]", "chunk_length=5", "total_frames=80"]
+    run_recipe(monkeypatch, tmp_path, "critic=gru", *sizes, recipe="oatrpo_vmas")
+    (folder,) = run_folders(tmp_path)
+    assert series(folder, "loss_critic")[0] > 0
+
+
+def test_agents_that_share_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="network of its own"):
+        run_recipe(monkeypatch, tmp_path, "actor.share_parameters=true", recipe="oappo_vmas")

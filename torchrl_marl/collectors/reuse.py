@@ -1,0 +1,258 @@
+"""Whose experience each agent learns from: reuse mappings, as weights or as draws.
+
+``M[i, j]`` is the probability that agent i (the learner) uses the experience of agent j (the source): j's observations,
+legal actions, actions, log-probabilities and life, seen by i's network. Rows sum to one, columns need not: two learners
+may use one source.
+
+Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, sections 4.2 and 5.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from torchrl_marl.modules import agent_policy
+from torchrl_marl.objectives.trust_region import policy_kl
+
+__all__ = [
+    "ReuseMappingSampler",
+    "ReuseScheme",
+    "fixed_reuse_matrix",
+    "gated_reuse_matrix",
+    "pairwise_kl",
+]
+
+ReuseScheme = Literal["NR", "AR", "UR", "RR"]
+
+
+def pairwise_kl(
+    own: Distribution,
+    others: Sequence[Distribution],
+    mask: Tensor | None = None,
+    *,
+    reduction: Literal["mean", "max"] = "mean",
+) -> Tensor:
+    """How far each agent's policy is from each source's, on that source's data.
+
+        K[i, j] = mean over rows where j lives of KL(pi_j(.|o_j) || pi_i(.|o_j))
+
+    Args:
+        own: every agent's policy on its own observations, batch shape ``[*B, N]``.
+        others: for each agent i, its policy on the observations of all, batch shape ``[*B, N]``.
+        mask: live agents (bool), ``[*B, N]``.
+        reduction: ``"mean"``, or ``"max"`` as Eq. (9) has it: the largest of the batch, which is one sample's and grows
+            with the number of rows.
+
+    Returns:
+        ``[N, N]``, learners down, sources across; infinite where a source has no live row: nothing can be learnt there.
+
+    Raises:
+        ValueError: if the reduction is neither.
+
+    Example:
+        >>> first, second = (torch.tensor(p) for p in ([0.5, 0.5], [0.25, 0.75]))
+        >>> policies = [torch.distributions.Categorical(p.expand(4, 2, 2)) for p in (first, second)]
+        >>> pairwise_kl(torch.distributions.Categorical(torch.stack([first, second]).expand(4, 2, 2)), policies)
+        tensor([[0.0000, 0.1308],
+                [0.1438, 0.0000]])
+    """
+    if reduction not in ("mean", "max"):
+        raise ValueError(f"reduction must be mean or max; got {reduction!r}.")
+    divergences = torch.stack([policy_kl(own, other) for other in others]).flatten(1, -2)  # [learners, rows, sources]
+    live = torch.ones_like(divergences[0], dtype=torch.bool) if mask is None else mask.flatten(0, -2)
+    divergences = torch.where(live, divergences, 0.0)
+    reduced = divergences.sum(1) / live.sum(0) if reduction == "mean" else divergences.amax(1)
+    return torch.where(live.any(0), reduced, torch.inf)
+
+
+def gated_reuse_matrix(kl: Tensor, *, own_weight: float = 0.7, kl_threshold: float = 0.1) -> Tensor:
+    """Distribution of reuse mappings: agents share what they do not spend on themselves among those close to them.
+
+        M[i, i] = own_weight,   M[i, j] = (1 - own_weight) / (number of j != i with K[i, j] <= kl_threshold)
+
+    An agent without any such j uses its own experience only, ``M[i, i] = 1``. "Own" is meant by index (the paper: by a
+    divergence of zero, which would give rows that sum to more than one while agents are still identical).
+
+    Reference: OAPPO, Eq. (9).
+
+    Args:
+        kl: :func:`pairwise_kl`, ``[N, N]``.
+        own_weight: probability of an agent's own experience, lambda in (0, 1].
+        kl_threshold: largest divergence of a source, sigma, in nats.
+
+    Returns:
+        ``[N, N]``, rows sum to one.
+
+    Raises:
+        ValueError: if an argument is out of its range or ``kl`` is not square.
+
+    Example:
+        >>> kl = torch.tensor([[0.0, 0.05, 0.02], [0.05, 0.0, 0.3], [0.2, 0.3, 0.0]])
+        >>> gated_reuse_matrix(kl)
+        tensor([[0.7000, 0.1500, 0.1500],
+                [0.3000, 0.7000, 0.0000],
+                [0.0000, 0.0000, 1.0000]])
+    """
+    _check_gate(own_weight, kl_threshold)
+    if kl.ndim != 2 or kl.shape[0] != kl.shape[1]:
+        raise ValueError(f"kl must be [agents, agents], got {tuple(kl.shape)}.")
+    own = torch.eye(len(kl), dtype=torch.bool, device=kl.device)
+    close = (kl <= kl_threshold) & ~own
+    count = close.sum(-1, keepdim=True)
+    shared = close.to(kl.dtype) * (1 - own_weight) / count.clamp(min=1)
+    return torch.where(own, torch.where(count > 0, kl.new_tensor(own_weight), 1.0), shared)
+
+
+def fixed_reuse_matrix(
+    scheme: ReuseScheme | Tensor | Sequence[Sequence[float]], num_agents: int, *, own_weight: float = 0.7
+) -> Tensor:
+    """Return a mapping that does not depend on the policies, by its name in the paper or as it stands.
+
+    ``"NR"``, no reuse, is HAPPO's; ``"AR"``, all reuse, is uniform. ``"RR"``, reasonable reuse, and ``"UR"``,
+    unreasonable reuse, are for the maze of three agents (red, black, blue): black and blue share, red and black share.
+    The paper does not give their weights; own_weight is our choice.
+
+    Reference: OAPPO, section 6.1 and Fig. 2.
+
+    Args:
+        scheme: ``"NR"``, ``"AR"``, ``"UR"``, ``"RR"``, or a matrix ``[N, N]`` whose rows sum to one.
+        num_agents: N.
+        own_weight: share of an agent's own experience in ``"UR"`` and ``"RR"``.
+
+    Raises:
+        ValueError: if there is no such scheme, or the matrix does not fit or is not one of probabilities.
+
+    Example:
+        >>> fixed_reuse_matrix("RR", 3)
+        tensor([[1.0000, 0.0000, 0.0000],
+                [0.0000, 0.7000, 0.3000],
+                [0.0000, 0.3000, 0.7000]])
+    """
+    _check_gate(own_weight, 0.0)
+    if not isinstance(scheme, str):
+        return _checked_matrix(torch.as_tensor(scheme if isinstance(scheme, Tensor) else list(map(list, scheme))))
+    if scheme not in get_args(ReuseScheme):
+        raise ValueError(f"reuse_matrix must be a matrix or one of {', '.join(get_args(ReuseScheme))}; got {scheme!r}.")
+    if scheme == "NR":
+        return torch.eye(num_agents)
+    if scheme == "AR":
+        return torch.full((num_agents, num_agents), 1 / num_agents)
+    if num_agents != 3:
+        raise ValueError(f"{scheme} is a scheme for 3 agents (red, black, blue), but there are {num_agents}.")
+    pair = [0, 1] if scheme == "UR" else [1, 2]
+    matrix = torch.eye(3)
+    matrix[pair, pair], matrix[pair, pair[::-1]] = own_weight, 1 - own_weight
+    return matrix
+
+
+class ReuseMappingSampler(nn.Module):
+    """The current distribution of reuse mappings: updates it from the agents' policies, and draws from it.
+
+    ``matrix``, ``[N, N]``, is a buffer: it follows a loss to its device and into its checkpoints. It starts as the
+    fixed one, or as the identity.
+
+    Args:
+        num_agents: N.
+        own_weight: probability of an agent's own experience, lambda in (0, 1]; 1 is HAPPO.
+        kl_threshold: largest divergence of a source, sigma, in nats.
+        reuse_matrix: a fixed mapping, see :func:`fixed_reuse_matrix`; ``None`` to follow the policies.
+        kl_reduction: see :func:`pairwise_kl`.
+        num_rows: how many rows, drawn at random, the divergences are measured on.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl_marl.modules import GroupShape, make_actor
+        >>> actor = make_actor(GroupShape("agents", 3, 8, num_actions=5), share_parameters=False)
+        >>> sampler = ReuseMappingSampler(3)
+        >>> data = TensorDict({"agents": {"observation": torch.zeros(7, 3, 8)}}, batch_size=7)
+        >>> sampler.update(actor, data)  # fresh policies are all alike
+        >>> sampler.matrix
+        tensor([[0.7000, 0.1500, 0.1500],
+                [0.1500, 0.7000, 0.1500],
+                [0.1500, 0.1500, 0.7000]])
+        >>> sampler.sample((7,)).shape
+        torch.Size([7, 3])
+    """
+
+    matrix: Tensor
+
+    def __init__(
+        self,
+        num_agents: int,
+        *,
+        own_weight: float = 0.7,
+        kl_threshold: float = 0.1,
+        reuse_matrix: ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
+        kl_reduction: Literal["mean", "max"] = "mean",
+        num_rows: int = 2048,
+    ) -> None:
+        super().__init__()
+        _check_gate(own_weight, kl_threshold)
+        if kl_reduction not in ("mean", "max"):
+            raise ValueError(f"kl_reduction must be mean or max; got {kl_reduction!r}.")
+        if num_rows < 1:
+            raise ValueError(f"num_rows must be at least 1, got {num_rows}.")
+        self.own_weight, self.kl_threshold = own_weight, kl_threshold
+        self.kl_reduction: Literal["mean", "max"] = kl_reduction
+        self.num_rows = num_rows
+        self.fixed = reuse_matrix is not None or own_weight == 1  # then no divergence can change it
+        matrix = fixed_reuse_matrix("NR" if reuse_matrix is None else reuse_matrix, num_agents, own_weight=own_weight)
+        if matrix.shape != (num_agents, num_agents):
+            raise ValueError(f"reuse_matrix must be [{num_agents}, {num_agents}], got {tuple(matrix.shape)}.")
+        self.register_buffer("matrix", matrix)
+
+    @torch.no_grad()
+    def update(
+        self, actor: ProbabilisticTensorDictSequential, tensordict: TensorDictBase, mask: Tensor | None = None
+    ) -> None:
+        """Measure how close the policies are and set ``matrix`` accordingly; a fixed one stays.
+
+        Args:
+            actor: the group's policy, a network for each agent, see :func:`torchrl_marl.modules.agent_policy`.
+            tensordict: holds what the actor reads, any batch shape ``[*B]``.
+            mask: live agents (bool), ``[*B, N]``.
+        """
+        if self.fixed:
+            return
+        rows = tensordict.select(*actor.in_keys, strict=False).reshape(-1)
+        mask = None if mask is None else mask.flatten(0, -2)
+        if len(rows) > self.num_rows:
+            chosen = torch.randperm(len(rows))[: self.num_rows]
+            rows, mask = rows[chosen], None if mask is None else mask[chosen]
+        others = [agent_policy(actor, agent).get_dist(rows.copy()) for agent in range(len(self.matrix))]
+        kl = pairwise_kl(actor.get_dist(rows.copy()), others, mask, reduction=self.kl_reduction)
+        self.matrix.copy_(gated_reuse_matrix(kl, own_weight=self.own_weight, kl_threshold=self.kl_threshold))
+
+    def sources(self, agent: int) -> tuple[int, ...]:
+        """Agents whose experience ``agent`` uses, itself always among them. It waits for the device."""
+        return tuple(j for j, weight in enumerate(self.matrix[agent].tolist()) if weight > 0 or j == agent)
+
+    def sample(self, batch_size: Sequence[int]) -> Tensor:
+        """Draw the source of every learner in every row, ``[*batch_size, N]``."""
+        draws = torch.multinomial(self.matrix, math.prod(batch_size), replacement=True)
+        return draws.T.reshape(*batch_size, len(self.matrix))
+
+
+def _check_gate(own_weight: float, kl_threshold: float) -> None:
+    if not 0 < own_weight <= 1:
+        raise ValueError(f"own_weight must be in (0, 1], got {own_weight!r}.")
+    if not kl_threshold >= 0:
+        raise ValueError(f"kl_threshold must be at least 0, got {kl_threshold!r}.")
+
+
+def _checked_matrix(matrix: Tensor) -> Tensor:
+    matrix = matrix.detach().clone().to(torch.get_default_dtype() if not matrix.is_floating_point() else matrix.dtype)
+    if matrix.ndim != 2 or (matrix < 0).any() or not torch.isclose(matrix.sum(-1), matrix.new_tensor(1.0)).all():
+        raise ValueError(f"reuse_matrix must hold probabilities [agents, agents], rows summing to 1; got {matrix}.")
+    return matrix

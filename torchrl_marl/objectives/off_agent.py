@@ -1,0 +1,219 @@
+"""OAPPO and OATRPO: agents that also learn from the experience of those whose policies are close to theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from torch import Tensor
+
+from torchrl_marl import collectors  # the module: its own modules import from this package
+from torchrl_marl.modules.agent_networks import count_agents
+from torchrl_marl.objectives.ratio import clip_bounds
+from torchrl_marl.objectives.sequential import SequentialLoss
+from torchrl_marl.objectives.surrogates import Gain, clip_gain, ratio_gain
+
+__all__ = ["OAPPOLoss", "OATRPOLoss"]
+
+
+class OAPPOLoss(SequentialLoss):
+    """Off-agent PPO: HAPPO in which agents learn from each other's experience as well.
+
+    With ``own_weight=1`` it is HAPPO, bit for bit. ``turns`` decides anew for each batch how much of whose experience
+    an agent uses; ``loss.reuse.matrix`` shows it (:class:`~torchrl_marl.collectors.ReuseMappingSampler`).
+
+    Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, Eqs. (8), (9), Algorithm 1. Where
+    the paper leaves a choice: an agent judges a source's observations and legal actions with its own network, and takes
+    the source's advantage; probabilities of mappings are weights of objectives; the compound ratio leaves the source's
+    own slot out, which the ratio already counts; the clip's minimum is taken after multiplying by the advantage, as in
+    PPO; the entropy is that on own observations. All agents have one observation space and one action space.
+
+    The loop, keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.
+
+    Args:
+        actor_network: decentralised policy with a network for each agent, which does not see an agent id.
+        critic_network: sees the joint observations or the state.
+        own_weight: share of an agent's own experience (the paper's lambda), in (0, 1].
+        kl_threshold: how far another agent's policy may be for its experience to be used (sigma), in nats.
+        reuse_matrix: a fixed mapping in place of the one that follows the policies: ``"NR"``, ``"AR"``, ``"UR"``,
+            ``"RR"`` or a matrix ``[N, N]`` (:func:`~torchrl_marl.collectors.fixed_reuse_matrix`).
+        reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
+            source drawn for each learner and row, at the cost of HAPPO.
+        kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
+        clip_epsilon: half-width of the clip, or a pair ``(low, high)``.
+        gain: another trust region in place of the clip, with the same bounds.
+        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
+            functional, reduction: as for every ratio loss, see there.
+
+    Raises:
+        ValueError: if agents share parameters, or an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        *,
+        own_weight: float = 0.7,
+        kl_threshold: float = 0.1,
+        reuse_matrix: collectors.ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
+        reuse: Literal["weighted", "sampled"] = "weighted",
+        kl_reduction: Literal["mean", "max"] = "mean",
+        clip_epsilon: float | Sequence[float] = 0.2,
+        gain: Gain = clip_gain,
+        entropy_coeff: float = 0.01,
+        critic_coeff: float = 1.0,
+        loss_critic_type: str = "smooth_l1",
+        normalize_advantage: bool = True,
+        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
+        functional: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        low, high = clip_bounds(clip_epsilon)
+        if reuse not in ("weighted", "sampled"):
+            raise ValueError(f"reuse must be weighted or sampled; got {reuse!r}.")
+        sampler = collectors.ReuseMappingSampler(
+            count_agents(actor_network),
+            own_weight=own_weight,
+            kl_threshold=kl_threshold,
+            reuse_matrix=reuse_matrix,
+            kl_reduction=kl_reduction,
+        )
+        super().__init__(
+            actor_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            reuse=sampler,
+            sampled=reuse == "sampled",
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )
+
+
+class OATRPOLoss(SequentialLoss):
+    """Off-agent TRPO: HATRPO in which agents learn from each other's experience as well.
+
+    With ``own_weight=1`` it is HATRPO, bit for bit. The trust region is one of the learner around itself, on what it
+    learns from: ``sum_j M[i, j] mean(KL(pi_i_old(.|o_j) || pi_i(.|o_j))) < max_kl``. (Around the source, as Eq. (7) has
+    it, it could be violated before any step.)
+
+    An agent's turn is one call of :meth:`step`, see :class:`~torchrl_marl.objectives.HATRPOLoss`.
+
+    Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, Eqs. (7), (9), Algorithm 1; choices
+    as for :class:`OAPPOLoss`.
+
+    The loop, keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.
+
+    Args:
+        actor_network: decentralised policy with a network for each agent, which does not see an agent id.
+        critic_network: sees the joint observations or the state.
+        own_weight: share of an agent's own experience (the paper's lambda), in (0, 1].
+        kl_threshold: how far another agent's policy may be for its experience to be used (sigma), in nats.
+        reuse_matrix: a fixed mapping in place of the one that follows the policies: ``"NR"``, ``"AR"``, ``"UR"``,
+            ``"RR"`` or a matrix ``[N, N]`` (:func:`~torchrl_marl.collectors.fixed_reuse_matrix`).
+        reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
+            source drawn for each learner and row, at the cost of HAPPO.
+        kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
+        max_kl: radius of the trust region (the paper's delta), in nats; a buffer, assign to it to schedule it.
+        damping: added to the diagonal of the Fisher matrix.
+        num_iterations: of the conjugate gradient.
+        backtrack, accept_ratio, num_backtracks: of the line search, see
+            :func:`~torchrl_marl.objectives.trust_region.backtracking_line_search`.
+        gain: what the surrogate is; all gains have one slope at ratio 1, others than the ratio itself act on the line
+            search.
+        clip_epsilon: the bounds that ``gain`` gets.
+        entropy_coeff: weight of an entropy bonus in the surrogate; the paper has none.
+        critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims, functional, reduction: as
+            for every ratio loss, see there.
+
+    Raises:
+        ValueError: if agents share parameters, or an option is out of its range.
+    """
+
+    max_kl: Tensor
+    _schedulable_buffers = SequentialLoss._schedulable_buffers | {"max_kl"}
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        *,
+        own_weight: float = 0.7,
+        kl_threshold: float = 0.1,
+        reuse_matrix: collectors.ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
+        reuse: Literal["weighted", "sampled"] = "weighted",
+        kl_reduction: Literal["mean", "max"] = "mean",
+        max_kl: float = 0.01,
+        damping: float = 0.1,
+        num_iterations: int = 10,
+        backtrack: float = 0.8,
+        accept_ratio: float = 0.5,
+        num_backtracks: int = 10,
+        gain: Gain = ratio_gain,
+        clip_epsilon: float | Sequence[float] = 0.2,
+        entropy_coeff: float = 0.0,
+        critic_coeff: float = 1.0,
+        loss_critic_type: str = "smooth_l1",
+        normalize_advantage: bool = True,
+        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
+        functional: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        low, high = clip_bounds(clip_epsilon)
+        if reuse not in ("weighted", "sampled"):
+            raise ValueError(f"reuse must be weighted or sampled; got {reuse!r}.")
+        sampler = collectors.ReuseMappingSampler(
+            count_agents(actor_network),
+            own_weight=own_weight,
+            kl_threshold=kl_threshold,
+            reuse_matrix=reuse_matrix,
+            kl_reduction=kl_reduction,
+        )
+        super().__init__(
+            actor_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            reuse=sampler,
+            sampled=reuse == "sampled",
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )
+        self._line_search = {
+            "damping": damping,
+            "num_iterations": num_iterations,
+            "backtrack": backtrack,
+            "accept_ratio": accept_ratio,
+            "num_backtracks": num_backtracks,
+        }
+        self.register_coeff_buffer("max_kl", max_kl, device=self.ratio_low.device)
+
+    def step(self, tensordict: TensorDictBase) -> TensorDict:
+        """Move the actor of the agent whose turn it is, in place, by one confirmed natural-gradient step.
+
+        Args:
+            tensordict: the whole batch, any shape ``[B]``.
+
+        Returns:
+            What ``forward`` returns after the step and, of the step, ``step_fraction`` (0: none was good enough),
+            ``improvement``, ``expected_improvement``, ``kl`` and ``grad_norm``. All detached.
+
+        Raises:
+            ValueError: outside of an agent's turn, or if ``reduction`` is not ``"mean"``.
+        """
+        return self._trust_region_step(tensordict, max_kl=self.max_kl, **self._line_search)

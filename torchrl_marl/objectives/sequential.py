@@ -1,0 +1,363 @@
+"""The base of methods that update one agent after the other: whose turn it is, and what the others have done so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from torchrl_marl.keys import sibling
+from torchrl_marl.modules.agent_networks import agent_policy, count_agents
+from torchrl_marl.objectives.ratio import RatioLoss, _per_agent, _require, masked_mean
+from torchrl_marl.objectives.surrogates import Gain
+from torchrl_marl.objectives.trust_region import policy_kl, trust_region_step
+
+if TYPE_CHECKING:
+    from torchrl_marl.collectors import ReuseMappingSampler
+
+__all__ = ["SequentialLoss", "Turn"]
+
+Turn = int | Literal["critic"]
+
+
+class SequentialLoss(RatioLoss):
+    """Ratio loss of one agent at a time; abstract: HAPPO, HATRPO, OAPPO and OATRPO are made of it.
+
+        loss_objective of agent i = -sum_j M[i, j] mean(F_j gain(log r_j, A_j; low, high)) over rows where j lives
+        r_j = pi_i(a_j|o_j) / pi_j_old(a_j|o_j)
+        F_j = product of pi_l(a_l|o_l) / pi_l_old(a_l|o_l) over the agents l != j that have had their turn
+
+    Agent i, the learner, sees the experience of its sources j; with M the identity it sees its own alone. The compound
+    ratio F says how much more likely the updates so far have made what the others did.
+
+    In a training loop the turns come from :meth:`turns`; all that a turn asks for is to train on ``loss(minibatch)``::
+
+        optimizer = torch.optim.Adam(loss.parameters())
+        for batch in collector:
+            with torch.no_grad():
+                loss.value_estimator(batch)
+            for turn in loss.turns(batch):  # the agents' indices in random order, then "critic"
+                for minibatch in minibatches(batch):
+                    losses = loss(minibatch)
+                    sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    One optimiser does for all. Every agent's parameters are leaves of their own
+    (:class:`~torchrl_marl.modules.AgentNetworks`), an agent's turn gives gradients to these only, and the others'
+    ``grad`` stays ``None``, which optimisers skip: parameters, momentum and step counts of the others remain as they
+    are, bit for bit. (So call ``zero_grad`` with its default, ``set_to_none=True``.) Agents act in one batched forward
+    pass; in its turn a learner's network sees all its sources in one.
+
+    ``turns`` writes into the batch what minibatches must carry: ``update_log_ratio`` ``[B, N]``, the log-ratio of the
+    agents that have been updated, zero for the rest, hence for nobody before the first turn. Take minibatches from the
+    batch as it is within the turn, not from an earlier copy.
+
+    In an agent's turn ``forward`` returns the objective and the entropy of this agent, in the critic's turn the
+    critic's loss. Outside of any turn (``loss.turn`` is ``None``) it returns those of all agents at once, on their own
+    experience, and the critic's: with the clip it is MAPPO with networks of agents' own.
+
+    Keys, shapes and errors otherwise: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
+
+    Args:
+        actor_network: decentralised policy with a network for each agent, such as
+            ``make_actor(env, share_parameters=False)``.
+        critic_network: one for all agents.
+        reuse: whose experience each agent learns from; ``None`` for its own.
+        sampled: draw one source for each learner and row instead of weighting all of them.
+        gain, low, high, entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage,
+            normalize_advantage_exclude_dims, functional, reduction: see there.
+
+    Raises:
+        ValueError: if agents share parameters.
+    """
+
+    @dataclass
+    class _AcceptedKeys(RatioLoss._AcceptedKeys):
+        update_log_ratio: NestedKey = ("agents", "update_log_ratio")
+        reuse_source: NestedKey = ("agents", "reuse_source")
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        *,
+        gain: Gain,
+        low: float,
+        high: float,
+        reuse: ReuseMappingSampler | None,
+        sampled: bool,
+        entropy_coeff: float,
+        critic_coeff: float,
+        loss_critic_type: str,
+        normalize_advantage: bool,
+        normalize_advantage_exclude_dims: Sequence[int],
+        functional: bool,
+        reduction: str,
+    ) -> None:
+        if type(self) is SequentialLoss:
+            raise TypeError(
+                "SequentialLoss is abstract: use HAPPOLoss, HATRPOLoss, OAPPOLoss, OATRPOLoss or a subclass."
+            )
+        num_agents = count_agents(actor_network)
+        super().__init__(
+            actor_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )
+        action = self.tensor_keys.action
+        self.set_keys(
+            update_log_ratio=sibling(action, "update_log_ratio"), reuse_source=sibling(action, "reuse_source")
+        )
+        self.reuse = reuse
+        self.sampled = sampled
+        # a plain list: these policies are other ways to run the actor's networks, with nothing of their own to register
+        self._policies = [agent_policy(actor_network, agent) for agent in range(num_agents)]
+        self.turn = None
+
+    @property
+    def num_agents(self) -> int:
+        """Number of agents, each with a network of its own."""
+        return len(self._policies)
+
+    @property
+    def turn(self) -> Turn | None:
+        """Whose losses ``forward`` returns: an agent's, by index, ``"critic"``, or ``None`` for all at once.
+
+        :meth:`turns` sets it. Loops of another kind can do so themselves.
+        """
+        return self._turn
+
+    @turn.setter
+    def turn(self, turn: Turn | None) -> None:
+        if not (turn in (None, "critic") or (isinstance(turn, int) and 0 <= turn < self.num_agents)):
+            raise ValueError(f"turn must be an agent from 0 to {self.num_agents - 1}, 'critic' or None; got {turn!r}.")
+        self._turn: Turn | None = turn
+        self._sources: tuple[int, ...] = ()
+        if isinstance(turn, int):
+            self._sources = (turn,) if self.reuse is None else self.reuse.sources(turn)
+
+    @property
+    def out_keys(self) -> list[str]:
+        """Entries that ``forward`` returns in this turn."""
+        critic = ["loss_critic", "explained_variance"]
+        if self.turn == "critic":
+            return critic
+        keys = [key for key in cast("tuple[str, ...]", RatioLoss.out_keys) if key not in critic]
+        return [*keys, *critic] if self.turn is None else [*keys, "mean_compound_ratio", "max_compound_ratio"]
+
+    def agent_parameters(self, agent: int) -> list[nn.Parameter]:
+        """Return the parameters of one agent's policy, for an optimiser of its own for example."""
+        with self._parameters_of("actor_network"):
+            return list(self._policies[agent].parameters())
+
+    def reuse_weights(self) -> dict[str, Tensor]:
+        """Return ``reuse_i_j``, the share of agent j's experience in what agent i learns from, for logs."""
+        matrix = torch.eye(self.num_agents) if self.reuse is None else self.reuse.matrix.clone()
+        return {f"reuse_{i}_{j}": weight for i, row in enumerate(matrix) for j, weight in enumerate(row)}
+
+    def turns(self, tensordict: TensorDictBase, *, order: Sequence[int] | None = None) -> Iterator[Turn]:
+        """Give every agent its turn, then the critic.
+
+        After an agent's turn its new policy is compared with the stored one over the whole batch. An agent is left out
+        if none of its sources has a live row in the batch.
+
+        Args:
+            tensordict: a batch of any shape ``[B]``; ``update_log_ratio`` (and ``reuse_source``) are written into it.
+            order: of the agents; by default a random one, drawn anew on each call.
+
+        Yields:
+            What :attr:`turn` is meanwhile.
+
+        Raises:
+            ValueError: if the order is not one of all agents.
+        """
+        order = torch.randperm(self.num_agents).tolist() if order is None else list(order)
+        if sorted(order) != list(range(self.num_agents)):
+            raise ValueError(f"order must name every agent from 0 to {self.num_agents - 1} once, got {order}.")
+        keys = self.tensor_keys
+        stored = _require(tensordict, keys.sample_log_prob)
+        mask = self._mask(tensordict, stored.shape)
+        if self.reuse is not None:
+            with self._parameters_of("actor_network"):
+                self.reuse.update(self.actor_network, tensordict, mask)
+            if self.sampled:
+                tensordict.set(keys.reuse_source, self.reuse.sample(stored.shape[:-1]))
+        log_ratio = torch.zeros_like(stored)
+        tensordict.set(keys.update_log_ratio, log_ratio)
+        try:
+            for agent in order:
+                self.turn = agent
+                if mask is None or mask[..., list(self._sources)].any():
+                    yield agent
+                    log_ratio = log_ratio.clone()
+                    log_ratio[..., agent] = self._update_log_ratio(tensordict, agent, mask)
+                    tensordict.set(keys.update_log_ratio, log_ratio)
+            self.turn = "critic"
+            yield "critic"
+        finally:
+            self.turn = None
+
+    @dispatch  # pyright: ignore[reportArgumentType]
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Compute the losses of the turn and detached diagnostics.
+
+        Args:
+            tensordict: a batch of any shape ``[B]``; it is not changed.
+
+        Returns:
+            A TensorDict with ``out_keys``: those of :meth:`RatioLoss.forward` that belong to the turn and, in an
+            agent's, the mean and the largest compound ratio.
+
+        Raises:
+            KeyError: if an entry is missing.
+            ValueError: if shapes do not fit, or stored log-probabilities carry gradients.
+        """
+        if self.turn is None:
+            return super().forward(tensordict)
+        tensordict = self._with_advantage(tensordict)
+        if self.turn == "critic":
+            return TensorDict(self._critic_losses(tensordict))
+        experience, entropy_mask = self._experience(tensordict, self.turn)
+        losses, _ = self._actor_losses(experience, self._policies[self.turn], entropy_mask)
+        return TensorDict(losses)
+
+    def objective(
+        self,
+        tensordict: TensorDictBase,
+        distribution: Distribution,
+        log_ratio: Tensor,
+        advantage: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the learner's ``loss_objective`` over its sources ``[B, S]``, or all agents' outside of any turn."""
+        gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
+        if self.turn is None:
+            return self._reduce(-gain, mask), {}
+        compound = tensordict.get(self.tensor_keys.update_log_ratio).exp()
+        diagnostics = {
+            "mean_compound_ratio": masked_mean(compound, mask),
+            "max_compound_ratio": (compound if mask is None else compound.where(mask, 0.0)).max(),
+        }
+        return self._over_sources(-compound * gain, mask), diagnostics
+
+    def _own_keys(self) -> list[NestedKey]:
+        """Entries that only sequential methods read."""
+        keys = self.tensor_keys
+        return [keys.update_log_ratio, keys.reuse_source] if self.sampled else [keys.update_log_ratio]
+
+    def _trust_region_step(self, tensordict: TensorDictBase, *, max_kl: Tensor, **line_search: float) -> TensorDict:
+        """Take a natural-gradient step of the agent whose turn it is, confirmed on the whole batch given."""
+        if not isinstance(self.turn, int):
+            raise ValueError(f"A step is an agent's, but the turn is {self.turn!r}: call it within turns(batch).")
+        if self.reduction != "mean":
+            raise ValueError(f"A step compares means: it needs reduction='mean', not {self.reduction!r}.")
+        policy = self._policies[self.turn]
+        experience, entropy_mask = self._experience(self._with_advantage(tensordict), self.turn)
+        with torch.no_grad(), self._parameters_of("actor_network"):
+            old = policy.get_dist(experience.copy())
+
+        def evaluate() -> tuple[Tensor, Tensor]:
+            losses, new = self._actor_losses(experience, policy, entropy_mask)
+            kl = policy_kl(old, new)
+            mask = self._mask(experience, kl.shape)
+            return -losses["loss_objective"] - losses["loss_entropy"], self._over_sources(kl, mask)
+
+        step = trust_region_step(self.agent_parameters(self.turn), evaluate, max_kl=max_kl, **line_search)  # pyright: ignore
+        with torch.no_grad():
+            losses, _ = self._actor_losses(experience, policy, entropy_mask)
+        return TensorDict({**losses, **step}).detach()
+
+    def _experience(self, tensordict: TensorDictBase, agent: int) -> tuple[TensorDict, Tensor | None]:
+        """What ``agent`` learns from, its sources' slots ``[*B, S]`` being the group, and where its entropy counts.
+
+        The compound log-ratio of each slot takes the place of the update log-ratio. The entropy is that on the
+        learner's own observations.
+        """
+        keys = self.tensor_keys
+        stored = _require(tensordict, keys.sample_log_prob)
+        if self.sampled:
+            source = _require(tensordict, keys.reuse_source)[..., agent].unsqueeze(-1)
+            take, own = _take_along(source), source == agent
+        else:
+            take, own = _take_each(self._sources, dim=stored.ndim - 1), None
+            if len(self._sources) > 1:
+                slots = torch.arange(len(self._sources), device=stored.device)
+                own = (slots == self._sources.index(agent)).expand(*stored.shape[:-1], -1)
+        experience = self._observed(tensordict, take)
+        for key in (keys.action, keys.sample_log_prob):
+            experience.set(key, take(_require(tensordict, key)))
+        advantage = _per_agent(tensordict.get(keys.advantage), stored.shape, keys.advantage)
+        experience.set(keys.advantage, take(advantage).unsqueeze(-1))
+        updates = tensordict.get(keys.update_log_ratio, torch.zeros_like(stored))
+        experience.set(keys.update_log_ratio, take(updates.sum(-1, keepdim=True) - updates))
+        mask = self._mask(tensordict, stored.shape)
+        if mask is not None:
+            experience.set(keys.mask, take(mask))
+            own = None if own is None else own & take(mask)
+        return experience, own
+
+    def _update_log_ratio(self, tensordict: TensorDictBase, agent: int, mask: Tensor | None) -> Tensor:
+        """``log pi_new - log pi_old`` of an agent that has had its turn, ``[*B]``, zero where it is dead."""
+        keys = self.tensor_keys
+        stored = tensordict.get(keys.sample_log_prob)
+        take = _take_each((agent,), dim=stored.ndim - 1)
+        with torch.no_grad(), self._parameters_of("actor_network"):
+            policy = self._policies[agent].get_dist(self._observed(tensordict, take))
+        log_ratio = (policy.log_prob(take(tensordict.get(keys.action))) - take(stored)).squeeze(-1)
+        return log_ratio if mask is None else torch.where(mask[..., agent], log_ratio, 0.0)
+
+    def _observed(self, tensordict: TensorDictBase, take: Callable[[Tensor], Tensor]) -> TensorDict:
+        """What a policy reads, with some agents' slots of the group's entries."""
+        action = self.tensor_keys.action
+        group = action[:-1] if isinstance(action, tuple) else ()
+        entries = {}
+        for key in self.actor_network.in_keys:
+            value, path = tensordict.get(key, None), (key,) if isinstance(key, str) else key
+            if value is not None:
+                entries[key] = take(value) if path[: len(group)] == group else value
+        # not the batch size of the data: it counts agents too if forward was given plain tensors
+        return TensorDict(entries, batch_size=tensordict.get(self.tensor_keys.sample_log_prob).shape[:-1])
+
+    def _over_sources(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Reduce ``[*B, S]`` source by source, weighted as the learner weights its sources."""
+        masks = [None] * values.shape[-1] if mask is None else mask.unbind(-1)
+        reduced = [self._reduce(*column) for column in zip(values.unbind(-1), masks, strict=True)]
+        if self.reuse is not None and not self.sampled:
+            weights = (self.reuse.matrix[cast("int", self.turn), source] for source in self._sources)
+            reduced = [weight * column for weight, column in zip(weights, reduced, strict=True)]
+        columns = torch.stack(reduced, -1)
+        return columns if self.reduction == "none" else columns.sum(-1)
+
+
+def _take_each(agents: Sequence[int], *, dim: int) -> Callable[[Tensor], Tensor]:
+    """Return the function that selects the slots of some agents, ``[*B, N, ...]`` to ``[*B, S, ...]``."""
+    return lambda values: torch.cat([values.narrow(dim, agent, 1) for agent in agents], dim)
+
+
+def _take_along(agents: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function that selects the slot ``agents`` of each row, ``[*B, N, ...]`` to ``[*B, 1, ...]``."""
+
+    def take(values: Tensor) -> Tensor:
+        index = agents.reshape(agents.shape + (1,) * (values.ndim - agents.ndim))
+        return values.take_along_dim(index, agents.ndim - 1)
+
+    return take

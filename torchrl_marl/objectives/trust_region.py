@@ -1,0 +1,296 @@
+"""Trust regions measured by the KL divergence: Fisher-vector products, conjugate gradient, backtracking line search.
+
+Pure functions of tensors and of functions, without any notion of agents; :class:`HATRPOLoss` and :class:`OATRPOLoss`
+are what they are for. A parameter vector is the concatenation of a list of parameters, as
+:func:`torch.nn.utils.parameters_to_vector` makes it.
+
+Reference: Schulman et al., Trust Region Policy Optimization, 2015, https://arxiv.org/abs/1502.05477, appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, OneHotCategorical, kl_divergence
+from torch.nn.utils import parameters_to_vector
+from torchrl.modules import TanhNormal
+
+__all__ = [
+    "backtracking_line_search",
+    "categorical_kl",
+    "conjugate_gradient",
+    "fisher_vector_product",
+    "natural_step",
+    "policy_kl",
+    "trust_region_step",
+]
+
+
+def policy_kl(old: Distribution, new: Distribution) -> Tensor:
+    """Exact divergence ``KL(old || new)`` of two policies of one kind, differentiable twice.
+
+    Categorical policies, masked ones over their legal actions; Gaussian policies, and Gaussian policies squashed by
+    the same ``tanh``, which leaves the divergence as it is.
+
+    Args:
+        old: the policy in expectation under which the divergence is taken.
+        new: the other policy, over the same actions.
+
+    Returns:
+        Divergence in nats, of the distributions' batch shape, such as ``[B, N]``.
+
+    Raises:
+        NotImplementedError: if the pair has no closed form.
+
+    Example:
+        >>> old, new = Categorical(torch.tensor([0.5, 0.5])), Categorical(torch.tensor([0.25, 0.75]))
+        >>> policy_kl(old, new)  # 0.5 ln 2 + 0.5 ln (2 / 3)
+        tensor(0.1438)
+    """
+    if isinstance(old, (Categorical, OneHotCategorical)) and isinstance(new, (Categorical, OneHotCategorical)):
+        return categorical_kl(old.logits, new.logits)
+    if isinstance(old, TanhNormal) and isinstance(new, TanhNormal):
+        old, new = old.base_dist, new.base_dist
+    return kl_divergence(old, new)
+
+
+def categorical_kl(old_log_probs: Tensor, new_log_probs: Tensor) -> Tensor:
+    """Divergence of categorical distributions, ``sum_a pi_old(a) (ln pi_old(a) - ln pi_new(a))``.
+
+    Actions that the old policy never takes count zero, also in gradients, and also where nothing is legal. The
+    unweighted sum over actions of ``r - 1 - ln r`` that HARL and its predecessors use in this place is no divergence:
+    its second derivative is not the Fisher matrix.
+
+    Args:
+        old_log_probs: ``[..., A]``, normalised, ``-inf`` for illegal actions.
+        new_log_probs: same shape, the same actions legal.
+
+    Returns:
+        ``[...]``
+
+    Example:
+        >>> categorical_kl(torch.tensor([0.5, 0.5, 0.0]).log(), torch.tensor([0.25, 0.75, 0.0]).log())
+        tensor(0.1438)
+    """
+    possible = old_log_probs > -torch.inf  # False for NaN, too: the log-probabilities of an agent without legal actions
+    old, new = (torch.where(possible, log_probs, 0.0) for log_probs in (old_log_probs, new_log_probs))
+    return torch.where(possible, old.exp() * (old - new), 0.0).sum(-1)
+
+
+def fisher_vector_product(
+    kl: Tensor, parameters: Sequence[Tensor], *, damping: float | Tensor = 0.0
+) -> Callable[[Tensor], Tensor]:
+    """Return the function ``v -> (F + damping I) v``, where F is the Hessian of ``kl`` at the current parameters.
+
+    Where ``kl`` is the mean of ``KL(pi_old || pi)`` at ``pi = pi_old``, F is the Fisher information matrix. It is never
+    formed: a product is one more backward pass, ``F v = d/dtheta (d kl/dtheta . v)``.
+
+    Reference: TRPO, appendix C.1.
+
+    Args:
+        kl: scalar with a graph to the parameters.
+        parameters: tensors with P elements in all.
+        damping: added to the diagonal.
+
+    Returns:
+        Function of a vector ``[P]`` that returns a vector ``[P]``.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> product = fisher_vector_product((3 * x.square()).sum(), [x], damping=0.5)  # Hessian 6 I
+        >>> product(torch.tensor([1.0, 0.0]))
+        tensor([6.5000, 0.0000])
+    """
+    gradient = parameters_to_vector(torch.autograd.grad(kl, parameters, create_graph=True))
+
+    def product(vector: Tensor) -> Tensor:
+        rows = torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+        return parameters_to_vector([row.contiguous() for row in rows]) + damping * vector
+
+    return product
+
+
+def conjugate_gradient(
+    product: Callable[[Tensor], Tensor], target: Tensor, *, num_iterations: int = 10, tolerance: float = 1e-10
+) -> Tensor:
+    """Solve ``A x = target`` for a symmetric positive definite A that is known by its products with vectors.
+
+    It starts from zero and stands still once the squared residual has fallen below the tolerance; the number of
+    products is fixed, so that nothing waits for a device.
+
+    Reference: Hestenes and Stiefel, 1952; TRPO, appendix C.
+
+    Args:
+        product: ``v -> A v``.
+        target: right-hand side, ``[P]``.
+        num_iterations: number of products.
+        tolerance: of the squared norm of the residual.
+
+    Returns:
+        Approximate solution, ``[P]``.
+
+    Example:
+        >>> matrix = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
+        >>> conjugate_gradient(lambda v: matrix @ v, torch.tensor([1.0, 2.0]))  # (1, 7) / 11
+        tensor([0.0909, 0.6364])
+    """
+    solution, residual, direction = torch.zeros_like(target), target, target
+    square = target @ target
+    for _ in range(num_iterations):
+        active = square >= tolerance
+        curved = product(direction)
+        length = torch.where(active, square / (direction @ curved), 0.0)
+        solution = solution + length * direction
+        residual = residual - length * curved
+        next_square = residual @ residual
+        direction = torch.where(active, residual + next_square / square * direction, direction)
+        square = next_square
+    return solution
+
+
+def natural_step(
+    product: Callable[[Tensor], Tensor], gradient: Tensor, *, max_kl: float | Tensor, num_iterations: int = 10
+) -> Tensor:
+    """Return the step of steepest ascent within a trust region: ``sqrt(2 max_kl / x.Fx) x`` with ``F x = gradient``.
+
+    To second order it maximises the gain subject to ``KL <= max_kl``. A gradient of zero gives a step of zero.
+
+    Reference: TRPO, appendix C.
+
+    Args:
+        product: ``v -> F v``, such as :func:`fisher_vector_product` returns, damping included.
+        gradient: of the gain, ``[P]``.
+        max_kl: radius of the trust region, in nats.
+        num_iterations: of the conjugate gradient.
+
+    Returns:
+        Step, ``[P]``.
+
+    Example:
+        >>> natural_step(lambda v: 4 * v, torch.tensor([3.0, 0.0]), max_kl=0.02)  # 4 s^2 / 2 = 0.02
+        tensor([0.1000, 0.0000])
+    """
+    direction = conjugate_gradient(product, gradient, num_iterations=num_iterations)
+    step = (2 * max_kl / (direction @ product(direction))).sqrt() * direction
+    return torch.where(gradient @ gradient < 1e-16, 0.0, step)
+
+
+def backtracking_line_search(
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
+    start: Tensor,
+    step: Tensor,
+    *,
+    expected: Tensor,
+    max_kl: float | Tensor,
+    backtrack: float = 0.8,
+    accept_ratio: float = 0.5,
+    num_backtracks: int = 10,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Shorten a step until it improves the gain by a fair share of what its slope promised, within the trust region.
+
+    Fraction ``f = backtrack^k``, ``k = 0, 1, ...``, is the first with
+
+        KL < max_kl,   improvement > 0,   improvement > accept_ratio f expected
+
+    It looks at each outcome before it tries the next (one synchronisation with a device each): the first or second is
+    usually accepted, and evaluating all would cost more.
+
+    Reference: TRPO, appendix C, with the acceptance rule of HATRPO's authors, https://arxiv.org/abs/2109.11251.
+
+    Args:
+        evaluate: parameters ``[P] -> (improvement over start, KL from start)``, two scalars.
+        start: ``[P]``
+        step: the full step, ``[P]``.
+        expected: gain that the slope promises for the full step, ``gradient . step``.
+        max_kl: radius of the trust region.
+        backtrack: factor between one fraction and the next, in (0, 1).
+        accept_ratio: share of the expected improvement that must come true.
+        num_backtracks: number of fractions tried.
+
+    Returns:
+        The parameters accepted, or ``start`` itself if none were, and scalars of them: ``step_fraction`` (0 if
+        none), ``improvement`` and ``kl``.
+
+    Example:
+        >>> gain = lambda x: (x.sum() - x.square().sum() / 2, x.square().sum())  # the full step has a KL of 1
+        >>> x, info = backtracking_line_search(
+        ...     gain, torch.zeros(1), torch.ones(1), expected=torch.tensor(1.0), max_kl=0.3, backtrack=0.5)
+        >>> x, info["step_fraction"]
+        (tensor([0.5000]), tensor(0.5000))
+    """
+    for fraction in (backtrack**k for k in range(num_backtracks)):
+        candidate = start + fraction * step
+        improvement, kl = evaluate(candidate)
+        if (kl < max_kl) & (improvement > 0) & (improvement > accept_ratio * fraction * expected):
+            return candidate, {"step_fraction": torch.full_like(kl, fraction), "improvement": improvement, "kl": kl}
+    zero = torch.zeros_like(expected)
+    return start, {"step_fraction": zero, "improvement": zero, "kl": zero}
+
+
+@torch.enable_grad()
+def trust_region_step(
+    parameters: Sequence[Tensor],
+    evaluate: Callable[[], tuple[Tensor, Tensor]],
+    *,
+    max_kl: float | Tensor,
+    damping: float = 0.1,
+    num_iterations: int = 10,
+    backtrack: float = 0.8,
+    accept_ratio: float = 0.5,
+    num_backtracks: int = 10,
+) -> dict[str, Tensor]:
+    """Move parameters, in place, by one natural-gradient step that a line search has confirmed; or leave them.
+
+    Args:
+        parameters: what to move; nothing else is touched.
+        evaluate: returns ``(gain, mean KL from the policy at the start)`` of the parameters as they are, two scalars.
+        max_kl: radius of the trust region, in nats.
+        damping: added to the diagonal of the Fisher matrix.
+        num_iterations: of the conjugate gradient.
+        backtrack: as for :func:`backtracking_line_search`.
+        accept_ratio: as there.
+        num_backtracks: as there.
+
+    Returns:
+        Detached scalars: ``step_fraction``, ``improvement``, ``kl``, ``expected_improvement`` of the full step, and
+        ``grad_norm`` of the gain.
+
+    Example:
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> info = trust_region_step([x], lambda: (x.sum(), x.square().sum()), max_kl=0.01, damping=0.0)
+        >>> x  # the first fraction would reach the bound, which must stay out of reach
+        tensor([0.0800], requires_grad=True)
+    """
+    gain, kl = evaluate()
+    gradient = parameters_to_vector(torch.autograd.grad(gain, parameters, retain_graph=True))
+    product = fisher_vector_product(kl, parameters, damping=damping)
+    step = natural_step(product, gradient, max_kl=max_kl, num_iterations=num_iterations)
+    start, gain, expected = parameters_to_vector(parameters).detach(), gain.detach(), gradient @ step
+
+    @torch.no_grad()
+    def outcome(candidate: Tensor) -> tuple[Tensor, Tensor]:
+        _assign(parameters, candidate)
+        new_gain, new_kl = evaluate()
+        return new_gain - gain, new_kl
+
+    accepted, info = backtracking_line_search(
+        outcome,
+        start,
+        step,
+        expected=expected,
+        max_kl=max_kl,
+        backtrack=backtrack,
+        accept_ratio=accept_ratio,
+        num_backtracks=num_backtracks,
+    )
+    _assign(parameters, accepted)
+    return {**info, "expected_improvement": expected, "grad_norm": gradient.norm()}
+
+
+@torch.no_grad()
+def _assign(parameters: Sequence[Tensor], vector: Tensor) -> None:
+    """Write a vector into parameters where they are: optimisers and collectors keep holding them."""
+    for parameter, values in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        parameter.copy_(values.view_as(parameter))

@@ -10,11 +10,12 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution
 
 from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.ratio import RatioLoss, clip_bounds, masked_mean
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, kl_interval_unchecked, reflective_clip_gain
+from torchrl_marl.objectives.trust_region import policy_kl
 
 __all__ = ["ClipLayout", "MARPOLoss"]
 
@@ -289,7 +290,7 @@ class MARPOLoss(RatioLoss):
                 "collected it, so keep the parameters of its distribution, which the actor writes, in the batch."
             )
         old = self.actor_network.build_dist_from_params(tensordict)
-        kl = masked_mean(kl_divergence(old, distribution), mask).double()
+        kl = masked_mean(policy_kl(old, distribution), mask).double()
         if self.training:
             goal = kl.clamp(min=self.kl_floor) + self.kl_bias
             self.kl_target.lerp_(goal, self.ema_rate).clamp_(max=self.kl_target_max)

@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> float:
         batch_size=math.ceil(cfg.minibatch_size / steps),
     )
 
-    run = Run(cfg, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
+    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
         with torch.no_grad():
             loss.value_estimator(batch)

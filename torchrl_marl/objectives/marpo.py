@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torchrl_marl.keys import sibling
-from torchrl_marl.objectives.ratio import RatioLoss, clip_bounds, masked_mean
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, masked_mean
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, kl_interval_unchecked, reflective_clip_gain
 from torchrl_marl.objectives.trust_region import policy_kl
 
@@ -112,23 +112,6 @@ class MARPOLoss(RatioLoss):
     tensor_keys: _AcceptedKeys
     _schedulable_buffers = RatioLoss._schedulable_buffers | {"kl_target", "kl_bias"}
 
-    _reflective_diagnostics = (
-        "next_gain",
-        "next_ratio",
-        "reflection_share",
-        "reflective_clip_fraction",
-        "next_clip_fraction",
-    )
-    out_keys = (  # pyright: ignore[reportAssignmentType]
-        *RatioLoss.out_keys,  # pyright: ignore[reportGeneralTypeIssues]
-        "kl",
-        "kl_target",
-        "kl_interval_low",
-        "kl_interval_high",
-        "current_gain",
-        *_reflective_diagnostics,
-    )
-
     kl_target: Tensor
     kl_bias: Tensor
 
@@ -186,11 +169,17 @@ class MARPOLoss(RatioLoss):
         self.reflection_coeff, self.layout, self.time_dim = reflection_coeff, layout, time_dim
         self.ema_rate, self.kl_floor, self.kl_target_max = ema_rate, kl_floor, kl_target_max
         self._next_bounds = clip_bounds(next_clip_epsilon)
-        if not reflection_coeff:
-            self.out_keys = tuple(key for key in self.out_keys if key not in self._reflective_diagnostics)
         device = self.ratio_low.device
         self.register_buffer("kl_target", torch.tensor(kl_target_init, dtype=torch.float64, device=device))
         self.register_buffer("kl_bias", torch.tensor(kl_bias, dtype=torch.float64, device=device))
+
+    @property
+    def out_keys(self) -> list[str]:
+        """Entries that ``forward`` returns; without reflection there are none of the next step."""
+        keys = [*OUT_KEYS, "kl", "kl_target", "kl_interval_low", "kl_interval_high", "current_gain"]
+        if self.reflection_coeff:
+            keys += ["next_gain", "next_ratio", "reflection_share", "reflective_clip_fraction", "next_clip_fraction"]
+        return keys
 
     def _own_keys(self) -> list[NestedKey]:
         """Entries that only this method reads: the old distribution's parameters and the next step's entries."""

@@ -30,6 +30,20 @@ from torchrl_marl.objectives.surrogates import Gain
 __all__ = ["RatioLoss", "clip_bounds", "standardize"]
 
 
+OUT_KEYS = (
+    "loss_objective",
+    "loss_entropy",
+    "loss_critic",
+    "entropy",
+    "kl_approx",
+    "clip_fraction",
+    "min_ratio",
+    "max_ratio",
+    "explained_variance",
+)
+"""What ``forward`` of every ratio loss returns; a method may add to it."""
+
+
 class RatioLoss(LossModule):
     """Actor-critic loss over per-agent probability ratios; abstract: a method chooses the gain and its bounds.
 
@@ -83,17 +97,7 @@ class RatioLoss(LossModule):
     default_value_estimator = ValueEstimators.MAGAE
     _schedulable_buffers = frozenset({"ratio_low", "ratio_high", "entropy_coeff", "critic_coeff"})
 
-    out_keys = (  # pyright: ignore[reportAssignmentType]
-        "loss_objective",
-        "loss_entropy",
-        "loss_critic",
-        "entropy",
-        "kl_approx",
-        "clip_fraction",
-        "min_ratio",
-        "max_ratio",
-        "explained_variance",
-    )
+    out_keys = OUT_KEYS  # pyright: ignore[reportAssignmentType]
 
     actor_network: ProbabilisticTensorDictSequential
     critic_network: TensorDictModuleBase

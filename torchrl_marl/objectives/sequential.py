@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
-from torchrl_marl.objectives.ratio import RatioLoss, _per_agent, _require, masked_mean
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, _per_agent, _require, masked_mean
 from torchrl_marl.objectives.surrogates import Gain
 from torchrl_marl.objectives.trust_region import policy_kl, trust_region_step
 
@@ -161,7 +161,7 @@ class SequentialLoss(RatioLoss):
         critic = ["loss_critic", "explained_variance"]
         if self.turn == "critic":
             return critic
-        keys = [key for key in cast("tuple[str, ...]", RatioLoss.out_keys) if key not in critic]
+        keys = [key for key in OUT_KEYS if key not in critic]
         return [*keys, *critic] if self.turn is None else [*keys, "mean_compound_ratio", "max_compound_ratio"]
 
     def agent_parameters(self, agent: int) -> list[nn.Parameter]:

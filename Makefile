@@ -29,5 +29,5 @@ $(BIN)/python:
 	touch $@
 
 .venv/test: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable ".[vmas,wandb,plot,dev]"
+	$(PIP) --editable ".[vmas,wandb,plot,sweep,dev]"
 	touch $@

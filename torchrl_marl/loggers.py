@@ -16,7 +16,7 @@ from torchrl.record import CSVLogger, TensorboardLogger
 
 import torchrl_marl
 
-__all__ = ["MetricLog", "git_commit", "run_group"]
+__all__ = ["MetricLog", "git_commit", "run_group", "without_seed"]
 
 _FRAMES = "counters/total_frames"
 
@@ -98,11 +98,14 @@ def run_group(method: str, task: str, config: Mapping[str, Any]) -> str:
         >>> run_group("mars", "balance", {"lr": 1, "seed": 0}) == run_group("mars", "balance", {"lr": 1, "seed": 7})
         True
     """
-    relevant = {
-        key: value for key, value in config.items() if key not in ("seed", "resume", "folder", "device", "logger")
-    }
-    digest = hashlib.sha1(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha1(json.dumps(without_seed(config), sort_keys=True).encode()).hexdigest()
     return f"{method}_{task}_{digest[:8]}"
+
+
+def without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a configuration, nested or flat, the seeds of one experiment share: not where and how they ran."""
+    own = ("seed", "resume", "folder", "device", "logger")
+    return {key: value for key, value in config.items() if key.partition(".")[0] not in own}
 
 
 def git_commit() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import secrets
+import shlex
 import signal
 import time
 import warnings
@@ -29,14 +30,18 @@ from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
 from torchrl_marl.envs import RandomState, preserve_random_state, render_episode
 from torchrl_marl.evaluation import evaluate, plot_learning_curve
 from torchrl_marl.evaluation.episodes import ended_episode_returns
+from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.loggers import MetricLog, git_commit, run_group
 from torchrl_marl.modules import GroupShape
 
-__all__ = ["Run"]
+__all__ = ["LAST_FIFTH", "Run"]
+
+LAST_FIFTH = "eval/reward/last_fifth"
+"""Metric that a finished run logs and a sweep maximises: mean evaluation return over the last fifth of evaluations."""
 
 
 class Run:
-    """One training run: a folder with its configuration, metrics, checkpoints and pictures.
+    """One training run: a folder with its configuration, metrics, evaluation episodes, checkpoints and pictures.
 
     The loop stays in the recipe::
 
@@ -52,7 +57,8 @@ class Run:
 
     Args:
         cfg: resolved configuration with ``seed``, ``total_frames``, ``evaluation``, ``logger``, ``env``, ``actor``,
-            ``folder``, ``method``, ``recipe`` and ``resume`` (``None`` or a checkpoint file to go on from).
+            ``folder``, ``method``, ``recipe``, ``environment`` (its name) and ``resume`` (``None`` or a checkpoint file
+            to go on from).
         env: what the data come from; its own random streams, if it has some, become part of checkpoints.
         make_env: ``make_env(num_envs=..., seed=...)``, for evaluation.
         actor: the policy.
@@ -101,18 +107,29 @@ class Run:
         if resumed is not None:
             self._checkpoints.load(resumed)
             self._checkpoints.set_aside_beyond(self._progress["frames"])
+        session = {"command": _command(cfg), "git_commit": git_commit()}
+        self._progress.setdefault("sessions", []).append(session)
         config: dict[str, Any] = _plain(cfg)
         OmegaConf.save(cfg, self.folder / "config.yaml")
         task = cfg.env.scenario
+        resumed_at = None if resumed is None else self._progress["frames"]
         self._log = MetricLog(
             self.folder,
-            config={**config, "git_commit": git_commit()},
+            config={**config, **session},
             name=f"{cfg.method}-{task}-seed{cfg.seed}",
             group=run_group(cfg.method, task, config),
             tags=(cfg.recipe, cfg.method, task),
             run_id=self._progress["run_id"],
-            resumed_at=None if resumed is None else self._progress["frames"],
+            resumed_at=resumed_at,
             **cfg.logger,
+        )
+        self._evaluations = EvaluationRecord(
+            self.folder / "evaluations.json",
+            environment=cfg.environment,
+            task=task,
+            method=cfg.method,
+            seed=cfg.seed,
+            resumed_at=resumed_at,
         )
         self._records: list[Mapping[str, Tensor]] = []
         self._interrupted = False
@@ -178,7 +195,9 @@ class Run:
             "frames_per_second": self._progress["frames"] / max(self._progress["seconds"], 1e-9),
             "seconds": self._progress["seconds"],
             "git_commit": git_commit(),
+            "sessions": self._progress["sessions"],
         }
+        self._log.log({LAST_FIFTH: objective}, self._progress["frames"])
         self._draw(plots)
         self._log.finish(summary)
         print(
@@ -233,6 +252,7 @@ class Run:
         self._log.log(metrics, frames)
         if not math.isfinite(score):
             self._stop("the evaluation return", score)
+        self._evaluations.add(frames, episodes.metrics())
         self._progress["evaluations"].append([frames, score])
         record = actor_record(self._shape, _plain(self.cfg.actor))
         metadata = {"config": _plain(self.cfg), "actor": record, "frames": frames}
@@ -243,6 +263,7 @@ class Run:
         with preserve_random_state():
             env = self._make_env(num_envs=10 * self.cfg.evaluation.episodes, seed=self._seed(2))
             episodes = evaluate(env, self._best_policy(), seed=self._seed(2), max_steps=self.cfg.env.max_steps)
+        self._evaluations.add_absolute(episodes.metrics())
         self._log.log(_statistics("eval/absolute/episode_reward", episodes.returns), self._progress["frames"])
         return episodes.returns.mean().item()
 
@@ -290,6 +311,16 @@ def _new_folder(cfg: DictConfig) -> Path:
     )
     folder.mkdir(parents=True)
     return folder
+
+
+def _command(cfg: DictConfig) -> str:
+    """Return the command that repeats this run, without the names of folders: they are no part of the experiment."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    pairs = [override.removeprefix("++").partition("=") for override in overrides]
+    words = [
+        key + "=RUN" if key == "resume" else key + equals + value for key, equals, value in pairs if key != "folder"
+    ]
+    return shlex.join(["python", f"recipes/{cfg.recipe}.py", *words])
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

@@ -183,6 +183,10 @@ def test_a_run_killed_in_the_middle_resumes_bit_for_bit(
     run_recipe(monkeypatch, tmp_path / "elsewhere", f"resume={killed}")
     assert not (tmp_path / "elsewhere").exists()
     assert curves(killed) == curves(whole)
+    episodes = [(folder / "evaluations.json").read_text() for folder in (killed, whole)]
+    assert episodes[0] == episodes[1]
+    sessions = json.loads((killed / "summary.json").read_text())["sessions"]
+    assert ["resume=RUN" in session["command"] for session in sessions] == [False, True]
     parameters = [load_policy(find_checkpoint(folder)).state_dict() for folder in (killed, whole)]
     for name, value in parameters[0].items():
         assert torch.equal(value, parameters[1][name]), name

@@ -23,6 +23,10 @@ class Episodes(NamedTuple):
     lengths: Tensor
     """Number of steps, ``[E]``."""
 
+    def metrics(self) -> dict[str, list[float]]:
+        """Lists of one value an episode, by the names under which they are stored."""
+        return {"return": self.returns.tolist(), "episode_length": self.lengths.tolist()}
+
 
 @torch.no_grad()
 def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps: int) -> Episodes:

@@ -1,0 +1,35 @@
+"""Compare runs on one page.
+
+    python recipes/compare.py runs/mars_vmas --baseline mappo --output results/vmas
+
+reads every finished run below the folders and writes README.md (with pictures), page.html (needs no other file) and
+evaluations.json (every episode, as marl-eval reads it). It refuses runs of one task whose environment, time limit,
+budget or evaluation differ, and runs of one method that differ in more than the seed, and says in what.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from torchrl_marl.evaluation.comparison import compare
+
+
+def main() -> None:
+    """Read the command line and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders at or below which runs lie")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the page")
+    parser.add_argument("--baseline", help="method over which the probability of improvement is given")
+    parser.add_argument("--split", nargs="*", default=[], metavar="KEY", help="keys that tell variants apart")
+    arguments = parser.parse_args()
+    command = shlex.join(["python", "recipes/compare.py", *sys.argv[1:]])
+    try:
+        compare(arguments.runs, arguments.output, baseline=arguments.baseline, split=arguments.split, command=command)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    print(arguments.output / "page.html")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""Runs are compared on one page, or refused with the reason."""
+
+import html
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from tests.recipes.runs import RECIPES, run_recipe
+from torchrl_marl.evaluation import (
+    iqm,
+    probability_of_improvement,
+    sample_efficiency,
+    stratified_bootstrap_interval,
+)
+from torchrl_marl.evaluation.comparison import compare
+from torchrl_marl.evaluation.figures import draw_aggregates
+from torchrl_marl.evaluation.runs import check_comparable, read_runs
+
+TASKS = ("balance", "navigation")
+CONFIG = {
+    "env": {
+        "_target_": "torchrl_marl.envs.make_env",
+        "scenario": "balance",
+        "num_envs": 60,
+        "max_steps": 100,
+        "time_limit": "truncate",
+        "scenario_kwargs": {},
+    },
+    "loss": {"_target_": "MARSLoss"},
+    "optimizer": {"lr": 0.001},
+    "evaluation": {"interval": 100, "episodes": 32},
+    "total_frames": 400,
+    "method": "mars",
+    "environment": "vmas",
+    "recipe": "mars_vmas",
+    "folder": "runs",
+    "seed": 0,
+}
+
+
+def write_run(
+    root: Path, *overrides: str, final: float = 1.0, frames: tuple[int, ...] = (0, 100, 200, 300, 400)
+) -> Path:
+    """Write what a finished run leaves, as far as a comparison reads it; its curve rises to ``final``."""
+    config = OmegaConf.merge(CONFIG, OmegaConf.from_dotlist(list(overrides)))
+    folder = root / str(len(list(root.glob("*")) if root.exists() else []))
+    scalars = folder / "scalars/eval/reward"
+    scalars.mkdir(parents=True)
+    OmegaConf.save(config, folder / "config.yaml")
+    rows = [f"{frame},{final * frame / frames[-1]}\n" for frame in frames]
+    (scalars / "episode_reward_mean.csv").write_text("".join(rows))
+    sessions = [{"command": f"python x.py seed={config.seed}", "git_commit": "c" * 40}]
+    summary = {"final": final, "last_fifth": final, "absolute": final - 0.5, "frames": 400, "frames_per_second": 10.0}
+    (folder / "summary.json").write_text(json.dumps({**summary, "git_commit": "c" * 40, "sessions": sessions}))
+    return folder
+
+
+def study(root: Path) -> dict[tuple[str, str], np.ndarray]:
+    """Two methods on two tasks, three seeds each; returns the absolute metrics by task and method."""
+    rng, scores = np.random.default_rng(0), {}
+    for task in TASKS:
+        for method in ("mars", "mappo"):
+            finals = rng.uniform(1, 5, size=3)
+            for seed, final in enumerate(finals):
+                write_run(root, f"env.scenario={task}", f"method={method}", f"seed={seed}", final=final)
+            scores[task, method] = finals - 0.5
+    return scores
+
+
+def page(root: Path, **options: object) -> str:
+    compare([root], root.parent / "page", **options)
+    return (root.parent / "page/README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[tuple[str, str], np.ndarray], Path]:
+    """Absolute metrics of a study, with an unfinished run beside, and the folder of its page."""
+    root = tmp_path_factory.mktemp("study")
+    scores = study(root / "runs")
+    unfinished = write_run(root / "runs", "seed=9")
+    (unfinished / "summary.json").unlink()
+    page(root / "runs", baseline="mappo", command="python recipes/compare.py here")
+    return scores, root / "page"
+
+
+def cells(text: str, *starts: str) -> list[str]:
+    """Return the cells of the first row of a table that starts with the given ones."""
+    row = next(line for line in text.splitlines() if line.startswith("| " + " | ".join(starts) + " |"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("field", "ours", "theirs"),
+    [
+        ("env.time_limit", "truncate", "terminate"),
+        ("env.max_steps", "100", "200"),
+        ("env.scenario_kwargs.n_agents", "(default)", "5"),
+        ("env._target_", "torchrl_marl.envs.make_env", "other.make_env"),
+        ("total_frames", "400", "800"),
+        ("evaluation.interval", "100", "50"),
+        ("evaluation.episodes", "32", "64"),
+    ],
+)
+def test_runs_that_differ_in_environment_horizon_or_budget_are_refused_by_name(
+    field: str, ours: str, theirs: str, tmp_path: Path
+) -> None:
+    write_run(tmp_path)
+    write_run(tmp_path, "method=mappo", f"{field}={theirs}")
+    with pytest.raises(ValueError, match=r"Runs on balance cannot be compared") as refused:
+        check_comparable(read_runs([tmp_path])[0])
+    _, line = str(refused.value).splitlines()  # that field and no other
+    assert line == f"  {field}: {theirs} in 1 of mappo, {ours} in 0 of mars"
+
+
+def test_methods_may_differ_in_all_that_is_theirs_and_tasks_in_horizon_and_budget(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write_run(tmp_path, "method=mappo", "loss._target_=MAPPOLoss", "optimizer.lr=0.1", "env.num_envs=600")
+    write_run(tmp_path, "seed=1", "device=cuda", "logger.tensorboard=true", "folder=elsewhere", final=2.0)
+    write_run(tmp_path, "env.scenario=transport", "env.max_steps=500", "total_frames=800")
+    check_comparable(read_runs([tmp_path])[0])
+
+
+def test_settings_of_one_method_are_not_seeds_but_variants_if_asked_for(tmp_path: Path) -> None:
+    write_run(tmp_path, final=1.0)
+    write_run(tmp_path, "seed=1", "optimizer.lr=0.01", final=2.0)
+    with pytest.raises(ValueError, match=r"not seeds of one configuration.*\n  optimizer.lr: 0.001 in 0 .*\n.*--split"):
+        check_comparable(read_runs([tmp_path])[0])
+    runs, _ = read_runs([tmp_path], split=["optimizer.lr"])
+    check_comparable(runs)
+    assert [run.method for run in runs] == ["mars lr=0.001", "mars lr=0.01"]
+
+
+def test_trials_of_tuning_are_no_results(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write_run(tmp_path / "tuning", "optimizer.lr=0.5", final=9.0)
+    assert [run.summary["final"] for run in read_runs([tmp_path])[0]] == [1.0]
+
+
+def test_a_seed_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, final=1.0)
+    write_run(tmp_path, final=2.0)
+    with pytest.raises(ValueError, match="Seed 0 of mars on balance is there 2 times"):
+        check_comparable(read_runs([tmp_path])[0])
+
+
+def test_two_seeds_with_one_curve_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write_run(tmp_path, "seed=1")
+    with pytest.raises(ValueError, match="Seeds 0 and 1 of mars on balance have the same curve"):
+        check_comparable(read_runs([tmp_path])[0])
+
+
+def test_the_page_states_statistics_of_the_absolute_metric(studied: tuple) -> None:
+    scores, folder = studied
+    text = (folder / "README.md").read_text()
+    for (task, method), values in scores.items():
+        low, high = stratified_bootstrap_interval(values)
+        assert cells(text, task, method, "0 to 2")[5] == f"{iqm(values):.2f} [{low:.2f}, {high:.2f}]"
+    ours, theirs = (np.stack([scores[task, method] for task in TASKS], -1) for method in ("mars", "mappo"))
+    expected = {task: probability_of_improvement(ours[:, index], theirs[:, index]) for index, task in enumerate(TASKS)}
+    expected["2 tasks together"] = (expected["balance"] + expected["navigation"]) / 2
+    for title, probability in expected.items():
+        assert cells(text.split("## Probability")[1], title, "mars")[2].startswith(f"{probability:.2f} [")
+    # a curve rises from 0 to the final return, half a point above the absolute metric: these are the bounds
+    normalised = ours / (np.maximum(ours, theirs).max(0) + 0.5)
+    assert cells(text, "vmas", "2", "mars", "3")[4].startswith(f"{iqm(normalised):.2f} [")
+    assert cells(text, "vmas", "2", "mars", "3")[6].startswith(f"{1 - normalised.mean():.2f} [")
+
+
+def test_the_figures_show_statistics_over_runs_and_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+
+    def keep(efficiency: dict, profiles: dict) -> Figure:
+        drawn.update(efficiency=efficiency["mars"], profile=profiles["mars"])
+        return draw_aggregates(efficiency, profiles)
+
+    monkeypatch.setattr("torchrl_marl.evaluation.comparison.draw_aggregates", keep)
+    scores = study(tmp_path / "runs")
+    page(tmp_path / "runs")
+    ours, theirs = (np.stack([scores[task, method] for task in TASKS], -1) for method in ("mars", "mappo"))
+    top = np.maximum(ours, theirs).max(0) + 0.5
+    percent = np.linspace(0, 100, 101)
+    curves = ((ours + 0.5) / top)[..., None] * percent / 100  # straight from 0 to the final return
+    low, high = stratified_bootstrap_interval(curves, sample_efficiency)
+    np.testing.assert_allclose(drawn["efficiency"], [percent, sample_efficiency(curves), low, high], atol=1e-12)
+    thresholds = np.linspace(0, 1, 101)
+    shares = [(ours / top > threshold).mean() for threshold in thresholds]
+    np.testing.assert_allclose(drawn["profile"].center, 100 * np.array(shares))
+
+
+def test_the_page_lists_every_command_commit_seed_and_what_was_left_out(studied: tuple) -> None:
+    text = (studied[1] / "README.md").read_text()
+    assert len(re.findall(r"\| c{12} \| python x\.py seed=[012] \|", text)) == 12
+    assert "12 runs: 3 seeds for each method and task" in text
+    assert "32 episodes" in text
+    assert "320 other episodes" in text
+    assert "python recipes/compare.py here" in text
+    assert re.search(r"Left out, for they are not finished: .*/runs/12\.", text)
+    assert "does not rank methods" in text  # three seeds
+
+
+def test_ten_seeds_come_without_the_warning_and_one_without_an_interval(tmp_path: Path) -> None:
+    for seed in range(10):
+        write_run(tmp_path / "ten", f"seed={seed}", final=1 + seed / 10)
+    assert "does not rank" not in page(tmp_path / "ten")
+    write_run(tmp_path / "one")
+    assert cells(page(tmp_path / "one"), "balance", "mars", "0")[5] == "0.50"
+
+
+def test_the_html_page_needs_no_other_file_and_says_the_same(studied: tuple) -> None:
+    text, source = ((studied[1] / name).read_text() for name in ("README.md", "page.html"))
+    references = re.findall(r'(?:src|href)="([^"]{0,40})', source)
+    assert len(references) == 3
+    assert all(reference.startswith("data:image/svg+xml;base64,") for reference in references)
+    assert [path.name for path in sorted(studied[1].glob("*.png"))] == [
+        "aggregates.png",
+        "curves.png",
+        "improvements.png",
+    ]
+    of_html = [html.unescape(cell) for cell in re.findall(r"<t[dh](?: [^>]*)?>(.*?)</t[dh]>", source)]
+    of_markdown = [
+        cell.strip()
+        for line in text.splitlines()
+        if line.startswith("|") and not line.startswith("|:")
+        for cell in line.strip("|").split("|")
+    ]
+    assert of_html == of_markdown
+
+
+def test_an_interrupted_run_with_one_more_evaluation_is_compared_at_the_common_ones(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", final=1.0)
+    write_run(tmp_path / "runs", "seed=1", final=2.0, frames=(0, 100, 150, 200, 300, 400))
+    assert cells(page(tmp_path / "runs"), "balance", "mars", "0, 1")[3].startswith("1.50")
+
+
+def test_tasks_that_not_all_methods_played_or_where_nothing_was_learnt_stay_out_of_the_aggregates(
+    tmp_path: Path,
+) -> None:
+    study(tmp_path / "runs")
+    write_run(tmp_path / "runs", "env.scenario=transport")
+    flat = [
+        write_run(tmp_path / "runs", "env.scenario=wheel", f"method={name}", final=0.0) for name in ("mars", "mappo")
+    ]
+    for folder in flat:
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps({**summary, "absolute": 0.0}))
+    text = page(tmp_path / "runs")
+    assert "Probability of improvement over" not in text  # no baseline was chosen
+    assert cells(text, "vmas", "2", "mars", "3")
+    assert "Scores on balance and navigation, normalised" in text
+
+
+def test_environments_are_aggregated_apart_and_together(tmp_path: Path) -> None:
+    study(tmp_path / "runs")
+    for seed in range(3):
+        for method in ("mars", "mappo"):
+            names = ("environment=mazes", "env.scenario=red", f"method={method}", f"seed={seed}")
+            write_run(tmp_path / "runs", *names, final=2.0 + seed)
+    text = page(tmp_path / "runs")
+    assert [cells(text, name, tasks, "mars")[3] for name, tasks in (("mazes", "1"), ("vmas", "2"), ("all", "3"))] == [
+        "3"
+    ] * 3
+
+
+def test_no_run_and_an_unknown_baseline_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No finished run below"):
+        read_runs([tmp_path])
+    study(tmp_path / "runs")
+    with pytest.raises(ValueError, match="No run is of the baseline 'qmix'; there are mappo, mars"):
+        page(tmp_path / "runs", baseline="qmix")
+
+
+def test_the_command_makes_a_page_from_real_runs_and_refuses_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(monkeypatch, tmp_path / "runs", "-m", "loss=mars,mappo", "seed=0,1", "total_frames=160")
+    script = str(RECIPES / "compare.py")
+    arguments = [script, str(tmp_path / "runs"), "--baseline", "mappo", "--output", str(tmp_path / "page")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(script, run_name="__main__")
+    assert str(tmp_path / "page/page.html") in capsys.readouterr().out
+    text = (tmp_path / "page/README.md").read_text()
+    assert cells(text, "navigation", "mars", "0, 1")[6] == "160"
+    assert "python recipes/mars_vmas.py" in text
+    assert "loss=mars seed=1" in text
+    assert str(tmp_path) not in text.split("Made by")[0]  # nothing of this machine in what is published
+    episodes = json.loads((tmp_path / "page/evaluations.json").read_text())["vmas"]["navigation"]
+    assert set(episodes) == {"mars", "mappo"}
+    assert set(episodes["mars"]) == {"seed_0", "seed_1"}
+    run_recipe(monkeypatch, tmp_path / "runs", "loss=mars", "seed=2", "total_frames=160", "env.time_limit=terminate")
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match=r"env\.time_limit: .*terminate"):
+        runpy.run_path(script, run_name="__main__")

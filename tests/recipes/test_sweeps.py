@@ -1,0 +1,94 @@
+"""Every method has a search space, for `sweep=METHOD` and for W&B."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from tests.recipes.runs import RECIPES, run_folders, run_recipe
+from tests.recipes.test_mars_vmas import METHODS, RECIPE_OF
+from torchrl_marl.config import check_keys
+from torchrl_marl.modules import GroupShape
+from torchrl_marl.training import LAST_FIFTH
+
+CONFIG = RECIPES / "config"
+
+
+def composed(method: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        return compose(RECIPE_OF.get(method, "mars_vmas"), overrides=list(overrides), return_hydra_config=True)
+
+
+def space_of(method: str) -> list[Override]:
+    params = composed(method, f"sweep={method}").hydra.sweeper.params
+    return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_tuned_with_equal_budget(method: str) -> None:
+    config = composed(method, f"sweep={method}")
+    assert config.hydra.sweeper.method == method
+    own = [override for override in space_of(method) if override.is_interval_sweep()]
+    assert own
+    assert config.hydra.sweeper.num_trials == 40 * len(own)
+    assert len(set(config.hydra.sweeper.seeds)) == 5
+    assert not set(config.hydra.sweeper.seeds) & set(range(100))  # those that results are reported on
+
+
+@pytest.mark.parametrize("end", ["start", "end"])
+@pytest.mark.parametrize("method", METHODS)
+def test_both_ends_of_every_space_are_arguments_that_the_loss_takes(method: str, end: str) -> None:
+    chosen = []
+    for override in space_of(method):
+        value = override.value()
+        if override.is_interval_sweep():
+            value = getattr(value, end)
+        elif override.is_discrete_sweep():
+            value = list(override.sweep_iterator())[0 if end == "start" else -1]
+        chosen.append(f"++{override.key_or_group}={value}")
+    config = composed(method, f"loss={method}", *chosen)
+    check_keys(
+        DictConfig({"loss": config.loss, "optimizer": config.optimizer}), DictConfig({"loss": 0, "optimizer": 0})
+    )
+    assert {override.key_or_group.split(".")[0] for override in space_of(method)} <= set(config)
+    shape = GroupShape(name="agents", num_agents=2, observation_size=4, num_actions=3)
+    instantiate(config.loss, instantiate(config.actor, shape), instantiate(config.critic, shape))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_sweep_of_wandb_searches_the_same_space_for_a_metric_that_runs_log(
+    method: str,
+) -> None:
+    sweep = yaml.safe_load((RECIPES / "wandb_sweeps" / f"{method}.yaml").read_text())
+    assert sweep["metric"] == {"name": LAST_FIFTH, "goal": "maximize"}
+    assert sweep["run_cap"] == composed(method, f"sweep={method}").hydra.sweeper.num_trials
+    assert f"loss={method}" in sweep["command"]
+    assert sweep["program"] == f"recipes/{RECIPE_OF.get(method, 'mars_vmas')}.py"
+    written = {}
+    for key, value in sweep["parameters"].items():
+        if "values" in value:
+            written[key] = ("values", value["values"])
+        else:
+            written[key] = ("log" if "distribution" in value else "linear", value["min"], value["max"])
+    expected = {}
+    for override in space_of(method):
+        value = override.value()
+        if override.is_interval_sweep():
+            expected[override.key_or_group] = ("log" if "log" in value.tags else "linear", value.start, value.end)
+        elif override.is_discrete_sweep():
+            expected[override.key_or_group] = ("values", list(override.sweep_iterator()))
+    assert written == expected
+
+
+def test_a_run_logs_the_metric_that_sweeps_maximise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path)
+    (folder,) = run_folders(tmp_path)
+    (row,) = (folder / "scalars" / f"{LAST_FIFTH}.csv").read_text().split()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [float(value) for value in row.split(",")] == pytest.approx([240, summary["last_fifth"]])

@@ -1,0 +1,180 @@
+"""Studies choose by TPE, take the mean over seeds, prune between them and survive a kill."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.recipes.runs import run_folders, run_recipe
+
+optuna = pytest.importorskip("optuna")
+
+from torchrl_marl.tuning import num_finished, open_study, run_trial, study_record  # noqa: E402
+
+SPACE = {
+    "x": optuna.distributions.FloatDistribution(0, 1),
+    "k": optuna.distributions.CategoricalDistribution([1, 2, 3]),
+}
+SEEDS = [7, 8]
+
+
+def score(params: dict, seed: int) -> float:
+    return -((params["x"] - 0.3) ** 2) + 0.1 * params["k"] + 0.001 * seed
+
+
+def finish(path: Path, run=score, *, trials: int = 12) -> list[dict]:  # ten are random, then TPE proposes
+    with open_study(path) as study:
+        while num_finished(study) < trials:
+            run_trial(study, run, SPACE, seeds=SEEDS)
+        return study_record(study)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The trials of a study that nothing interrupted."""
+    return finish(tmp_path_factory.mktemp("whole") / "study.db")
+
+
+def test_the_objective_is_the_mean_over_seeds(whole: list[dict]) -> None:
+    complete = [trial for trial in whole if trial["state"] == "complete"]
+    assert complete
+    for trial in complete:
+        assert trial["returns"] == [score(trial["params"], seed) for seed in SEEDS]
+        assert trial["objective"] == pytest.approx(sum(trial["returns"]) / 2)
+
+
+def test_trials_below_the_median_of_earlier_ones_end_after_the_seed_that_shows_it(tmp_path: Path) -> None:
+    def worse_and_worse(params: dict, seed: int) -> float:
+        worse_and_worse.calls += 1
+        return -float(worse_and_worse.calls)
+
+    worse_and_worse.calls = 0
+    trials = finish(tmp_path / "study.db", worse_and_worse, trials=7)
+    assert [trial["state"] for trial in trials] == ["complete"] * 5 + ["pruned"] * 2  # it needs five to compare with
+    assert [len(trial["returns"]) for trial in trials] == [2] * 5 + [1] * 2
+
+
+def test_a_trial_that_diverges_counts_and_the_study_goes_on(tmp_path: Path) -> None:
+    def diverge(params: dict, seed: int) -> float:
+        if params["k"] == 3:
+            raise FloatingPointError("loss is nan")
+        return score(params, seed)
+
+    trials = finish(tmp_path / "study.db", diverge)
+    diverged = [trial for trial in trials if trial["params"]["k"] == 3]
+    assert len(trials) == 12
+    assert diverged
+    assert {(trial["state"], trial["diverged"]) for trial in diverged} == {("pruned", "loss is nan")}
+
+
+@pytest.mark.parametrize("calls_before", [1, 15])
+def test_a_study_that_was_interrupted_equals_one_that_was_not(
+    calls_before: int, tmp_path: Path, whole: list[dict]
+) -> None:
+    def interrupted(params: dict, seed: int) -> float:
+        interrupted.calls += 1
+        if interrupted.calls > calls_before:
+            raise KeyboardInterrupt
+        return score(params, seed)
+
+    interrupted.calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        finish(tmp_path / "study.db", interrupted)
+    calls = []
+
+    def count(params: dict, seed: int) -> float:
+        calls.append(seed)
+        return score(params, seed)
+
+    assert finish(tmp_path / "study.db", count) == whole
+    assert len(calls) == sum(len(trial["returns"]) for trial in whole) - calls_before  # no seed is trained twice
+
+
+def test_a_killed_process_leaves_a_study_that_another_goes_on_with(tmp_path: Path, whole: list[dict]) -> None:
+    script = f"""
+import os, signal
+from pathlib import Path
+from tests.test_tuning import finish, score
+calls = []
+def run(params, seed):
+    calls.append(seed)
+    if len(calls) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return score(params, seed)
+finish(Path({str(tmp_path / "study.db")!r}), run)
+"""
+    root = Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert finish(tmp_path / "study.db") == whole
+
+
+def test_a_study_is_open_for_one_process_alone(tmp_path: Path) -> None:
+    with open_study(tmp_path / "study.db"):
+        with pytest.raises(RuntimeError, match="Another process is tuning"), open_study(tmp_path / "study.db"):
+            pass
+    with open_study(tmp_path / "study.db") as study:
+        assert num_finished(study) == 0
+
+
+def test_more_trials_of_the_same_command_go_on_where_it_ended(tmp_path: Path, whole: list[dict]) -> None:
+    assert finish(tmp_path / "study.db", trials=4) == whole[:4]
+    assert finish(tmp_path / "study.db") == whole
+
+
+def test_the_recipe_tunes_and_prints_the_command_of_the_best_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["total_frames=80", "minibatch_size=choice(20,40)", "hydra.sweeper.seeds=[3,4]", "env.scenario=balance"]
+    run_recipe(monkeypatch, tmp_path, "sweep=mars", *options, "hydra.sweeper.num_trials=2")
+    printed = capsys.readouterr().out
+    (record,) = (tmp_path / "tuning").glob("mars_balance_*.json")
+    trials = json.loads(record.read_text())
+    assert [trial["state"] for trial in trials] == ["complete"] * 2
+    configs = [OmegaConf.load(folder / "config.yaml") for folder in run_folders(tmp_path)]
+    assert [config.seed for config in configs] == [3, 4, 3, 4]
+    for index, config in enumerate(configs):
+        params, returns = trials[index // 2]["params"], trials[index // 2]["returns"]
+        assert set(params) == {
+            "loss.target_ratios.0",
+            "loss.target_ratios.1",
+            "loss.entropy_coeff",
+            "optimizer.lr",
+            "minibatch_size",
+        }
+        assert {key: OmegaConf.select(config, key) for key in params} == params
+        assert (config.method, config.env.scenario, config.epochs) == (
+            "mars",
+            "balance",
+            2,
+        )  # epochs of the command line
+        summary = json.loads((run_folders(tmp_path)[index] / "summary.json").read_text())
+        assert returns[index % 2] == pytest.approx(summary["last_fifth"])
+        (session,) = summary["sessions"]
+        assert session["command"].startswith("python recipes/mars_vmas.py actor=mlp critic=mlp env=vmas loss=mars ")
+        assert "sweep=" not in session["command"]
+    best = max(trials, key=lambda trial: trial["objective"])["params"]
+    command = printed.split("Best of 2 trials: ")[1].splitlines()[1]
+    assert command.startswith("python recipes/mars_vmas.py -m actor=mlp critic=mlp env=vmas loss=mars ")
+    assert all(f"{key}={value}" in command for key, value in best.items())
+    assert "seed=0,1,2" in command
+    assert "evaluation.video=False" in command  # asked for on the command line
+    run_recipe(monkeypatch, tmp_path, "sweep=mars", *options, "hydra.sweeper.num_trials=2")  # nothing is left to do
+    assert len(run_folders(tmp_path)) == 4
+
+
+def test_the_method_is_that_of_the_search_space_not_the_recipes_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["sweep=rpo", "total_frames=80", "hydra.sweeper.seeds=[3]", "hydra.sweeper.num_trials=1"]
+    run_recipe(monkeypatch, tmp_path, *options, recipe="marpo_vmas")
+    (folder,) = run_folders(tmp_path)
+    config = OmegaConf.load(folder / "config.yaml")
+    assert (config.method, config.loss.layout) == ("rpo", "rpo")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="loss=mappo is not the method of this search space, rpo"):
+        run_recipe(monkeypatch, tmp_path, *options, "loss=mappo", recipe="marpo_vmas")

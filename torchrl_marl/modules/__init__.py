@@ -1,8 +1,10 @@
-"""Networks: actor and critic builders, feed-forward and recurrent, and value normalisation."""
+"""Networks: actors and critics, feed-forward and recurrent, autoregressive joint policies, and value normalisation."""
 
 from torchrl_marl.modules.actor_critic import make_actor, make_critic
 from torchrl_marl.modules.agent_networks import AgentNetworks, agent_policy
+from torchrl_marl.modules.autoregressive import AutoregressiveActor, AutoregressiveCritic
 from torchrl_marl.modules.group import GroupShape
+from torchrl_marl.modules.mat import make_mat
 from torchrl_marl.modules.recurrent import (
     MultiAgentGRU,
     RecurrentModule,
@@ -11,10 +13,13 @@ from torchrl_marl.modules.recurrent import (
     make_recurrent_critic,
     with_recurrent_state,
 )
+from torchrl_marl.modules.sable import make_sable
 from torchrl_marl.modules.value_norm import Denormalize
 
 __all__ = [
     "AgentNetworks",
+    "AutoregressiveActor",
+    "AutoregressiveCritic",
     "Denormalize",
     "GroupShape",
     "MultiAgentGRU",
@@ -23,7 +28,9 @@ __all__ = [
     "collection_policy",
     "make_actor",
     "make_critic",
+    "make_mat",
     "make_recurrent_actor",
     "make_recurrent_critic",
+    "make_sable",
     "with_recurrent_state",
 ]

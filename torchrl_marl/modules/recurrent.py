@@ -17,7 +17,7 @@ first next observation of an episode, and beside its last one, has seen all that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
@@ -28,6 +28,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, InitTracker, TensorDictPrimer, TransformedEnv
 from torchrl.modules import ProbabilisticActor, ValueNorm, recurrent_mode
 
+from torchrl_marl.modules.autoregressive import AutoregressiveActor
 from torchrl_marl.modules.group import GroupShape, group_shape
 from torchrl_marl.modules.layers import (
     Activation,
@@ -343,7 +344,8 @@ def make_recurrent_critic(
 def collection_policy(actor: ProbabilisticActor, critic: TensorDictModuleBase) -> TensorDictModuleBase:
     """Return what a collector must run: the actor and, where the critic has a memory, that memory.
 
-    The critic's states then lie in the data, from which values and losses start. Without a memory it is the actor.
+    The critic's states then lie in the data, from which values and losses start. Without a memory it is the actor. A
+    learner that follows a guider (:class:`~torchrl_marl.objectives.MAGPOLoss`) stands here in the critic's place.
 
     Args:
         actor: the policy.
@@ -361,7 +363,8 @@ def with_recurrent_state(env: EnvBase, policy: nn.Module) -> EnvBase:
 
     Args:
         env: environment with done flags at the root.
-        policy: any module with :class:`RecurrentModule` parts, or none.
+        policy: any module with :class:`RecurrentModule` or
+            :class:`~torchrl_marl.modules.AutoregressiveActor` parts, or none.
 
     Example:
         >>> from torchrl_marl.envs import make_env
@@ -370,10 +373,10 @@ def with_recurrent_state(env: EnvBase, policy: nn.Module) -> EnvBase:
         >>> with_recurrent_state(env, actor).rollout(3, actor)["next", "agents", "recurrent_state"].shape
         torch.Size([2, 3, 3, 16])
     """
-    present = env.full_observation_spec.keys(True, True)
-    primers = [
-        module.make_tensordict_primer() for module in _recurrent_modules(policy) if module.state_key not in present
-    ]
+    present = set(env.full_observation_spec.keys(True, True))
+    parts = [part for part in policy.modules() if isinstance(part, (RecurrentModule, AutoregressiveActor))]
+    primers = [part.make_tensordict_primer() for part in parts]
+    primers = [primer for primer in primers if set(cast("Composite", primer.primers).keys(True, True)) - present]
     return TransformedEnv(env, Compose([InitTracker(), *primers]), auto_unwrap=False) if primers else env
 
 

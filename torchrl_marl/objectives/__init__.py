@@ -1,6 +1,7 @@
 """Losses, one class per method, and the equations that they are made of."""
 
 from torchrl_marl.objectives.happo import HAPPOLoss, HATRPOLoss
+from torchrl_marl.objectives.magpo import CTDSLoss, MAGPOLoss
 from torchrl_marl.objectives.marpo import MARPOLoss
 from torchrl_marl.objectives.mars import MARSLoss
 from torchrl_marl.objectives.maspo import MASPOLoss
@@ -10,9 +11,11 @@ from torchrl_marl.objectives.ratio import RatioLoss, standardize
 from torchrl_marl.objectives.sequential import SequentialLoss
 
 __all__ = [
+    "CTDSLoss",
     "HAPPOLoss",
     "HATRPOLoss",
     "IPPOLoss",
+    "MAGPOLoss",
     "MAPPOLoss",
     "MARPOLoss",
     "MARSLoss",

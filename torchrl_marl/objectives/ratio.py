@@ -75,6 +75,8 @@ class RatioLoss(LossModule):
         normalize_advantage_exclude_dims: dimensions with statistics of their own; by default each agent has its own.
         functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one entry per step and agent, zero for dead agents).
+        clip_value: how far, in units of the value scale, a value may move from the stored one before it counts as not
+            moving; the larger of both distances is the loss. ``None``: as far as it likes.
 
     Raises:
         ValueError: if the bounds are on the wrong side of 1, or an option is not one of those listed.
@@ -125,6 +127,7 @@ class RatioLoss(LossModule):
         normalize_advantage_exclude_dims: Sequence[int],
         functional: bool,
         reduction: str,
+        clip_value: float | None = None,
     ) -> None:
         if type(self) is RatioLoss:
             raise TypeError("RatioLoss is abstract: use MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss or a subclass.")
@@ -132,6 +135,8 @@ class RatioLoss(LossModule):
             raise ValueError(f"Ratio bounds must satisfy 0 < low < 1 < high, got low={low!r} and high={high!r}.")
         _check_choice("loss_critic_type", loss_critic_type, ("smooth_l1", "l2", "l1"))
         _check_choice("reduction", reduction, ("mean", "sum", "none"))
+        if clip_value is not None and not clip_value > 0:
+            raise ValueError(f"clip_value must be above 0, or None for no clipping; got {clip_value!r}.")
         super().__init__()
         self._functional = functional
         self._hold("actor_network", actor_network)
@@ -141,6 +146,8 @@ class RatioLoss(LossModule):
         self.normalize_advantage = normalize_advantage
         self.normalize_advantage_exclude_dims = tuple(normalize_advantage_exclude_dims)
         self.reduction = reduction
+        self.clip_value = clip_value
+        self._shared_keys = [key for key in critic_network.in_keys if key in actor_network.out_keys]
         device = next((parameter.device for parameter in self.parameters()), None)
         self.register_coeff_buffer("ratio_low", float(low), device=device)
         self.register_coeff_buffer("ratio_high", float(high), device=device)
@@ -173,6 +180,7 @@ class RatioLoss(LossModule):
         keys = self.tensor_keys
         read = [*self.actor_network.in_keys, *self.critic_network.in_keys]
         read += [keys.action, keys.sample_log_prob, keys.advantage, keys.value_target]
+        read += [] if self.clip_value is None else [keys.value]
         return list(dict.fromkeys([*read, *self._own_keys(), *self._mask_keys()]))
 
     def _own_keys(self) -> list[NestedKey]:
@@ -329,7 +337,10 @@ class RatioLoss(LossModule):
                 f"The stored log-probability {keys.sample_log_prob!r} requires grad: collect under no_grad."
             )
         with self._parameters_of("actor_network"):
-            distribution = policy.get_dist(tensordict.copy())
+            acted = tensordict.copy()
+            distribution = policy.get_dist(acted)
+        for key in self._shared_keys:  # the output of an encoder that both networks have: the critic goes on from it
+            tensordict.set(key, acted.get(key))
         log_prob = distribution.log_prob(_require(tensordict, keys.action))
         if log_prob.shape != stored.shape:
             raise ValueError(
@@ -353,6 +364,7 @@ class RatioLoss(LossModule):
         target = _require(tensordict, keys.value_target)
         mask = self._mask(tensordict, target.shape[:-1])
         value_norm = self._value_norm()
+        old_value = None if self.clip_value is None else _require(tensordict, keys.value)
         with self._parameters_of("critic_network"):
             value = self.critic_network(tensordict).get(keys.value)
             scale = None if value_norm is None else value_norm.scale()
@@ -368,8 +380,12 @@ class RatioLoss(LossModule):
         explained = 1 - unexplained / variance.clamp(min=torch.finfo(variance.dtype).eps)
         if scale is not None:  # (v - m) / s - (t - m) / s = (v - t) / s: the mean cancels
             value, target = value / scale, target / scale
-        distance = distance_loss(value, target, self.loss_critic_type).squeeze(-1)
-        return self._reduce(distance, mask), explained
+        distance = distance_loss(value, target, self.loss_critic_type)
+        if old_value is not None and self.clip_value is not None:
+            old_value = old_value if scale is None else old_value / scale
+            clipped = old_value + (value - old_value).clamp(-self.clip_value, self.clip_value)
+            distance = torch.maximum(distance, distance_loss(clipped, target, self.loss_critic_type))
+        return self._reduce(distance.squeeze(-1), mask), explained
 
     def _value_norm(self) -> ValueNorm | None:
         return next((module for module in self.critic_network.modules() if isinstance(module, ValueNorm)), None)

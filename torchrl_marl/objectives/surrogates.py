@@ -16,7 +16,16 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
-__all__ = ["Gain", "barrier_gain", "clip_gain", "kl_interval", "quadratic_gain", "ratio_gain", "reflective_clip_gain"]
+__all__ = [
+    "Gain",
+    "barrier_gain",
+    "clip_gain",
+    "double_clip_gain",
+    "kl_interval",
+    "quadratic_gain",
+    "ratio_gain",
+    "reflective_clip_gain",
+]
 
 
 class Gain(Protocol):
@@ -207,6 +216,60 @@ def reflective_clip_gain(
         max=next_high
     )
     return torch.minimum((log_ratio + next_log_ratio).exp() * next_advantage, clipped * next_advantage)
+
+
+def double_clip_gain(
+    log_ratio: Tensor,
+    guider_learner_log_ratio: Tensor,
+    advantage: Tensor,
+    *,
+    low: float | Tensor,
+    high: float | Tensor,
+    guider_learner_ratio: float | Tensor,
+    gain: Gain = clip_gain,
+) -> Tensor:
+    """MAGPO's gain for a guider that a learner imitates: no reward for leaving the learner's neighbourhood.
+
+        gain = min(r A, clip(clip(mu / pi, 1 / delta, delta) pi / mu_old, low, high) A)
+
+    ``mu`` is the guider, ``r = mu / mu_old`` its ratio, ``pi`` the learner. Where the guider has left
+    ``(1 / delta, delta)`` around the learner in the direction that the advantage favours, the inner clip cuts the
+    gradient, as the outer one does where it has left ``[low, high]`` around its old self; but where it has left its old
+    self the other way, it is drawn back to it. ``delta = inf`` gives :func:`clip_gain`.
+
+    Any other gain ``G`` takes its place as ``min(G(r), G(clip(...)))``, which for :func:`clip_gain` is the same as
+    above: the second term is where the ratio would be without leaving either neighbourhood.
+
+    Reference: MAGPO, https://arxiv.org/abs/2507.18059, Eqs. (8) and (9).
+
+    Args:
+        log_ratio: ``log mu(a|o) - log mu_old(a|o)`` of each agent, any shape.
+        guider_learner_log_ratio: ``log mu(a|o) - log pi(a|o)``, with gradient to the guider only; same shape.
+        advantage: same shape.
+        low: lower bound of ``r``, or the gain's target; float or 0-dim tensor, as the other bounds.
+        high: upper bound of ``r``, or the gain's target.
+        guider_learner_ratio: ``delta``, above 1.
+        gain: the trust region of the guider.
+
+    Returns:
+        The gain to maximise, elementwise, same shape.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> guider, learner, old = torch.tensor([0.6, 0.3, 0.5]).log()
+        >>> bounds = {"low": 0.8, "high": 1.2, "guider_learner_ratio": 1.5}
+        >>> double_clip_gain(guider - old, guider - learner, torch.tensor(1.0), **bounds)  # 1.5 * 0.3 / 0.5
+        tensor(0.9000)
+    """
+    _check_same_shape(log_ratio, advantage)
+    _check_same_shape(guider_learner_log_ratio, advantage)
+    low, high, delta = (torch.as_tensor(x, dtype=log_ratio.dtype) for x in (low, high, guider_learner_ratio))
+    excess = guider_learner_log_ratio - guider_learner_log_ratio.clamp(-delta.log(), delta.log())
+    bounded = (log_ratio - excess).clamp(low.log(), high.log())  # excess is 0 within, and cancels the gradient without
+    bounds = {"low": low, "high": high}
+    return torch.minimum(gain(log_ratio, advantage, **bounds), gain(bounded, advantage, **bounds))
 
 
 @overload

@@ -1,0 +1,529 @@
+"""MAGPO and CTDS against an independent implementation's numbers, their reductions, and which loss trains what."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.distributions import Categorical, Normal
+from torch.testing import assert_close
+from torchrl.modules import MaskedCategorical, ProbabilisticActor, RunningValueNorm, TanhNormal
+from torchrl.objectives.value import MultiAgentGAE
+
+from tests.modules.test_autoregressive import NETWORKS, SHAPES, play
+from tests.objectives.loss_factories import gradients, make_networks
+from torchrl_marl.modules import Denormalize, make_actor, make_recurrent_actor
+from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, MAPPOLoss
+from torchrl_marl.objectives.magpo import divergence
+from torchrl_marl.objectives.surrogates import barrier_gain, clip_gain, double_clip_gain, quadratic_gain
+
+VECTORS = json.loads((Path(__file__).parent / "magpo_vectors.json").read_text())
+CASES = VECTORS["losses"]
+GUIDER = ("loss_objective", "loss_guider_kl", "loss_entropy", "loss_critic")
+LEARNER = ("loss_learner_kl", "loss_learner_objective")
+
+
+def double(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# --- the equations
+
+
+def logits_actor(key):
+    """An actor whose masked logits are an entry of the data."""
+    return ProbabilisticActor(
+        TensorDictModule(nn.Identity(), in_keys=[key], out_keys=[("agents", "logits")]),
+        in_keys={"logits": ("agents", "logits"), "mask": ("agents", "action_mask")},
+        out_keys=[("agents", "action")],
+        distribution_class=MaskedCategorical,
+        return_log_prob=True,
+        log_prob_key=("agents", "action_log_prob"),
+    )
+
+
+def vector_data(case):
+    """The case as a batch of one agent, with logits and values that take gradients."""
+    given = CASES[case]["input"]
+    leaves = {name: double(given[name]).unsqueeze(1).requires_grad_() for name in ("guider_logits", "learner_logits")}
+    value = double(given["value"]).view(-1, 1, 1).requires_grad_()
+    data = TensorDict(
+        {
+            **leaves,
+            "predicted": value,
+            "agents": {
+                "action": torch.tensor(given["action"]).unsqueeze(1),
+                "action_log_prob": double(given["old_log_prob"]).unsqueeze(1),
+                "action_mask": torch.tensor(given["legal"]).bool().unsqueeze(1),
+                "state_value": double(given["old_value"]).view(-1, 1, 1),
+            },
+            # the code divides by the standard deviation of the population
+            "advantage": double(CASES[case]["intermediate"]["normalised_advantage"]).view(-1, 1, 1),
+            "value_target": double(given["value_target"]).view(-1, 1, 1),
+        },
+        batch_size=len(value),
+    )
+    return data, [leaves["guider_logits"], leaves["learner_logits"], value]
+
+
+def vector_loss(case, kind=MAGPOLoss, **more):
+    hyper = CASES[case]["input"]["hyper"]
+    critic = TensorDictModule(nn.Identity(), in_keys=["predicted"], out_keys=[("agents", "state_value")])
+    options = {} if kind is CTDSLoss else {"guider_learner_ratio": float(hyper["delta"]), "rl_coeff": hyper["lam"]}
+    return kind(
+        logits_actor("guider_logits"),
+        critic,
+        logits_actor("learner_logits"),
+        clip_epsilon=hyper["clip_eps"],
+        clip_value=hyper["clip_eps"],
+        entropy_coeff=hyper["ent_coef"],
+        critic_coeff=hyper["vf_coef"] / 2,  # the code's value loss is half the mean square
+        loss_critic_type="l2",
+        normalize_advantage=False,
+        **options,
+        **more,
+    ).double()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_those_of_the_authors(case):
+    data, leaves = vector_data(case)
+    output = vector_loss(case)(data)
+    expected, hyper = CASES[case]["expected"], CASES[case]["input"]["hyper"]
+    for name, value in {
+        "loss_objective": expected["guider_pg"],
+        "loss_guider_kl": expected["guider_kl"],
+        "entropy": expected["entropy"],
+        "loss_critic": hyper["vf_coef"] * expected["value_loss"],
+        "loss_learner_kl": expected["learner_kl"],
+        "loss_learner_objective": hyper["lam"] * expected["learner_pg"],
+        "double_clip_fraction": sum(CASES[case]["intermediate"]["mask"]) / len(data),
+    }.items():
+        assert_close(output[name].item(), value, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+    guider, learner = (sum(output[name] for name in names) for names in (GUIDER, LEARNER))
+    assert_close(guider.item(), expected["guider_total"], rtol=0, atol=1e-7)
+    assert_close(learner.item(), expected["learner_total"], rtol=0, atol=1e-7)
+    found = torch.autograd.grad(guider + learner, leaves)
+    names = ("guider_total_wrt_guider_logits", "learner_total_wrt_learner_logits", "guider_total_wrt_value")
+    for gradient, leaf, name in zip(found, leaves, names, strict=True):
+        assert_close(gradient, double(CASES[case][f"grad_{name}"]).view_as(leaf), rtol=0, atol=1e-7)
+
+
+def test_ctds_is_that_of_the_authors():
+    case = "ctds_delta_inf_lambda_0"
+    data, leaves = vector_data(case)
+    output = vector_loss(case, CTDSLoss)(data)
+    expected = CASES[case]["expected"]
+    total = sum(value for key, value in output.items() if key.startswith("loss_"))
+    assert_close(total.item(), expected["guider_total"] + expected["learner_total"], rtol=0, atol=1e-7)
+    found = torch.autograd.grad(total, leaves)
+    names = ("guider_total_wrt_guider_logits", "learner_total_wrt_learner_logits", "guider_total_wrt_value")
+    for gradient, leaf, name in zip(found, leaves, names, strict=True):
+        assert_close(gradient, double(CASES[case][f"grad_{name}"]).view_as(leaf), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_papers_direction_of_the_learners_divergence_is_an_option(case):
+    data, _ = vector_data(case)
+    reverse = CASES[case]["intermediate"]["kl_learner_guider_for_paper_eq10"]
+    output = vector_loss(case, learner_kl="reverse")(data)
+    assert_close(output["loss_learner_kl"].item(), sum(reverse) / len(reverse), rtol=0, atol=1e-9)
+
+
+def test_advantages_are_those_of_the_authors():
+    # Their done flag belongs to the observation; ours, under "next", to the step before it.
+    vector = VECTORS["gae"]
+    actor, critic = make_networks("categorical", agents=2)
+    for case in vector["cases"]:
+        value = torch.tensor([*vector["value"], vector["last_value"]]).view(1, 7, 2, 1)
+        done = torch.tensor([*vector["done"], [case["last_done"]] * 2])[1:, :1].bool().unsqueeze(0)
+        data = TensorDict(
+            {
+                "agents": {"state_value": value[:, :-1]},
+                "next": {
+                    "agents": {
+                        "reward": torch.tensor(vector["reward"]).view(1, 6, 2, 1),
+                        "state_value": value[:, 1:],
+                    },
+                    "done": done,
+                    "terminated": done,
+                },
+            },
+            batch_size=(1, 6),
+        )
+        loss = MAGPOLoss(actor, critic, actor)
+        loss.make_value_estimator(MultiAgentGAE(gamma=0.99, lmbda=0.95, value_network=None))
+        loss.value_estimator(data)
+        for name in ("advantage", "value_target"):
+            assert_close(data[name].view(6, 2), torch.tensor(case[name]), rtol=1e-5, atol=1e-5)
+
+
+# guider, learner, old guider, advantage, whether the guider moves: delta 1.5, epsilon 0.2, worked out by hand
+HAND = [
+    (0.60, 0.30, 0.50, 1.0, 0.9, False),
+    (0.60, 0.30, 0.50, -1.0, -1.2, True),
+    (0.20, 0.40, 0.25, -1.0, -16 / 15, False),
+    (0.20, 0.40, 0.25, 1.0, 0.8, True),
+    (0.50, 0.45, 0.40, 1.0, 1.2, False),
+    (0.45, 0.40, 0.42, 1.0, 15 / 14, True),
+]
+
+
+@pytest.mark.parametrize(("guider", "learner", "old", "advantage", "gain", "moves"), HAND)
+def test_the_double_clip_stops_the_guider_where_it_would_leave_the_learner(
+    guider, learner, old, advantage, gain, moves
+):
+    log_guider = double(guider).log().requires_grad_()
+    found = double_clip_gain(
+        log_guider - math.log(old),
+        log_guider - math.log(learner),
+        double(advantage),
+        low=0.8,
+        high=1.2,
+        guider_learner_ratio=1.5,
+    )
+    assert_close(found.item(), gain)
+    (gradient,) = torch.autograd.grad(found, log_guider)
+    assert_close(gradient.item(), gain if moves else 0.0)
+
+
+def random_policies(n=20_000):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(n, generator=generator, dtype=torch.float64) * scale for scale in (0.4, 0.5, 1.0)]
+
+
+def test_the_general_double_clip_is_the_papers_for_the_clip():
+    log_ratio, gap, advantage = random_policies()
+    log_ratio.requires_grad_()
+    gap_of_guider = gap + log_ratio - log_ratio.detach()  # both have the guider's gradient
+    inner = gap_of_guider.clamp(-math.log(1.3), math.log(1.3)) + (log_ratio.detach() - gap)
+    paper = torch.minimum(log_ratio.exp() * advantage, inner.exp().clamp(0.8, 1.2) * advantage)
+    bounds = {"low": 0.8, "high": 1.2, "guider_learner_ratio": 1.3}
+    found = double_clip_gain(log_ratio, gap_of_guider, advantage, **bounds)
+    assert_close(found, paper)
+    assert_close(*(torch.autograd.grad(gain.sum(), log_ratio, retain_graph=True)[0] for gain in (found, paper)))
+
+
+@pytest.mark.parametrize("gain", [clip_gain, quadratic_gain, barrier_gain])
+def test_far_from_the_learner_no_gain_pulls_the_guider_further_away(gain):
+    log_ratio, gap, advantage = random_policies()
+    log_ratio.requires_grad_()
+    gap_of_guider = gap + log_ratio - log_ratio.detach()
+    bounds = {"low": 0.7, "high": 1.4}
+    found = double_clip_gain(log_ratio, gap_of_guider, advantage, guider_learner_ratio=1.3, gain=gain, **bounds)
+    (gradient,) = torch.autograd.grad(found.sum(), log_ratio)
+    (plain,) = torch.autograd.grad(gain(log_ratio, advantage, **bounds).sum(), log_ratio)
+    outside = gap.abs() > math.log(1.3)
+    assert 0.2 < outside.double().mean() < 0.8
+    assert_close(gradient[~outside], plain[~outside])
+    near = (log_ratio > math.log(0.7)) & (log_ratio < math.log(1.4)) & outside  # of its old self; else it is drawn back
+    away = plain[near] * gap[near] > 0
+    assert 0.3 < away.double().mean() < 0.7
+    assert not gradient[near][away].any()
+    assert_close(gradient[near][~away], plain[near][~away])
+
+
+@pytest.mark.parametrize("gain", [clip_gain, quadratic_gain, barrier_gain])
+def test_without_a_bound_on_the_learner_the_double_clip_is_the_gain_itself(gain):
+    log_ratio, gap, advantage = random_policies()
+    log_ratio.requires_grad_()
+    bounds = {"low": 0.7, "high": 1.4}
+    found = double_clip_gain(log_ratio, gap, advantage, guider_learner_ratio=math.inf, gain=gain, **bounds)
+    plain = gain(log_ratio, advantage, **bounds)
+    assert_close(found, plain)
+    assert_close(*(torch.autograd.grad(x.sum(), log_ratio)[0] for x in (found, plain)))
+
+
+# --- divergences
+
+
+def test_the_divergence_of_squashed_gaussians_is_that_of_the_authors():
+    vector = VECTORS["tanh_normal"]
+    p, q = (TanhNormal(double(vector[f"loc{i}"]), double(vector[f"scale{i}"]).expand(2, 2)) for i in ("", "2"))
+    assert_close(divergence(p, q, constant="first"), double(vector["expected_kl_p_q_sum"]), rtol=0, atol=1e-9)
+    # their log-probabilities are clipped where an action is beyond 0.999; TorchRL's are not
+    assert_close(p.log_prob(double(vector["action"]))[0], double(vector["expected_log_prob_sum"])[0], rtol=0, atol=1e-4)
+
+
+def test_the_divergence_of_categoricals_is_that_of_the_definition():
+    p, q = double([0.1, 0.2, 0.7]), double([0.3, 0.5, 0.2])
+    expected = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
+    assert_close(divergence(Categorical(p), Categorical(q), constant="first").item(), expected)
+
+
+def test_the_divergence_takes_gradient_to_one_side_only_and_none_through_illegal_actions():
+    logits = [torch.randn(5, 3, 4).requires_grad_() for _ in range(2)]
+    mask = torch.rand(5, 3, 4) < 0.6
+    mask[..., 0] = True
+    p, q = (MaskedCategorical(logits=x, mask=mask) for x in logits)
+    for constant, of_p, of_q in (("first", False, True), ("second", True, False)):
+        value = divergence(p, q, constant=constant)
+        assert value.shape == (5, 3)
+        assert (value >= 0).all()
+        found = torch.autograd.grad(value.sum(), logits, allow_unused=True, retain_graph=True)
+        assert [gradient is not None for gradient in found] == [of_p, of_q]
+        for gradient in found:
+            assert gradient is None or (
+                gradient.isfinite().all() and gradient[mask].any() and not gradient[~mask].any()
+            )
+
+
+def test_policies_of_other_kinds_have_no_divergence():
+    categorical, squashed = Categorical(torch.ones(3)), TanhNormal(torch.zeros(3), torch.ones(3))
+    with pytest.raises(ValueError, match="one has discrete and one continuous"):
+        divergence(categorical, squashed, constant="first")
+    with pytest.raises(ValueError, match="not of Normal"):
+        divergence(Normal(0.0, 1.0), squashed, constant="first")
+
+
+# --- the losses as a whole
+
+
+def sequences(guider, space, *, live=None):
+    """A batch of sequences as a collector and a value estimator would leave it."""
+    data = play(guider, space, steps=6, dtype=torch.float32).exclude("next")
+    generator = torch.Generator().manual_seed(11)
+    shape = data["agents", "action_log_prob"].shape
+    data["agents", "action_log_prob"] += 0.3 * torch.randn(shape, generator=generator)
+    data["agents", "state_value"] = torch.randn(*shape, 1, generator=generator)
+    data["advantage"] = 1 + 2 * torch.randn(*shape, 1, generator=generator)
+    data["value_target"] = torch.randn(*shape, 1, generator=generator)
+    if live is not None:
+        data["agents", "mask"] = torch.rand(shape, generator=generator) < live
+    return data
+
+
+def make(network, space, kind=MAGPOLoss, **options):
+    """The loss, guider, critic and learner, which are far from their initial weights."""
+    guider, critic = NETWORKS[network](SHAPES[space])
+    learner = make_actor(SHAPES[space], hidden_sizes=(8,))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in dict.fromkeys([*guider.parameters(), *critic.parameters(), *learner.parameters()]):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return kind(guider, critic, learner, **options), guider, critic, learner
+
+
+every_network = pytest.mark.parametrize("network", NETWORKS)
+every_space = pytest.mark.parametrize("space", SHAPES)
+functional_or_not = pytest.mark.parametrize("functional", [True, False], ids=["functional", "stateful"])
+
+
+@every_network
+@every_space
+@functional_or_not
+def test_which_loss_trains_what(network, space, functional):
+    loss, guider, critic, learner = make(network, space, functional=functional)
+    output = loss(sequences(guider, space))
+    parts = {"encoder": critic.encoder, "decoder": guider[0].decoder, "value": critic.head, "learner": learner}
+    reach = {
+        key: [part for part, module in parts.items() if any(g.any() for g in gradients({key: output[key]}, module))]
+        for key in output.keys()
+        if key.startswith("loss_")
+    }
+    assert reach == {
+        "loss_objective": ["encoder", "decoder"],
+        "loss_guider_kl": ["encoder", "decoder"],
+        "loss_entropy": ["encoder", "decoder"],
+        "loss_critic": ["encoder", "value"],
+        "loss_learner_kl": ["learner"],
+        "loss_learner_objective": ["learner"],
+    }
+
+
+def run(loss, data):
+    """Forward with the same noise each time, for entropies that are sampled."""
+    torch.manual_seed(5)
+    return loss(data)
+
+
+@every_network
+@every_space
+def test_magpo_without_its_bound_and_its_own_objective_is_ctds(network, space):
+    free = {"guider_learner_ratio": math.inf, "rl_coeff": 0.0}
+    magpo, *networks = make(network, space, **free)
+    ctds = CTDSLoss(*networks)
+    data = sequences(networks[0], space)
+    ours, theirs = run(magpo, data), run(ctds, data)
+    assert not ours["loss_guider_kl"]
+    assert not ours["loss_learner_objective"]
+    assert_close({key: ours[key] for key in ctds.out_keys}, dict(theirs.items()))
+    assert_close(*(gradients(output, *networks) for output in (ours, theirs)))
+
+
+@every_network
+@every_space
+def test_the_guider_of_ctds_is_trained_as_mappo_trains_an_actor(network, space):
+    ctds, guider, critic, _ = make(network, space, CTDSLoss)
+    data = sequences(guider, space)
+    ours, theirs = run(ctds, data), run(MAPPOLoss(guider, critic), data)
+    assert_close({key: ours[key] for key in theirs.keys()}, dict(theirs.items()), rtol=0, atol=0)
+
+
+@every_network
+def test_a_learner_that_equals_the_guider_has_no_divergence_and_a_double_clip_that_is_the_clip(network):
+    guider, critic = NETWORKS[network](SHAPES["categorical"])
+    loss = MAGPOLoss(guider, critic, guider, guider_learner_ratio=1.01)
+    data = sequences(guider, "categorical")
+    output, mappo = loss(data), MAPPOLoss(guider, critic)(data)
+    assert output["loss_learner_kl"].abs() < 1e-7
+    assert not output["loss_guider_kl"]
+    assert not output["double_clip_fraction"]
+    assert_close(output["loss_objective"], mappo["loss_objective"])
+    assert_close(output["loss_learner_objective"], mappo["loss_objective"])
+    assert_close(output["learner_max_ratio"], mappo["max_ratio"])
+    assert_close(output["learner_min_ratio"], mappo["min_ratio"])
+
+
+@every_network
+@every_space
+@functional_or_not
+def test_forward_returns_its_out_keys_from_its_in_keys_and_changes_nothing(network, space, functional):
+    loss, guider, *_ = make(network, space, functional=functional)
+    data = sequences(guider, space, live=0.7)
+    data["agents", "unrelated"] = torch.zeros(4, 6, 3)
+    before = data.clone()
+    output = run(loss, data)
+    assert sorted(output.keys()) == sorted(loss.out_keys)
+    assert all(value.shape == () and value.isfinite() for value in output.values())
+    assert (data == before).all()
+    assert sorted(map(str, data.keys(True, True))) == sorted(map(str, before.keys(True, True)))
+    few = data.select(*loss.in_keys, strict=False)
+    assert ("agents", "unrelated") not in few.keys(True)
+    assert_close(dict(run(loss, few).items()), dict(output.items()), rtol=0, atol=0)
+
+
+@every_network
+@every_space
+def test_functional_equals_stateful_in_values_and_gradients(network, space):
+    loss, *networks = make(network, space)
+    stateful = MAGPOLoss(*networks, functional=False)
+    data = sequences(networks[0], space, live=0.7)
+    outputs = [run(x, data) for x in (loss, stateful)]
+    assert_close(*(dict(output.items()) for output in outputs), rtol=0, atol=0)
+    assert_close(*(gradients(output, *networks) for output in outputs))
+
+
+def test_a_learner_with_a_memory_is_trained_on_its_own_sequence():
+    # Its state is that of a policy that saw the guider's data; the loss is that of the states computed step by step.
+    guider, critic = NETWORKS["sable"](SHAPES["categorical"])
+    learner = make_recurrent_actor(SHAPES["categorical"], hidden_sizes=(8,), recurrent_size=6, head_sizes=(8,))
+    loss = MAGPOLoss(guider, critic, learner)
+    data = sequences(guider, "categorical")
+    state, states = torch.randn(4, 3, 6), []
+    data["is_init"] = torch.zeros(4, 6, 1, dtype=torch.bool)
+    data["is_init"][1, 2] = True
+    logits = []
+    with torch.no_grad():
+        for t in range(6):
+            state = torch.where(data["is_init"][:, t, :, None], 0.0, state)
+            states.append(state)
+            step = learner(data[:, t].select(("agents", "observation")).set(("agents", "recurrent_state"), state))
+            state = step["next", "agents", "recurrent_state"]
+            logits.append(step["agents", "logits"])
+    data["agents", "recurrent_state"] = torch.stack(states, 1)
+    expected = divergence(guider.get_dist(data.copy()), Categorical(logits=torch.stack(logits, 1)), constant="second")
+    output = loss(data)
+    assert_close(output["loss_learner_kl"], expected.mean().detach())
+    assert all(gradient.any() for gradient in gradients({"loss_learner_kl": output["loss_learner_kl"]}, learner))
+
+
+@every_network
+def test_dead_agents_take_no_part(network):
+    loss, guider, *_ = make(network, "categorical")
+    data = sequences(guider, "categorical", live=0.6)
+    dead = ~data["agents", "mask"]
+    expected = dict(loss(data).items())
+    data["agents", "action_log_prob"][dead] = torch.nan
+    data["advantage"][dead] = 1e6
+    data["value_target"][dead] = torch.nan
+    assert_close(dict(loss(data).items()), expected)
+
+
+@every_network
+def test_the_encoder_runs_once_for_guider_and_critic_and_gives_the_critic_what_it_would_compute(network):
+    loss, guider, critic, _ = make(network, "categorical", functional=False)
+    data = sequences(guider, "categorical")
+    runs = []
+    critic.encoder.register_forward_hook(lambda *_: runs.append(1))
+    shared = loss(data)
+    assert len(runs) == 1
+    loss._shared_keys = []
+    assert_close(dict(loss(data).items()), dict(shared.items()))
+    assert len(runs) == 3
+
+
+def test_bounds_and_coefficients_can_be_scheduled_by_assignment():
+    loss, *networks = make("mat", "categorical")
+    data = sequences(networks[0], "categorical")
+    before = loss(data)
+    loss.guider_learner_ratio, loss.rl_coeff = 1.2, 3.0
+    built = MAGPOLoss(*networks, guider_learner_ratio=1.2, rl_coeff=3.0)
+    assert_close(dict(loss(data).items()), dict(built(data).items()))
+    assert loss(data)["double_clip_fraction"] != before["double_clip_fraction"]
+    assert {"guider_learner_ratio", "rl_coeff"} <= set(loss.state_dict())
+
+
+@pytest.mark.parametrize("kind", [MAGPOLoss, CTDSLoss])
+def test_without_reduction_there_is_one_entry_for_each_step_and_agent(kind):
+    loss, *networks = make("mat", "categorical", kind, reduction="none")
+    data = sequences(networks[0], "categorical")
+    output, reduced = loss(data), kind(*networks)(data)
+    for key in loss.out_keys:
+        assert output[key].shape == ((4, 6, 3) if key.startswith("loss_") else ())
+        assert_close(output[key].mean(), reduced[key])
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_values_beyond_the_clip_are_not_pulled_further(scale):
+    # with a value norm of that scale, which must not change the loss of values that are so much larger
+    norm = RunningValueNorm(shape=1)
+    norm.update(scale * torch.tensor([[-1.0], [1.0]]))
+    shape = SHAPES["categorical"]
+    guider, _ = NETWORKS["mat"](shape)
+    value = torch.tensor([0.1, 0.5, -0.5, 0.5, -0.5]).view(-1, 1, 1).expand(5, 3, 1).clone().requires_grad_()
+    critic = TensorDictModule(
+        nn.Sequential(nn.Identity(), Denormalize(norm)), in_keys=["predicted"], out_keys=[("agents", "state_value")]
+    )
+    loss = MAGPOLoss(guider, critic, make_actor(shape), clip_value=0.2, loss_critic_type="l2", reduction="none")
+    target = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]).view(-1, 1, 1).expand(5, 3, 1)
+    data = sequences(guider, "categorical")[:, 0].repeat(2)[:5]
+    data.update({"predicted": value, "value_target": scale * target})
+    data["agents", "state_value"] = torch.zeros(5, 3, 1)
+    found = loss(data)["loss_critic"]
+    # the old value is 0: 0.5 counts as 0.2 and -0.5 as -0.2, unless the distance is larger without
+    expected = torch.tensor([0.9**2, 0.8**2, 1.5**2, 1.5**2, 0.8**2]).view(-1, 1).expand(5, 3)
+    assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), value)
+    assert [bool(g) for g in gradient[:, 0, 0]] == [True, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"guider_learner_ratio": 1.0}, "guider_learner_ratio must be above 1, got 1.0"),
+        ({"rl_coeff": -1.0}, "rl_coeff must be at least 0, got -1.0"),
+        ({"learner_kl": "both"}, "learner_kl must be one of forward, reverse; got 'both'"),
+        ({"clip_value": 0.0}, "clip_value must be above 0"),
+    ],
+)
+def test_options_out_of_range_raise(options, says):
+    with pytest.raises(ValueError, match=says):
+        make("mat", "categorical", **options)
+
+
+@pytest.mark.parametrize(("network", "space"), [("mat", "masked"), ("sable", "continuous")])
+def test_compiled_graph_equals_eager(network, space):
+    torch.compiler.reset()
+    loss, *networks = make(network, space, functional=False)
+    data = sequences(networks[0], space, live=0.7)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    outputs = [run(module, data) for module in (compiled, loss)]
+    exact = {key for key in loss.out_keys if "entropy" not in key or space == "masked"}  # a sample's noise may differ
+    assert_close(*({key: output[key] for key in exact} for output in outputs), rtol=1e-4, atol=1e-5)
+    if space == "masked":
+        assert_close(*(gradients(output, *networks) for output in outputs), rtol=1e-3, atol=1e-5)

@@ -1,0 +1,337 @@
+"""MAGPO and CTDS: a centralised guider collects the data and learns; decentralised learners imitate it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast, get_args
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictParams
+from torch import Tensor
+from torch.distributions import Categorical, Distribution
+from torchrl.modules import TanhNormal
+
+from torchrl_marl.objectives.ratio import RatioLoss, clip_bounds, masked_mean
+from torchrl_marl.objectives.surrogates import Gain, clip_gain, double_clip_gain
+
+__all__ = ["CTDSLoss", "LearnerKL", "MAGPOLoss", "divergence"]
+
+LearnerKL = Literal["forward", "reverse"]
+
+
+class MAGPOLoss(RatioLoss):
+    """Multi-agent guided policy optimisation: PPO of a centralised guider that stays where learners can follow.
+
+        loss_objective         = -mean(min(r A, clip(clip(mu / pi, 1 / delta, delta) pi / mu_old, 1 - e, 1 + e) A))
+        loss_guider_kl         =  mean(m KL(mu || pi)),   m = 1 where mu / pi of the action leaves [1 / delta, delta]
+        loss_learner_kl        =  mean(KL(mu || pi)),   or KL(pi || mu)
+        loss_learner_objective = -rl_coeff mean(gain(log pi - log mu_old, A))
+
+    and ``loss_entropy`` and ``loss_critic`` as for every ratio loss, those of the guider. ``mu`` is the guider, which
+    has collected the data; ``pi`` is the learner, whose actions depend on its agents' own observations and which alone
+    is executed in the end. In the first two losses ``pi`` is a constant, in the last two ``mu`` is. Divergences are
+    exact and those of each agent's action given, for the guider, the actions before it. All losses are meant to be
+    summed and back-propagated at once: guider and learner move together, each from the other's old parameters, as in
+    the authors' code.
+
+    The guider may be any actor; those of :func:`~torchrl_marl.modules.make_mat` and
+    :func:`~torchrl_marl.modules.make_sable` are autoregressive. The learner may be any actor of the same group and the
+    same action space, with or without memory: the loss only asks both for their distributions on the same data.
+
+    Where this follows the authors' code and not the paper: the learner's divergence is ``KL(mu || pi)`` (Eq. 10 has the
+    other one), both are updated at once, and the guider is not set back to the learner. With
+    ``guider_learner_ratio=inf`` and ``rl_coeff=0`` this is :class:`CTDSLoss`.
+
+    Reference: Li et al., Multi-Agent Guided Policy Optimization, 2025, https://arxiv.org/abs/2507.18059, Eqs. (8) to
+    (11); code at https://github.com/liyheng/MAGPO.
+
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`, whose actor is the guider.
+    ``forward`` returns these scalars, too: ``double_clip_fraction`` (mean of ``m``), ``learner_min_ratio`` and
+    ``learner_max_ratio`` (of ``pi / mu_old``).
+
+    Args:
+        guider_network: centralised policy, which collects the data.
+        critic_network: the guider's critic.
+        learner_network: decentralised policy.
+        guider_learner_ratio: delta, how many times likelier than the learner the guider may make an action, or less
+            likely; above 1. The paper searches 1.1 to 3 for each task. A buffer: assign to it to schedule it.
+        rl_coeff: lambda, weight of the learner's own objective; the paper searches 0 to 8. A buffer.
+        learner_kl: which divergence the learner minimises, ``"forward"``, ``KL(mu || pi)``, or ``"reverse"``.
+        clip_epsilon: half-width of the clip, or a pair ``(low, high)``, for guider and learner.
+        gain: another trust region of the guider, with the same bounds, see
+            :func:`~torchrl_marl.objectives.surrogates.double_clip_gain`.
+        learner_gain: another trust region of the learner's own objective, with the same bounds.
+        clip_value: see :class:`RatioLoss`. The authors' critic has ``clip_value=clip_epsilon``,
+            ``loss_critic_type="l2"`` and, with a coefficient of a half before half the square, ``critic_coeff=0.25``.
+        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
+            functional, reduction: as for every ratio loss, see there.
+
+    Raises:
+        ValueError: if an option is out of its range.
+
+    Example:
+        >>> from torchrl_marl.modules import GroupShape, make_actor, make_mat
+        >>> shape = GroupShape("agents", num_agents=3, observation_size=8, num_actions=5)
+        >>> guider, critic = make_mat(shape)
+        >>> loss = MAGPOLoss(guider, critic, make_actor(shape), guider_learner_ratio=1.3, rl_coeff=2.0)
+        >>> sum(value for key, value in loss(data).items() if key.startswith("loss_")).backward()  # doctest: +SKIP
+    """
+
+    out_keys = (  # pyright: ignore[reportAssignmentType]
+        *RatioLoss.out_keys,  # pyright: ignore[reportGeneralTypeIssues]
+        "loss_guider_kl",
+        "loss_learner_kl",
+        "loss_learner_objective",
+        "double_clip_fraction",
+        "learner_min_ratio",
+        "learner_max_ratio",
+    )
+    _schedulable_buffers = RatioLoss._schedulable_buffers | {"guider_learner_ratio", "rl_coeff"}
+
+    learner_network: ProbabilisticTensorDictSequential
+    learner_network_params: TensorDictParams | None
+    target_learner_network_params: TensorDictParams | None
+    guider_learner_ratio: Tensor
+    rl_coeff: Tensor
+
+    def __init__(
+        self,
+        guider_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        learner_network: ProbabilisticTensorDictSequential,
+        *,
+        guider_learner_ratio: float = 1.5,
+        rl_coeff: float = 1.0,
+        learner_kl: LearnerKL = "forward",
+        clip_epsilon: float | Sequence[float] = 0.2,
+        gain: Gain = clip_gain,
+        learner_gain: Gain = clip_gain,
+        entropy_coeff: float = 0.01,
+        critic_coeff: float = 1.0,
+        loss_critic_type: str = "smooth_l1",
+        clip_value: float | None = None,
+        normalize_advantage: bool = True,
+        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
+        functional: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        low, high = clip_bounds(clip_epsilon)
+        super().__init__(
+            guider_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            clip_value=clip_value,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )
+        if not guider_learner_ratio > 1:
+            raise ValueError(f"guider_learner_ratio must be above 1, got {guider_learner_ratio}.")
+        if not rl_coeff >= 0:
+            raise ValueError(f"rl_coeff must be at least 0, got {rl_coeff}.")
+        self._hold("learner_network", learner_network)
+        self.learner_gain = learner_gain
+        self.learner_kl: LearnerKL = _checked(learner_kl)
+        device = self.ratio_low.device
+        self.register_coeff_buffer("guider_learner_ratio", float(guider_learner_ratio), device=device)
+        self.register_coeff_buffer("rl_coeff", float(rl_coeff), device=device)
+
+    def _own_keys(self) -> list[NestedKey]:
+        return list(self.learner_network.in_keys)
+
+    def objective(
+        self,
+        tensordict: TensorDictBase,
+        distribution: Distribution,
+        log_ratio: Tensor,
+        advantage: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``loss_objective``, the other losses of guider and learner, and diagnostics."""
+        with self._parameters_of("learner_network"):
+            learner = self.learner_network.get_dist(tensordict.copy())
+        learner_log_ratio = self._learner_log_ratio(learner, tensordict, mask)
+        gap = log_ratio - learner_log_ratio.detach()  # log mu - log pi: the old guider cancels
+        bounds = {"low": self.ratio_low, "high": self.ratio_high}
+        gain = double_clip_gain(
+            log_ratio, gap, advantage, guider_learner_ratio=self.guider_learner_ratio, gain=self.gain, **bounds
+        )
+        outside = (gap.detach().abs() > self.guider_learner_ratio.log()).to(gap.dtype)
+        learner_gain = self.learner_gain(learner_log_ratio, advantage, **bounds)
+        ratio = learner_log_ratio.detach().exp()
+        return self._reduce(-gain, mask), {
+            "loss_guider_kl": self._reduce(outside * divergence(distribution, learner, constant="second"), mask),
+            "loss_learner_kl": self._reduce(_imitation(distribution, learner, self.learner_kl), mask),
+            "loss_learner_objective": -self.rl_coeff * self._reduce(learner_gain, mask),
+            "double_clip_fraction": masked_mean(outside, mask),
+            "learner_min_ratio": (ratio if mask is None else ratio.where(mask, torch.inf)).min(),
+            "learner_max_ratio": (ratio if mask is None else ratio.where(mask, 0.0)).max(),
+        }
+
+    def _learner_log_ratio(self, learner: Distribution, tensordict: TensorDictBase, mask: Tensor | None) -> Tensor:
+        """Log-ratio of the learner to the guider that collected the data, zero for dead agents."""
+        stored = tensordict.get(self.tensor_keys.sample_log_prob)
+        log_prob = learner.log_prob(tensordict.get(self.tensor_keys.action))
+        if log_prob.shape != stored.shape:
+            raise ValueError(
+                f"The learner gives log-probabilities of shape {tuple(log_prob.shape)}, but the guider's have shape "
+                f"{tuple(stored.shape)}: both must be of the same agents."
+            )
+        log_ratio = log_prob - stored
+        return log_ratio if mask is None else torch.where(mask, log_ratio, 0.0)
+
+
+class CTDSLoss(RatioLoss):
+    """Centralised teacher with decentralised students: the guider never sees the learner, which only imitates it.
+
+        loss_learner_kl = mean(KL(mu || pi)),   or KL(pi || mu)
+
+    and ``loss_objective``, ``loss_entropy`` and ``loss_critic`` of the guider ``mu`` as for every ratio loss: with the
+    clip, PPO. It is :class:`MAGPOLoss` without the double clip, the guider's divergence and the learner's objective.
+
+    Reference: on-policy CTDS as MAGPO's paper has it, https://arxiv.org/abs/2507.18059, section 5, after Zhao et al.,
+    CTDS: Centralized Teacher with Decentralized Student for Multi-Agent Reinforcement Learning, 2022,
+    https://arxiv.org/abs/2203.08412.
+
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`, whose actor is the guider.
+
+    Args:
+        guider_network: centralised policy, which collects the data.
+        critic_network: the guider's critic.
+        learner_network: decentralised policy.
+        learner_kl: which divergence the learner minimises, ``"forward"``, ``KL(mu || pi)``, or ``"reverse"``.
+        clip_epsilon: half-width of the guider's clip, or a pair ``(low, high)``.
+        gain: another trust region of the guider, with the same bounds.
+        clip_value: see :class:`RatioLoss`.
+        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
+            functional, reduction: as for every ratio loss, see there.
+
+    Raises:
+        ValueError: if an option is out of its range.
+    """
+
+    out_keys = (*RatioLoss.out_keys, "loss_learner_kl")  # pyright: ignore
+
+    learner_network: ProbabilisticTensorDictSequential
+    learner_network_params: TensorDictParams | None
+    target_learner_network_params: TensorDictParams | None
+
+    def __init__(
+        self,
+        guider_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        learner_network: ProbabilisticTensorDictSequential,
+        *,
+        learner_kl: LearnerKL = "forward",
+        clip_epsilon: float | Sequence[float] = 0.2,
+        gain: Gain = clip_gain,
+        entropy_coeff: float = 0.01,
+        critic_coeff: float = 1.0,
+        loss_critic_type: str = "smooth_l1",
+        clip_value: float | None = None,
+        normalize_advantage: bool = True,
+        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
+        functional: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        low, high = clip_bounds(clip_epsilon)
+        super().__init__(
+            guider_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            clip_value=clip_value,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )
+        self._hold("learner_network", learner_network)
+        self.learner_kl: LearnerKL = _checked(learner_kl)
+
+    def _own_keys(self) -> list[NestedKey]:
+        return list(self.learner_network.in_keys)
+
+    def objective(
+        self,
+        tensordict: TensorDictBase,
+        distribution: Distribution,
+        log_ratio: Tensor,
+        advantage: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``loss_objective`` and the learner's loss."""
+        with self._parameters_of("learner_network"):
+            learner = self.learner_network.get_dist(tensordict.copy())
+        gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
+        kl = _imitation(distribution, learner, self.learner_kl)
+        return self._reduce(-gain, mask), {"loss_learner_kl": self._reduce(kl, mask)}
+
+
+def divergence(p: Distribution, q: Distribution, *, constant: Literal["first", "second"]) -> Tensor:
+    """Exact ``KL(p || q)`` of each agent's policy, ``[*batch, N]``, with gradient to one of the two only.
+
+    Actions of probability zero, such as illegal ones, count zero, in the gradient as well. Squashing both policies
+    alike does not change their divergence, so that squashed Gaussians have that of their Gaussians.
+
+    Args:
+        p: categorical, masked or not, or squashed Gaussian.
+        q: of the same kind and over the same actions.
+        constant: which of the two takes no gradient.
+
+    Raises:
+        ValueError: if they are of other kinds, or one of either.
+
+    Example:
+        >>> p, q = Categorical(torch.tensor([0.5, 0.5, 0.0])), Categorical(torch.tensor([0.25, 0.75, 0.0]))
+        >>> divergence(p, q, constant="second")  # (ln 2 + ln 2/3) / 2
+        tensor(0.1438)
+    """
+    p_parameters, q_parameters = _parameters(p, constant == "first"), _parameters(q, constant == "second")
+    if len(p_parameters) != len(q_parameters):
+        raise ValueError("Guider and learner must have the same actions, but one has discrete and one continuous ones.")
+    if isinstance(p, Categorical):
+        (log_p,), (log_q,) = p_parameters, q_parameters
+        possible = log_p > -torch.inf
+        difference = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
+        return (log_p.exp() * difference).sum(-1)
+    (p_loc, p_scale), (q_loc, q_scale) = p_parameters, q_parameters
+    ratio = p_scale / q_scale
+    return (((p_loc - q_loc) / q_scale).square() / 2 + (ratio.square() - 1) / 2 - ratio.log()).sum(-1)
+
+
+def _imitation(guider: Distribution, learner: Distribution, learner_kl: LearnerKL) -> Tensor:
+    """What the learner minimises; the guider is a constant."""
+    if learner_kl == "forward":
+        return divergence(guider, learner, constant="first")
+    return divergence(learner, guider, constant="second")
+
+
+def _parameters(distribution: Distribution, frozen: bool) -> tuple[Tensor, ...]:
+    """Log-probabilities of all actions, or location and scale before squashing; without gradient if frozen."""
+    if isinstance(distribution, Categorical):
+        parameters: tuple[Tensor, ...] = (distribution.logits,)
+    elif isinstance(distribution, TanhNormal):
+        parameters = (distribution.loc, distribution.scale)
+    else:
+        raise ValueError(
+            f"Divergences are known of categoricals and squashed Gaussians, not of {type(distribution).__name__}."
+        )
+    return tuple(x.detach() for x in parameters) if frozen else parameters
+
+
+def _checked(learner_kl: str) -> LearnerKL:
+    if learner_kl not in get_args(LearnerKL):
+        raise ValueError(f"learner_kl must be one of {', '.join(get_args(LearnerKL))}; got {learner_kl!r}.")
+    return cast("LearnerKL", learner_kl)

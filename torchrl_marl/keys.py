@@ -24,6 +24,11 @@ key                                        shape          meaning
 ``("agents", "critic_state")``             ``[B, N, H]``  the same of a recurrent critic with a state for each agent
 ``"agents_critic_state"``                  ``[B, H]``     the same of a recurrent critic with one state for the team
 ``"is_init"``                              ``[B, 1]``     the step is the first of its episode (TorchRL's InitTracker)
+``("agents", "order")``                    ``[B, N]``     in which an autoregressive actor's ``get_dist`` decodes agents
+``("agents", "encoding")``                 ``[B, N, E]``  an autoregressive actor's encoder, handed to its critic
+``"agents_step"``                          ``[B, 1]``     Sable: position in the episode
+``"agents_encoder_memory"``                ``[B, ...]``   Sable: what its encoder retains of the episode so far
+``"agents_decoder_memory"``                ``[B, ...]``   Sable: what its decoder retains
 =========================================  =============  ===========================================================
 
 A team reward and a team value (``[B, 1]`` at the root) work too: name them with ``loss.set_keys(reward=...)``.

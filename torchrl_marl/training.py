@@ -26,6 +26,7 @@ from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
 from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
+from torchrl_marl.collectors import SequenceCollector
 from torchrl_marl.envs import RandomState, preserve_random_state, render_episode
 from torchrl_marl.evaluation import evaluate, plot_learning_curve
 from torchrl_marl.evaluation.episodes import ended_episode_returns
@@ -119,7 +120,7 @@ class Run:
         with preserve_random_state():
             self._evaluation_env = make_env(num_envs=cfg.evaluation.episodes, seed=self._seed(1))
 
-    def batches(self, collector: Collector) -> Iterator[TensorDictBase]:
+    def batches(self, collector: Collector | SequenceCollector) -> Iterator[TensorDictBase]:
         """Yield batches until ``total_frames``; what the loop's body does with one ends its iteration.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What happens to collected batches before a loss gets them."""
+"""How batches are collected, and what happens to them before a loss gets them."""
 
 from torchrl_marl.collectors.chunks import split_into_chunks
 from torchrl_marl.collectors.reflection import NextStepKeys
@@ -9,13 +9,16 @@ from torchrl_marl.collectors.reuse import (
     gated_reuse_matrix,
     pairwise_kl,
 )
+from torchrl_marl.collectors.sequences import SequenceCollector, sequence_minibatches
 
 __all__ = [
     "NextStepKeys",
     "ReuseMappingSampler",
     "ReuseScheme",
+    "SequenceCollector",
     "fixed_reuse_matrix",
     "gated_reuse_matrix",
     "pairwise_kl",
+    "sequence_minibatches",
     "split_into_chunks",
 ]

@@ -44,13 +44,15 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps
     """
     env = with_recurrent_state(env, policy)
     env.set_seed(seed)
+    following, steps = env.reset(), []
     with set_exploration_type(ExplorationType.DETERMINISTIC):
-        data = env.rollout(max_steps, policy, break_when_any_done=False)
-    done = data["next", "done"].squeeze(-1)
+        for _ in range(max_steps):  # not env.rollout, which would keep a policy's memory of every step
+            data, following = env.step_and_maybe_reset(policy(following))
+            steps.append((data["next", "done"].squeeze(-1), episode_returns(data)))
+    done, returns = (torch.stack(entries, -1) for entries in zip(*steps, strict=True))
     if not done.any(-1).all():
         raise ValueError(f"{int((~done.any(-1)).sum())} of {len(done)} episodes did not end within {max_steps} steps.")
     first = done.int().argmax(-1)  # the copies start anew after it
-    returns = episode_returns(data)
     return Episodes(returns.gather(-1, first.unsqueeze(-1)).squeeze(-1), first + 1)
 
 

@@ -27,6 +27,7 @@ GRU = [
 METHODS = sorted(path.stem for path in (RECIPES / "config" / "loss").glob("*.yaml"))
 RECIPE_OF = {  # the others are mars_vmas.py's
     **dict.fromkeys(("marpo", "rpo"), "marpo_vmas"),
+    **dict.fromkeys(("magpo", "ctds"), "magpo_vmas"),
     **dict.fromkeys(("happo", "oappo"), "oappo_vmas"),
     **dict.fromkeys(("hatrpo", "oatrpo"), "oatrpo_vmas"),
 }
@@ -49,9 +50,11 @@ def last_value(folder: Path, metric: str) -> float:
 
 def test_the_methods_are_those_of_the_readme() -> None:
     assert METHODS == [
+        "ctds",
         "happo",
         "hatrpo",
         "ippo",
+        "magpo",
         "mappo",
         "mappo_asymmetric",
         "marpo",

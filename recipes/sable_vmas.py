@@ -1,0 +1,66 @@
+"""Sable on VMAS, with any ratio loss: like MAT, with a memory of constant size over the whole episode.
+
+    python recipes/sable_vmas.py loss=mars env.scenario=balance actor.num_blocks=2
+
+It is executed centrally. Minibatches are whole sequences, each trained from the memory before its first step.
+Every value of config/sable_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torchrl.objectives.value import MultiAgentGAE
+
+from torchrl_marl.collectors import SequenceCollector, sequence_minibatches
+from torchrl_marl.config import recipe
+from torchrl_marl.modules import GroupShape, with_recurrent_state
+from torchrl_marl.objectives import standardize
+from torchrl_marl.training import Run
+
+
+@recipe(Path(__file__).parent / "config", "sable_vmas")
+def main(cfg: DictConfig) -> float:
+    """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
+    torch.set_num_threads(cfg.num_threads)
+    torch.manual_seed(cfg.seed)
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    make_env = partial(instantiate, cfg.env, device=device)
+    env = make_env(seed=cfg.seed)
+    shape = GroupShape.from_env(env)
+    actor, critic = instantiate(cfg.actor, shape, device=device)
+
+    loss = instantiate(cfg.loss, actor, critic)
+    loss.make_value_estimator(MultiAgentGAE(gamma=cfg.gamma, lmbda=cfg.lmbda, value_network=None))
+    compute_loss = torch.compile(loss) if cfg.compile else loss
+    optimizer = instantiate(cfg.optimizer, loss.parameters())
+
+    env, memory = with_recurrent_state(env, actor), actor.memory_keys
+    collector = SequenceCollector(env, actor, frames_per_batch=cfg.frames_per_batch, states=memory)
+
+    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
+    for batch in run.batches(collector):
+        with torch.no_grad():
+            critic.bootstrap(batch)
+            loss.value_estimator(batch)
+            loss.update_value_norm(batch)
+            batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")))
+
+        data = batch.select(*loss.in_keys, strict=False)
+        for _ in range(cfg.epochs):
+            for minibatch in sequence_minibatches(data, cfg.minibatch_size // collector.num_steps, states=memory):
+                losses = compute_loss(minibatch)
+                total = losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]
+                total.backward()
+                grad_norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), cfg.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                run.record({**losses, "grad_norm": grad_norm})
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main()

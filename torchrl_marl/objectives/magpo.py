@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 from torchrl.modules import TanhNormal
 
-from torchrl_marl.objectives.ratio import RatioLoss, clip_bounds, masked_mean
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, masked_mean
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, double_clip_gain
+from torchrl_marl.objectives.trust_region import categorical_kl
 
 __all__ = ["CTDSLoss", "LearnerKL", "MAGPOLoss", "divergence"]
 
@@ -79,7 +80,7 @@ class MAGPOLoss(RatioLoss):
     """
 
     out_keys = (  # pyright: ignore[reportAssignmentType]
-        *RatioLoss.out_keys,  # pyright: ignore[reportGeneralTypeIssues]
+        *OUT_KEYS,
         "loss_guider_kl",
         "loss_learner_kl",
         "loss_learner_objective",
@@ -217,7 +218,7 @@ class CTDSLoss(RatioLoss):
         ValueError: if an option is out of its range.
     """
 
-    out_keys = (*RatioLoss.out_keys, "loss_learner_kl")  # pyright: ignore
+    out_keys = (*OUT_KEYS, "loss_learner_kl")  # pyright: ignore[reportAssignmentType]
 
     learner_network: ProbabilisticTensorDictSequential
     learner_network_params: TensorDictParams | None
@@ -302,10 +303,7 @@ def divergence(p: Distribution, q: Distribution, *, constant: Literal["first", "
     if len(p_parameters) != len(q_parameters):
         raise ValueError("Guider and learner must have the same actions, but one has discrete and one continuous ones.")
     if isinstance(p, Categorical):
-        (log_p,), (log_q,) = p_parameters, q_parameters
-        possible = log_p > -torch.inf
-        difference = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
-        return (log_p.exp() * difference).sum(-1)
+        return categorical_kl(*p_parameters, *q_parameters)
     (p_loc, p_scale), (q_loc, q_scale) = p_parameters, q_parameters
     ratio = p_scale / q_scale
     return (((p_loc - q_loc) / q_scale).square() / 2 + (ratio.square() - 1) / 2 - ratio.log()).sum(-1)

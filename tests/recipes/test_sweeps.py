@@ -58,7 +58,9 @@ def test_both_ends_of_every_space_are_arguments_that_the_loss_takes(method: str,
     )
     assert {override.key_or_group.split(".")[0] for override in space_of(method)} <= set(config)
     shape = GroupShape(name="agents", num_agents=2, observation_size=4, num_actions=3)
-    instantiate(config.loss, instantiate(config.actor, shape), instantiate(config.critic, shape))
+    guider, actor = config.get("guider"), instantiate(config.actor, shape)
+    networks = (*instantiate(guider, shape), actor) if guider else (actor, instantiate(config.critic, shape))
+    instantiate(config.loss, *networks)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -136,7 +136,7 @@ def test_a_coordinated_level_turn_has_the_rate_g_tan_bank_over_speed(speed, bank
 def euler_derivative(state, aileron, throttle):
     """The equations of motion in wind axes by heading, climb and roll: an implementation of its own."""
     _, _, altitude, speed, heading, climb, roll, attack = state
-    density = 1.225 * (1 - 0.0065 * altitude / 288.15) ** 4.2559
+    density = 1.225 * (1 - 0.0065 * altitude / 288.15) ** 4.25
     slope = 2 * math.pi * 5.3 / (2 + math.sqrt(5.3**2 + 4))
     lift = density / 2 * speed**2 * 16.7 * slope * attack
     drag = density / 2 * speed**2 * 16.7 * (0.025 + (slope * attack) ** 2 / (math.pi * 0.8 * 5.3))

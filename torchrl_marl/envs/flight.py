@@ -148,14 +148,17 @@ class Angles(NamedTuple):
 def air_density(altitude: Tensor) -> Tensor:
     """Density of the standard atmosphere, kg/m^3: the troposphere of ISO 2533, continued upwards.
 
+    The exponent 4.256 is rounded to 4 1/4, which needs only square roots: right within 0.2 % up to 11 km.
+
     Args:
         altitude: m.
 
     Example:
         >>> air_density(torch.tensor([0.0, 5000.0, 10000.0]))
-        tensor([1.2250, 0.7361, 0.4127])
+        tensor([1.2250, 0.7366, 0.4133])
     """
-    return 1.225 * (1 - 2.25577e-5 * altitude).clamp(min=0.01) ** 4.2559
+    temperature = (1 - 0.0065 / 288.15 * altitude).clamp(min=0.01)  # as a share of that at sea level
+    return 1.225 * temperature.square().square() * temperature.sqrt().sqrt()
 
 
 def fly(

@@ -1,0 +1,315 @@
+"""AeroCombat: teams of jets fight each other, with sensors and weapons fixed to the airframe."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torchrl.data import Bounded
+
+from torchrl_marl.envs.flight import (
+    GRAVITY,
+    JET,
+    Aircraft,
+    Angles,
+    Flight,
+    Vector,
+    air_density,
+    axes,
+    dot,
+    flight_at,
+    fly,
+)
+from torchrl_marl.envs.random_streams import draw_uniform
+from torchrl_marl.envs.rules import Rules, State, TimeLimit
+from torchrl_marl.envs.tensor_env import TensorEnv
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["AeroCombatEnv", "AeroCombatRules", "Cone", "Sensors"]
+
+STEP = 0.25  # s, between two decisions
+_DISTANCE, _ALTITUDE, _SPEED = (
+    5000.0,
+    3000.0,
+    180.0,
+)  # m, m and m/s: of the teams' starts, and the units of observations
+_LANE = 400.0  # m, between neighbours at the start
+_OWN, _TRACK = 9, 9  # numbers of an observation about oneself and about each other aircraft
+_TRAIL = 12  # steps
+
+
+class Sight(NamedTuple):
+    """Where every aircraft (next to last dimension) sees every other one (last), in its own axes, m."""
+
+    forward: Tensor
+    right: Tensor
+    up: Tensor
+    squared_distance: Tensor
+    """m^2"""
+
+
+@dataclass(frozen=True)
+class Cone:
+    """A field of view or of fire about the nose, which turns with the aircraft."""
+
+    azimuth: float
+    """half-angle to the sides, rad"""
+    elevation: float
+    """half-angle upwards and downwards, rad"""
+    range: float
+    """m"""
+
+    def holds(self, sight: Sight) -> Tensor:
+        """Whether another aircraft is within the angles."""
+        sideways = sight.right.abs() * math.cos(self.azimuth) <= sight.forward * math.sin(self.azimuth)
+        return sideways & (sight.up.square() <= math.sin(self.elevation) ** 2 * sight.squared_distance)
+
+    def reaches(self, squared_distance: Tensor, drawn: Tensor) -> Tensor:
+        """Whether a random number says so, with chance ``1 - (distance / range)^2`` and none beyond the range."""
+        return drawn + squared_distance * self.range**-2 < 1
+
+
+@dataclass(frozen=True)
+class Sensors:
+    """What aircraft see, hit and tell each other; the paper names these quantities and leaves their values open.
+
+    The values make the fight one of manoeuvre: teams meet within sight of each other, a head-on pass lasts two seconds
+    and seldom kills, and no team is found by an opponent behind it that it cannot hear of.
+    """
+
+    view: Cone = Cone(math.radians(70), math.radians(50), 8000.0)
+    weapons: Cone = Cone(math.radians(15), math.radians(10), 1000.0)
+    damage: float = 1 / 8
+    """of a hit, as a share of full health; a weapon fires once each step"""
+    communication_range: float = 4000.0
+    """m; allies within it tell each other where they are and what they see"""
+
+
+SENSORS = Sensors()
+Frame = tuple[Vector, Vector, Vector]
+
+
+class AeroCombatRules(Rules):
+    """The rules of :class:`AeroCombatEnv`, whose arguments these are.
+
+    Entries of the state are ``[*B, 2N]``, agents before opponents. Sensing draws random numbers, so it happens at the
+    end of a step and the state keeps its result, the observations, the opponents' too, who act on theirs.
+    """
+
+    allies: Tensor
+    enemies: Tensor
+    side: Tensor
+    lane: Tensor
+
+    def __init__(
+        self, *, num_agents: int, aircraft: Aircraft, sensors: Sensors, max_steps: int, time_limit: TimeLimit
+    ) -> None:
+        super().__init__(num_agents=num_agents, max_steps=max_steps, time_limit=time_limit)
+        self.aircraft, self.sensors = aircraft, sensors
+        opponent = torch.arange(2 * num_agents) >= num_agents
+        same = opponent == opponent.unsqueeze(-1)
+        lane = _LANE * (torch.arange(num_agents) - (num_agents - 1) / 2)
+        self.register_buffer("allies", same & ~torch.eye(2 * num_agents, dtype=torch.bool), persistent=False)
+        self.register_buffer("enemies", ~same, persistent=False)
+        self.register_buffer("side", 1.0 - 2.0 * opponent, persistent=False)  # 1 agents, -1 opponents
+        self.register_buffer("lane", lane.repeat(2), persistent=False)
+
+    def begin(self, random: Tensor) -> dict[str, Tensor]:
+        """Line the teams up abreast and face to face, in level flight, with some disorder."""
+        random, drawn = draw_uniform(random, 5 * 2 * self.num_agents)
+        east, north, altitude, speed, heading = (2 * drawn - 1).unflatten(-1, (5, -1)).unbind(-2)
+        altitude, speed = _ALTITUDE + 500 * altitude, _SPEED + 20 * speed
+        position = self.side * (self.lane + 100 * east), self.side * (300 * north - _DISTANCE / 2), altitude
+        heading = math.radians(20) * heading + math.pi / 2 * (1 - self.side)
+        level = torch.zeros_like(speed)
+        attack = self.aircraft.attack_for(level + 1, air_density(altitude) / 2 * speed.square())
+        flight = flight_at(position, speed, attack, Angles(heading, level, level))
+        changes = _state_of(flight) | self._encounter(random, flight, health=level + 1, step=torch.zeros_like(random))
+        return changes | {"trail": changes["position"].unsqueeze(-3).repeat_interleave(_TRAIL, -3)}
+
+    def advance(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Fly, then see, shoot and report at the new places."""
+        opponents = self.pursue(state["observation"][..., self.num_agents :, :])
+        aileron, elevator, throttle = torch.cat([action.clamp(-1, 1), opponents], -2).unbind(-1)
+        alive, step = state["health"] > 0, state["step"] + 1
+        flight = fly(
+            _flight_of(state),
+            aileron,
+            elevator,
+            (throttle + 1) / 2,
+            duration=STEP * alive,  # for the dead time stands still
+            aircraft=self.aircraft,
+        )
+        health = state["health"] * (flight.position[2] > 0)
+        changes = _state_of(flight) | self._encounter(state["random"], flight, health, step)
+        changes["trail"] = torch.cat([state["trail"][..., 1:, :, :], state["position"].unsqueeze(-3)], -3)
+
+        (ours, theirs), (agents, opponents) = _live(state["health"]), _live(changes["health"])
+        over = (agents == 0) | (opponents == 0)
+        won = (over | (step >= self.max_steps)) & (agents > opponents)
+        return changes, ((theirs - opponents) - (ours - agents)) / self.num_agents + won.float(), over
+
+    def observe(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Show the agents what the step's end has found out; the state has the motion and health of everybody."""
+        alive = state["health"] > 0
+        agents, opponents = _live(state["health"])
+        rest = torch.stack([state["speed"] / _SPEED, state["attack"] / self.aircraft.stall_angle, state["health"]], -1)
+        motion = torch.cat([state["position"] / _DISTANCE, state["direction"], state["lift_axis"], rest], -1)
+        clock = state["step"].unsqueeze(-1) / self.max_steps
+        return {
+            "observation": state["observation"][..., : self.num_agents, :].clone(),
+            "mask": alive[..., : self.num_agents].clone(),
+        }, {
+            "state": torch.cat([(motion * alive.unsqueeze(-1)).flatten(-2), clock], -1),
+            "won": (agents > opponents).unsqueeze(-1),
+        }
+
+    def _encounter(self, random: Tensor, flight: Flight, health: Tensor, step: Tensor) -> dict[str, Tensor]:
+        """Let everybody see, shoot at once, and report; return what changes in the state."""
+        size, sensors = 2 * self.num_agents, self.sensors
+        random, drawn = draw_uniform(random, size * size + size)
+        detection, hit = drawn.split([size * size, size], -1)
+        frame = axes(flight)
+        sight = _sight(flight.position, frame)
+        distance, alive = sight.squared_distance, health > 0
+
+        present = alive.unsqueeze(-1) & alive.unsqueeze(-2)
+        seen = sensors.view.holds(sight) & sensors.view.reaches(distance, detection.unflatten(-1, (size, size)))
+        seen = seen & present & (self.allies | self.enemies)
+        aim = torch.where(seen & self.enemies & sensors.weapons.holds(sight), distance, math.inf)
+        nearest, target = aim.min(-1)
+        target = torch.where(sensors.weapons.reaches(nearest, hit), target, -1)
+        damage = sensors.damage * (target.unsqueeze(-1) == torch.arange(size, device=target.device)).sum(-2)
+        health = (health - damage).clamp(min=0)
+
+        linked = present & self.allies & (distance < sensors.communication_range**2)
+        reported = linked.float() @ seen.float() > 0
+        alive = health > 0
+        known = (seen | linked | reported) & alive.unsqueeze(-1) & alive.unsqueeze(-2) & (self.allies | self.enemies)
+        own = self._own(flight, frame, health, step) * alive.unsqueeze(-1)
+        tracks = self._tracks(flight, frame, sight, health, known)
+        observation = torch.cat([own, tracks.flatten(-2)], -1)
+        return {"random": random, "health": health, "target": target, "observation": observation}
+
+    def _own(self, flight: Flight, frame: Frame, health: Tensor, step: Tensor) -> Tensor:
+        """What everybody reads off its instruments, ``[*B, 2N, 9]``; the vertical in its own axes is roll and pitch."""
+        (_, _, nose_up), (_, _, right_up), (_, _, roof_up) = frame
+        attack, speed = flight.attack / self.aircraft.stall_angle, flight.speed / _SPEED
+        clock = (step / self.max_steps).unsqueeze(-1).expand_as(health)
+        altitude = flight.position[2] / _ALTITUDE
+        return torch.stack(
+            [nose_up, right_up, roof_up, attack, flight.direction[2], speed, altitude, health, clock], -1
+        )
+
+    def _tracks(self, flight: Flight, frame: Frame, sight: Sight, health: Tensor, known: Tensor) -> Tensor:
+        """What everybody knows of the others, ``[*B, 2N, 2N - 1, 9]``: nearest first, then zeros."""
+        place = [component / self.sensors.view.range for component in sight[:3]]
+        course = [dot(_of_others(flight.direction), _of_observers(axis)) for axis in frame]
+        others = [part.unsqueeze(-2).expand_as(place[0]) for part in (flight.speed / _SPEED, health)]
+        team = (self.allies.float() - self.enemies.float()).expand_as(place[0])
+        tracks = torch.stack([*place, *course, *others, team], -1)
+        distance, order = torch.where(known, sight.squared_distance, math.inf).sort(-1)
+        tracks = tracks.take_along_dim(order[..., :-1].unsqueeze(-1), -2)
+        return torch.where(distance[..., :-1].unsqueeze(-1) < math.inf, tracks, 0.0)
+
+    def pursue(self, observation: Tensor) -> Tensor:
+        """Chase the nearest enemy that is known: the opponents' policy, and a baseline for agents.
+
+        Roll the lift axis to where the nose has to turn, and pull as far as lift allows; against gravity, with full
+        throttle. Turn in search where no enemy is known; pull up near the ground.
+
+        Args:
+            observation: of any aircraft, ``[..., O]``.
+
+        Returns:
+            Action, ``[..., 3]``.
+        """
+        aircraft = self.aircraft
+        own, tracks = observation[..., :_OWN], observation[..., _OWN:].unflatten(-1, (-1, _TRACK))
+        _, right_up, roof_up, attack, climb, speed, altitude, _, _ = own.unbind(-1)
+        attack, speed, altitude = aircraft.stall_angle * attack, (_SPEED * speed).clamp(min=30), _ALTITUDE * altitude
+        enemy = tracks[..., -1] < 0
+        first = enemy.int().argmax(-1)[..., None, None]
+        forward, right, up = tracks[..., :3].take_along_dim(first, -2).squeeze(-2).unbind(-1)
+        up = up + forward * attack  # from the nose to the velocity, for small angles
+
+        # Where to go, as sines of the angles from the velocity: to the enemy, or hard round if it is behind; in search
+        # to the horizon and round to the side of the lower wing.
+        across = (right.square() + up.square()).sqrt()
+        reach = torch.where(forward > 0, (across.square() + forward.square()).sqrt(), across).clamp(min=1e-6)
+        found, search = enemy.any(-1), -0.1 * right_up.sign()
+        right = torch.where(found, right / reach, search * roof_up - climb * right_up)
+        up = torch.where(found, up / reach, -search * right_up - climb * roof_up)
+
+        # An angle of attack of that size puts the nose there; some more carries the weight.
+        danger = ((500 - altitude - 4 * speed * climb) / 500).clamp(0, 1)  # how low is it in four seconds?
+        weight = aircraft.attack_for(1 + 6 * danger, air_density(altitude) / 2 * speed.square())
+        right, up = right * (1 - danger) + weight * right_up, up * (1 - danger) + weight * roof_up
+        pull = (right.square() + up.square()).sqrt().clamp(min=1e-6)
+        aileron = torch.where(up > 0, right / pull / (aircraft.roll_rate * STEP), right.sign())
+        elevator = (up.clamp(0, aircraft.stall_angle) - attack) / (aircraft.attack_rate * STEP)
+        return torch.stack([aileron.clamp(-1, 1), elevator.clamp(-1, 1), torch.ones_like(aileron)], -1)
+
+    def draw(self, state: State) -> Image:
+        """Todo."""
+        raise NotImplementedError
+
+
+class AeroCombatEnv(TensorEnv):
+    """TODO."""
+
+    def __init__(
+        self,
+        num_agents: int = 2,
+        *,
+        aircraft: Aircraft = JET,
+        sensors: Sensors = SENSORS,
+        num_envs: int,
+        max_steps: int = 240,
+        time_limit: TimeLimit = "truncate",
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        rules = AeroCombatRules(
+            num_agents=num_agents, aircraft=aircraft, sensors=sensors, max_steps=max_steps, time_limit=time_limit
+        )
+        action_spec = Bounded(-1, 1, torch.Size([num_agents, 3]), dtype=torch.float32)
+        super().__init__(rules, action_spec=action_spec, num_envs=num_envs, seed=seed, device=device)
+
+
+def _flight_of(state: State) -> Flight:
+    position, direction, lift_axis = (state[name].unbind(-1) for name in ("position", "direction", "lift_axis"))
+    return Flight(position, direction, lift_axis, state["speed"], state["attack"])
+
+
+def _state_of(flight: Flight) -> dict[str, Tensor]:
+    vectors = {name: torch.stack(getattr(flight, name), -1) for name in ("position", "direction", "lift_axis")}
+    return {**vectors, "speed": flight.speed, "attack": flight.attack}
+
+
+def _live(health: Tensor) -> tuple[Tensor, Tensor]:
+    """How many agents and opponents live."""
+    agents, opponents = (health > 0).unflatten(-1, (2, -1)).sum(-1).unbind(-1)
+    return agents, opponents
+
+
+def _sight(position: Vector, frame: Frame) -> Sight:
+    east, north, up = (part.unsqueeze(-2) - part.unsqueeze(-1) for part in position)
+    apart = east, north, up
+    return Sight(*[dot(apart, _of_observers(axis)) for axis in frame], squared_distance=dot(apart, apart))
+
+
+def _of_observers(vector: Vector) -> Vector:
+    east, north, up = (part.unsqueeze(-1) for part in vector)
+    return east, north, up
+
+
+def _of_others(vector: Vector) -> Vector:
+    east, north, up = (part.unsqueeze(-2) for part in vector)
+    return east, north, up

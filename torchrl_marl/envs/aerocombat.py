@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, pad
 from torchrl.data import Bounded
 
 from torchrl_marl.envs.flight import (
@@ -42,6 +43,7 @@ _DISTANCE, _ALTITUDE, _SPEED = (
 _LANE = 400.0  # m, between neighbours at the start
 _OWN, _TRACK = 9, 9  # numbers of an observation about oneself and about each other aircraft
 _TRAIL = 12  # steps
+_FAR = 1e12  # m^2, a squared distance beyond everything
 
 
 class Sight(NamedTuple):
@@ -102,7 +104,7 @@ class AeroCombatRules(Rules):
     end of a step and the state keeps its result, the observations, the opponents' too, who act on theirs.
     """
 
-    allies: Tensor
+    oneself: Tensor
     enemies: Tensor
     side: Tensor
     lane: Tensor
@@ -115,41 +117,67 @@ class AeroCombatRules(Rules):
         opponent = torch.arange(2 * num_agents) >= num_agents
         same = opponent == opponent.unsqueeze(-1)
         lane = _LANE * (torch.arange(num_agents) - (num_agents - 1) / 2)
-        self.register_buffer("allies", same & ~torch.eye(2 * num_agents, dtype=torch.bool), persistent=False)
+        self.register_buffer("oneself", torch.eye(2 * num_agents, dtype=torch.bool), persistent=False)
         self.register_buffer("enemies", ~same, persistent=False)
         self.register_buffer("side", 1.0 - 2.0 * opponent, persistent=False)  # 1 agents, -1 opponents
         self.register_buffer("lane", lane.repeat(2), persistent=False)
 
     def begin(self, random: Tensor) -> dict[str, Tensor]:
-        """Line the teams up abreast and face to face, in level flight, with some disorder."""
-        random, drawn = draw_uniform(random, 5 * 2 * self.num_agents)
-        east, north, altitude, speed, heading = (2 * drawn - 1).unflatten(-1, (5, -1)).unbind(-2)
+        """Line the teams up abreast and face to face, in level flight, with some disorder and eyes closed."""
+        size = 2 * self.num_agents
+        stream, drawn = draw_uniform(random, 5 * size)
+        east, north, altitude, speed, heading = _batch_last(2 * drawn - 1, 5, size)
+        side, lane = self.side.unsqueeze(-1), self.lane.unsqueeze(-1)
         altitude, speed = _ALTITUDE + 500 * altitude, _SPEED + 20 * speed
-        position = self.side * (self.lane + 100 * east), self.side * (300 * north - _DISTANCE / 2), altitude
-        heading = math.radians(20) * heading + math.pi / 2 * (1 - self.side)
+        position = side * (lane + 100 * east), side * (300 * north - _DISTANCE / 2), altitude
         level = torch.zeros_like(speed)
+        heading = math.radians(20) * heading + math.pi / 2 * (1 - side)
         attack = self.aircraft.attack_for(level + 1, air_density(altitude) / 2 * speed.square())
         flight = flight_at(position, speed, attack, Angles(heading, level, level))
-        changes = _state_of(flight) | self._encounter(random, flight, health=level + 1, step=torch.zeros_like(random))
-        return changes | {"trail": changes["position"].unsqueeze(-3).repeat_interleave(_TRAIL, -3)}
+        motion, health = _motion(flight, random.shape), level + 1
+        own = _batch_first(self._own(flight, axes(flight), health, clock=level[0]), random.shape)
+        return {
+            "random": stream,
+            **motion,
+            "health": _batch_first(health, random.shape),
+            "target": _batch_first(torch.full_like(level, -1, dtype=torch.int64), random.shape),
+            "observation": pad(own, (0, _TRACK * (size - 1))),
+            "trail": motion["position"].unsqueeze(-3).repeat_interleave(_TRAIL, -3),
+        }
 
     def advance(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Fly, then see, shoot and report at the new places."""
+        batch, size = state["random"].shape, 2 * self.num_agents
         opponents = self.pursue(state["observation"][..., self.num_agents :, :])
-        aileron, elevator, throttle = torch.cat([action.clamp(-1, 1), opponents], -2).unbind(-1)
-        alive, step = state["health"] > 0, state["step"] + 1
+        controls = _batch_last(torch.cat([action.clamp(-1, 1), opponents], -2), size, 3)
+        aileron, elevator, throttle = controls.unbind(1)
+        position, direction, lift_axis = (
+            _batch_last(state[name], size, 3).unbind(1) for name in ("position", "direction", "lift_axis")
+        )
+        speed, attack, before = (_batch_last(state[name], size) for name in ("speed", "attack", "health"))
         flight = fly(
-            _flight_of(state),
+            Flight(position, direction, lift_axis, speed, attack),
             aileron,
             elevator,
             (throttle + 1) / 2,
-            duration=STEP * alive,  # for the dead time stands still
+            duration=STEP * (before > 0),  # for the dead time stands still
             aircraft=self.aircraft,
         )
-        health = state["health"] * (flight.position[2] > 0)
-        changes = _state_of(flight) | self._encounter(state["random"], flight, health, step)
-        changes["trail"] = torch.cat([state["trail"][..., 1:, :, :], state["position"].unsqueeze(-3)], -3)
-
+        step = state["step"] + 1
+        stream, drawn = draw_uniform(state["random"], size * (size + 1))
+        detection, hit = _batch_last(drawn, size + 1, size).split([size, 1])
+        health = before * (flight.position[2] > 0)
+        health, target, observation = self._encounter(
+            flight, health, (step / self.max_steps).reshape(-1), detection, hit.squeeze(0)
+        )
+        changes = {
+            "random": stream,
+            **_motion(flight, batch),
+            "health": _batch_first(health, batch),
+            "target": _batch_first(target, batch),
+            "observation": _batch_first(observation, batch),
+            "trail": torch.cat([state["trail"][..., 1:, :, :], state["position"].unsqueeze(-3)], -3),
+        }
         (ours, theirs), (agents, opponents) = _live(state["health"]), _live(changes["health"])
         over = (agents == 0) | (opponents == 0)
         won = (over | (step >= self.max_steps)) & (agents > opponents)
@@ -170,53 +198,56 @@ class AeroCombatRules(Rules):
             "won": (agents > opponents).unsqueeze(-1),
         }
 
-    def _encounter(self, random: Tensor, flight: Flight, health: Tensor, step: Tensor) -> dict[str, Tensor]:
-        """Let everybody see, shoot at once, and report; return what changes in the state."""
-        size, sensors = 2 * self.num_agents, self.sensors
-        random, drawn = draw_uniform(random, size * size + size)
-        detection, hit = drawn.split([size * size, size], -1)
-        frame = axes(flight)
+    def _encounter(
+        self, flight: Flight, health: Tensor, clock: Tensor, detection: Tensor, hit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Let everybody see, shoot at once, and report; return healths, targets and observations, batch last."""
+        sensors, frame = self.sensors, axes(flight)
         sight = _sight(flight.position, frame)
-        distance, alive = sight.squared_distance, health > 0
+        enemies, oneself = self.enemies.unsqueeze(-1), self.oneself.unsqueeze(-1)
+        absent = _FAR * (health <= 0)
+        distance = sight.squared_distance + absent.unsqueeze(0) + absent.unsqueeze(1) + _FAR * oneself
 
-        present = alive.unsqueeze(-1) & alive.unsqueeze(-2)
-        seen = sensors.view.holds(sight) & sensors.view.reaches(distance, detection.unflatten(-1, (size, size)))
-        seen = seen & present & (self.allies | self.enemies)
-        aim = torch.where(seen & self.enemies & sensors.weapons.holds(sight), distance, math.inf)
-        nearest, target = aim.min(-1)
+        seen = sensors.view.holds(sight) & sensors.view.reaches(distance, detection)
+        aim = torch.where(seen & enemies & sensors.weapons.holds(sight), distance, _FAR)
+        nearest, target = aim.min(1)
         target = torch.where(sensors.weapons.reaches(nearest, hit), target, -1)
-        damage = sensors.damage * (target.unsqueeze(-1) == torch.arange(size, device=target.device)).sum(-2)
-        health = (health - damage).clamp(min=0)
+        numbers = torch.arange(len(target), device=target.device).unsqueeze(-1)
+        health = (health - sensors.damage * (target.unsqueeze(1) == numbers).sum(0)).clamp(min=0)
+        absent = _FAR * (health <= 0)
+        distance = distance + absent.unsqueeze(0) + absent.unsqueeze(1)
 
-        linked = present & self.allies & (distance < sensors.communication_range**2)
-        reported = linked.float() @ seen.float() > 0
-        alive = health > 0
-        known = (seen | linked | reported) & alive.unsqueeze(-1) & alive.unsqueeze(-2) & (self.allies | self.enemies)
-        own = self._own(flight, frame, health, step) * alive.unsqueeze(-1)
-        tracks = self._tracks(flight, frame, sight, health, known)
-        observation = torch.cat([own, tracks.flatten(-2)], -1)
-        return {"random": random, "health": health, "target": target, "observation": observation}
+        linked = ~enemies & (distance < sensors.communication_range**2)
+        seen, linked, distance = (_batch_first(pair, distance.shape[-1:]) for pair in (seen, linked, distance))
+        known = seen | linked | (linked.float() @ seen.float() > 0)
+        distance, order = torch.where(known, distance, _FAR).sort(-1)
+        own = self._own(flight, frame, health, clock) * (health > 0).unsqueeze(1)
+        tracks = self._tracks(flight, frame, health, order[..., :-1], distance[..., :-1] < _FAR)
+        return health, target, torch.cat([own, tracks.flatten(1, 2)], 1)
 
-    def _own(self, flight: Flight, frame: Frame, health: Tensor, step: Tensor) -> Tensor:
-        """What everybody reads off its instruments, ``[*B, 2N, 9]``; the vertical in its own axes is roll and pitch."""
+    def _own(self, flight: Flight, frame: Frame, health: Tensor, clock: Tensor) -> Tensor:
+        """What everybody reads off its instruments, ``[2N, 9, B]``; the vertical in its own axes is roll and pitch."""
         (_, _, nose_up), (_, _, right_up), (_, _, roof_up) = frame
         attack, speed = flight.attack / self.aircraft.stall_angle, flight.speed / _SPEED
-        clock = (step / self.max_steps).unsqueeze(-1).expand_as(health)
-        altitude = flight.position[2] / _ALTITUDE
-        return torch.stack(
-            [nose_up, right_up, roof_up, attack, flight.direction[2], speed, altitude, health, clock], -1
-        )
+        altitude, clock = flight.position[2] / _ALTITUDE, clock.expand_as(health)
+        climb = flight.direction[2]
+        return torch.stack([nose_up, right_up, roof_up, attack, climb, speed, altitude, health, clock], 1)
 
-    def _tracks(self, flight: Flight, frame: Frame, sight: Sight, health: Tensor, known: Tensor) -> Tensor:
-        """What everybody knows of the others, ``[*B, 2N, 2N - 1, 9]``: nearest first, then zeros."""
-        place = [component / self.sensors.view.range for component in sight[:3]]
-        course = [dot(_of_others(flight.direction), _of_observers(axis)) for axis in frame]
-        others = [part.unsqueeze(-2).expand_as(place[0]) for part in (flight.speed / _SPEED, health)]
-        team = (self.allies.float() - self.enemies.float()).expand_as(place[0])
-        tracks = torch.stack([*place, *course, *others, team], -1)
-        distance, order = torch.where(known, sight.squared_distance, math.inf).sort(-1)
-        tracks = tracks.take_along_dim(order[..., :-1].unsqueeze(-1), -2)
-        return torch.where(distance[..., :-1].unsqueeze(-1) < math.inf, tracks, 0.0)
+    def _tracks(self, flight: Flight, frame: Frame, health: Tensor, order: Tensor, known: Tensor) -> Tensor:
+        """What everybody knows of the others in the given order, ``[2N, 9, 2N - 1, B]``; zeros for unknown ones."""
+        size, batch = health.shape
+        side = self.side.unsqueeze(-1)
+        east, north, up = (part / self.sensors.view.range for part in flight.position)
+        entries = [east, north, up, *flight.direction, flight.speed / _SPEED, health, side.expand_as(health)]
+        table = _batch_first(torch.stack(entries, 1), health.shape[1:]).flatten(0, 1)
+        rows = order + size * torch.arange(batch, device=order.device)[:, None, None]
+        tracks = _batch_last(embedding(rows, table), size, size - 1, _TRACK).unbind(2)
+        position, direction, (speed, health, team) = tracks[:3], tracks[3:6], tracks[6:]
+        axes = [_of_observers(axis) for axis in frame]
+        apart = _minus(position, _of_observers((east, north, up)))
+        place, course = [dot(apart, axis) for axis in axes], [dot(direction, axis) for axis in axes]
+        known = _batch_last(known.float(), size, size - 1).unsqueeze(1)
+        return known * torch.stack([*place, *course, speed, health, team * side.unsqueeze(-1)], 1)
 
     def pursue(self, observation: Tensor) -> Tensor:
         """Chase the nearest enemy that is known: the opponents' policy, and a baseline for agents.
@@ -231,19 +262,19 @@ class AeroCombatRules(Rules):
             Action, ``[..., 3]``.
         """
         aircraft = self.aircraft
-        own, tracks = observation[..., :_OWN], observation[..., _OWN:].unflatten(-1, (-1, _TRACK))
+        own, tracks = observation[..., :_OWN], observation[..., _OWN:].unflatten(-1, (_TRACK, -1))
         _, right_up, roof_up, attack, climb, speed, altitude, _, _ = own.unbind(-1)
         attack, speed, altitude = aircraft.stall_angle * attack, (_SPEED * speed).clamp(min=30), _ALTITUDE * altitude
-        enemy = tracks[..., -1] < 0
-        first = enemy.int().argmax(-1)[..., None, None]
-        forward, right, up = tracks[..., :3].take_along_dim(first, -2).squeeze(-2).unbind(-1)
+        found, first = (tracks[..., -1, :] < 0).float().max(-1)
+        first = first[..., None, None].expand(*first.shape, 3, 1)
+        forward, right, up = tracks[..., :3, :].gather(-1, first).squeeze(-1).unbind(-1)
         up = up + forward * attack  # from the nose to the velocity, for small angles
 
         # Where to go, as sines of the angles from the velocity: to the enemy, or hard round if it is behind; in search
         # to the horizon and round to the side of the lower wing.
         across = (right.square() + up.square()).sqrt()
         reach = torch.where(forward > 0, (across.square() + forward.square()).sqrt(), across).clamp(min=1e-6)
-        found, search = enemy.any(-1), -0.1 * right_up.sign()
+        found, search = found > 0, -0.1 * right_up.sign()
         right = torch.where(found, right / reach, search * roof_up - climb * right_up)
         up = torch.where(found, up / reach, -search * right_up - climb * roof_up)
 
@@ -283,14 +314,20 @@ class AeroCombatEnv(TensorEnv):
         super().__init__(rules, action_spec=action_spec, num_envs=num_envs, seed=seed, device=device)
 
 
-def _flight_of(state: State) -> Flight:
-    position, direction, lift_axis = (state[name].unbind(-1) for name in ("position", "direction", "lift_axis"))
-    return Flight(position, direction, lift_axis, state["speed"], state["attack"])
+def _batch_last(value: Tensor, *shape: int) -> Tensor:
+    """``[*B, *shape]`` to ``[*shape, B]``, the batch as one dimension: broadcasts over aircraft run along it, quicker."""
+    return value.reshape(-1, math.prod(shape)).t().contiguous().unflatten(0, shape)
 
 
-def _state_of(flight: Flight) -> dict[str, Tensor]:
-    vectors = {name: torch.stack(getattr(flight, name), -1) for name in ("position", "direction", "lift_axis")}
-    return {**vectors, "speed": flight.speed, "attack": flight.attack}
+def _batch_first(value: Tensor, batch: torch.Size) -> Tensor:
+    """``[..., B]`` to ``[*B, ...]``."""
+    return value.flatten(0, -2).t().contiguous().reshape(*batch, *value.shape[:-1])
+
+
+def _motion(flight: Flight, batch: torch.Size) -> dict[str, Tensor]:
+    vectors = {name: torch.stack(getattr(flight, name), 1) for name in ("position", "direction", "lift_axis")}
+    scalars = {"speed": flight.speed, "attack": flight.attack}
+    return {name: _batch_first(value, batch) for name, value in (vectors | scalars).items()}
 
 
 def _live(health: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,16 +337,15 @@ def _live(health: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sight(position: Vector, frame: Frame) -> Sight:
-    east, north, up = (part.unsqueeze(-2) - part.unsqueeze(-1) for part in position)
-    apart = east, north, up
+    east, north, up = (part.unsqueeze(0) for part in position)
+    apart = _minus((east, north, up), _of_observers(position))
     return Sight(*[dot(apart, _of_observers(axis)) for axis in frame], squared_distance=dot(apart, apart))
 
 
 def _of_observers(vector: Vector) -> Vector:
-    east, north, up = (part.unsqueeze(-1) for part in vector)
+    east, north, up = (part.unsqueeze(1) for part in vector)
     return east, north, up
 
 
-def _of_others(vector: Vector) -> Vector:
-    east, north, up = (part.unsqueeze(-2) for part in vector)
-    return east, north, up
+def _minus(one: Vector, other: Vector) -> Vector:
+    return one[0] - other[0], one[1] - other[1], one[2] - other[2]

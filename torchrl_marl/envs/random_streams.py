@@ -66,7 +66,7 @@ def draw_below(stream: Tensor, bound: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_uniform(stream: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Draw numbers of [0, 1) from every stream, multiples of ``2**-24``.
+    """Draw numbers of [0, 1) from every stream, multiples of ``2**-24``, two from each 64 bits.
 
     Args:
         stream: ``int64``, any shape ``[*B]``.
@@ -80,8 +80,10 @@ def draw_uniform(stream: Tensor, count: int) -> tuple[Tensor, Tensor]:
         >>> numbers.shape
         torch.Size([2, 3])
     """
-    draws = stream.unsqueeze(-1) + _GAMMA * torch.arange(1, count + 1, device=stream.device)
-    return stream + _signed(_GAMMA * count), _shift_right(_mix(draws), 40).float() * 2.0**-24
+    outputs = (count + 1) // 2
+    bits = _mix(stream.unsqueeze(-1) + _GAMMA * torch.arange(1, outputs + 1, device=stream.device))
+    numbers = torch.stack([bits >> 40, bits >> 16], -1).flatten(-2)[..., :count] & (2**24 - 1)
+    return stream + _signed(_GAMMA * outputs), numbers.float() * 2.0**-24
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, pad
 from torchrl.data import Bounded
 
+from torchrl_marl.envs.aerocombat_picture import Plane, draw_combat
 from torchrl_marl.envs.flight import (
     GRAVITY,
     JET,
@@ -288,8 +289,31 @@ class AeroCombatRules(Rules):
         return torch.stack([aileron.clamp(-1, 1), elevator.clamp(-1, 1), torch.ones_like(aileron)], -1)
 
     def draw(self, state: State) -> Image:
-        """Todo."""
-        raise NotImplementedError
+        """Draw everybody from above and from the side, with cones, trails, hits and health."""
+        position, direction, lift_axis = (state[name] for name in ("position", "direction", "lift_axis"))
+        flight = Flight(
+            *[part.unbind(-1) for part in (position, direction, lift_axis)], state["speed"], state["attack"]
+        )
+        frames = torch.stack([torch.stack(axis, -1) for axis in axes(flight)], -2)
+        planes = [
+            Plane(
+                team=int(index >= self.num_agents),
+                position=position[index],
+                frame=frames[index],
+                health=float(state["health"][index]),
+                target=int(state["target"][index]),
+                trail=state["trail"][:, index],
+            )
+            for index in range(2 * self.num_agents)
+        ]
+        view, weapons = self.sensors.view, self.sensors.weapons
+        return draw_combat(
+            planes,
+            view=(view.azimuth, view.elevation),
+            weapons=(weapons.azimuth, weapons.elevation),
+            reach=weapons.range,
+            seconds=STEP * float(state["step"]),
+        )
 
 
 class AeroCombatEnv(TensorEnv):

@@ -75,7 +75,7 @@ def test_stall_limits_lift():
     attack = torch.linspace(-5, 20, 2501, dtype=torch.float64).deg2rad()
     lift = JET.lift_coefficient(attack)
     assert attack[lift.argmax()].rad2deg().item() == pytest.approx(15)
-    # Stall speed in level flight: m g = rho V^2 S C_L / 2, without thrust. At 70 m/s the wings carry, at 60 they do not.
+    # Stall speed in level flight, m g = rho V^2 S C_L / 2, without thrust: at 70 m/s the wings carry, at 60 not.
     stall_speed = math.sqrt(2 * 5000 * GRAVITY / (1.225 * 16.7 * lift.max().item()))
     assert 60 < stall_speed < 70
     zero = torch.zeros(2, dtype=torch.float64)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,99 +13,49 @@ from torchrl.data import Bounded
 
 from torchrl_marl.envs.aerocombat_picture import Plane, draw_combat
 from torchrl_marl.envs.flight import (
-    GRAVITY,
     JET,
     Aircraft,
     Angles,
     Flight,
+    Frame,
     Vector,
     air_density,
     axes,
     dot,
     flight_at,
     fly,
+    minus,
 )
 from torchrl_marl.envs.random_streams import draw_uniform
 from torchrl_marl.envs.rules import Rules, State, TimeLimit
+from torchrl_marl.envs.sensors import SENSORS, Sensors, look, of_observers
 from torchrl_marl.envs.tensor_env import TensorEnv
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["AeroCombatEnv", "AeroCombatRules", "Cone", "Sensors"]
+__all__ = ["AeroCombatEnv", "AeroCombatRules", "make_aerocombat"]
 
-STEP = 0.25  # s, between two decisions
-_DISTANCE, _ALTITUDE, _SPEED = (
-    5000.0,
-    3000.0,
-    180.0,
-)  # m, m and m/s: of the teams' starts, and the units of observations
+_STEP = 0.25  # s, between two decisions
+_DISTANCE, _ALTITUDE, _SPEED = 5000.0, 3000.0, 180.0  # m, m, m/s: where the teams start, and the units of observations
 _LANE = 400.0  # m, between neighbours at the start
-_OWN, _TRACK = 9, 9  # numbers of an observation about oneself and about each other aircraft
-_TRAIL = 12  # steps
 _FAR = 1e12  # m^2, a squared distance beyond everything
-
-
-class Sight(NamedTuple):
-    """Where every aircraft (next to last dimension) sees every other one (last), in its own axes, m."""
-
-    forward: Tensor
-    right: Tensor
-    up: Tensor
-    squared_distance: Tensor
-    """m^2"""
-
-
-@dataclass(frozen=True)
-class Cone:
-    """A field of view or of fire about the nose, which turns with the aircraft."""
-
-    azimuth: float
-    """half-angle to the sides, rad"""
-    elevation: float
-    """half-angle upwards and downwards, rad"""
-    range: float
-    """m"""
-
-    def holds(self, sight: Sight) -> Tensor:
-        """Whether another aircraft is within the angles."""
-        sideways = sight.right.abs() * math.cos(self.azimuth) <= sight.forward * math.sin(self.azimuth)
-        return sideways & (sight.up.square() <= math.sin(self.elevation) ** 2 * sight.squared_distance)
-
-    def reaches(self, squared_distance: Tensor, drawn: Tensor) -> Tensor:
-        """Whether a random number says so, with chance ``1 - (distance / range)^2`` and none beyond the range."""
-        return drawn + squared_distance * self.range**-2 < 1
-
-
-@dataclass(frozen=True)
-class Sensors:
-    """What aircraft see, hit and tell each other; the paper names these quantities and leaves their values open.
-
-    The values make the fight one of manoeuvre: teams meet within sight of each other, a head-on pass lasts two seconds
-    and seldom kills, and no team is found by an opponent behind it that it cannot hear of.
-    """
-
-    view: Cone = Cone(math.radians(70), math.radians(50), 8000.0)
-    weapons: Cone = Cone(math.radians(15), math.radians(10), 1000.0)
-    damage: float = 1 / 8
-    """of a hit, as a share of full health; a weapon fires once each step"""
-    communication_range: float = 4000.0
-    """m; allies within it tell each other where they are and what they see"""
-
-
-SENSORS = Sensors()
-Frame = tuple[Vector, Vector, Vector]
+_OWN, _TRACK = 9, 9  # numbers of an observation about oneself, and about each other aircraft
+_TRAIL = 12  # steps, for pictures
+_VECTORS = ("position", "direction", "lift_axis")  # of a flight, entries of the state
 
 
 class AeroCombatRules(Rules):
     """The rules of :class:`AeroCombatEnv`, whose arguments these are.
 
-    Entries of the state are ``[*B, 2N]``, agents before opponents. Sensing draws random numbers, so it happens at the
-    end of a step and the state keeps its result, the observations, the opponents' too, who act on theirs.
+    A state has entries for all aircraft, agents before opponents. Detection is random, so it happens at the end of a
+    step, and the state keeps what it found: the observations, also the opponents', who act on theirs.
+
+    Within a step, aircraft come first and the batch last, ``[2N, ..., B]`` and ``[2N, 2N, B]`` for pairs.
     """
 
-    oneself: Tensor
     enemies: Tensor
+    oneself: Tensor
     side: Tensor
     lane: Tensor
 
@@ -152,16 +101,14 @@ class AeroCombatRules(Rules):
         opponents = self.pursue(state["observation"][..., self.num_agents :, :])
         controls = _batch_last(torch.cat([action.clamp(-1, 1), opponents], -2), size, 3)
         aileron, elevator, throttle = controls.unbind(1)
-        position, direction, lift_axis = (
-            _batch_last(state[name], size, 3).unbind(1) for name in ("position", "direction", "lift_axis")
-        )
+        position, direction, lift_axis = (_vector(_batch_last(state[name], size, 3), 1) for name in _VECTORS)
         speed, attack, before = (_batch_last(state[name], size) for name in ("speed", "attack", "health"))
         flight = fly(
             Flight(position, direction, lift_axis, speed, attack),
             aileron,
             elevator,
             (throttle + 1) / 2,
-            duration=STEP * (before > 0),  # for the dead time stands still
+            duration=_STEP * (before > 0),  # for the dead time stands still
             aircraft=self.aircraft,
         )
         step = state["step"] + 1
@@ -204,7 +151,7 @@ class AeroCombatRules(Rules):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Let everybody see, shoot at once, and report; return healths, targets and observations, batch last."""
         sensors, frame = self.sensors, axes(flight)
-        sight = _sight(flight.position, frame)
+        sight = look(flight.position, frame)
         enemies, oneself = self.enemies.unsqueeze(-1), self.oneself.unsqueeze(-1)
         absent = _FAR * (health <= 0)
         distance = sight.squared_distance + absent.unsqueeze(0) + absent.unsqueeze(1) + _FAR * oneself
@@ -242,13 +189,13 @@ class AeroCombatRules(Rules):
         entries = [east, north, up, *flight.direction, flight.speed / _SPEED, health, side.expand_as(health)]
         table = _batch_first(torch.stack(entries, 1), health.shape[1:]).flatten(0, 1)
         rows = order + size * torch.arange(batch, device=order.device)[:, None, None]
-        tracks = _batch_last(embedding(rows, table), size, size - 1, _TRACK).unbind(2)
-        position, direction, (speed, health, team) = tracks[:3], tracks[3:6], tracks[6:]
-        axes = [_of_observers(axis) for axis in frame]
-        apart = _minus(position, _of_observers((east, north, up)))
-        place, course = [dot(apart, axis) for axis in axes], [dot(direction, axis) for axis in axes]
+        tracks = _batch_last(embedding(rows, table), size, size - 1, _TRACK)
+        apart = minus(_vector(tracks[:, :, :3], 2), of_observers((east, north, up)))
+        course = _vector(tracks[:, :, 3:6], 2)
+        seen = [dot(vector, of_observers(axis)) for vector in (apart, course) for axis in frame]
+        speed, health, team = tracks[:, :, 6:].unbind(2)
         known = _batch_last(known.float(), size, size - 1).unsqueeze(1)
-        return known * torch.stack([*place, *course, speed, health, team * side.unsqueeze(-1)], 1)
+        return known * torch.stack([*seen, speed, health, team * side.unsqueeze(-1)], 1)
 
     def pursue(self, observation: Tensor) -> Tensor:
         """Chase the nearest enemy that is known: the opponents' policy, and a baseline for agents.
@@ -284,21 +231,19 @@ class AeroCombatRules(Rules):
         weight = aircraft.attack_for(1 + 6 * danger, air_density(altitude) / 2 * speed.square())
         right, up = right * (1 - danger) + weight * right_up, up * (1 - danger) + weight * roof_up
         pull = (right.square() + up.square()).sqrt().clamp(min=1e-6)
-        aileron = torch.where(up > 0, right / pull / (aircraft.roll_rate * STEP), right.sign())
-        elevator = (up.clamp(0, aircraft.stall_angle) - attack) / (aircraft.attack_rate * STEP)
+        aileron = torch.where(up > 0, right / pull / (aircraft.roll_rate * _STEP), right.sign())
+        elevator = (up.clamp(0, aircraft.stall_angle) - attack) / (aircraft.attack_rate * _STEP)
         return torch.stack([aileron.clamp(-1, 1), elevator.clamp(-1, 1), torch.ones_like(aileron)], -1)
 
     def draw(self, state: State) -> Image:
         """Draw everybody from above and from the side, with cones, trails, hits and health."""
-        position, direction, lift_axis = (state[name] for name in ("position", "direction", "lift_axis"))
-        flight = Flight(
-            *[part.unbind(-1) for part in (position, direction, lift_axis)], state["speed"], state["attack"]
-        )
-        frames = torch.stack([torch.stack(axis, -1) for axis in axes(flight)], -2)
+        position, direction, lift_axis = (_vector(state[name], -1) for name in _VECTORS)
+        frame = axes(Flight(position, direction, lift_axis, state["speed"], state["attack"]))
+        frames = torch.stack([torch.stack(axis, -1) for axis in frame], -2)
         planes = [
             Plane(
                 team=int(index >= self.num_agents),
-                position=position[index],
+                position=state["position"][index],
                 frame=frames[index],
                 health=float(state["health"][index]),
                 target=int(state["target"][index]),
@@ -312,12 +257,77 @@ class AeroCombatRules(Rules):
             view=(view.azimuth, view.elevation),
             weapons=(weapons.azimuth, weapons.elevation),
             reach=weapons.range,
-            seconds=STEP * float(state["step"]),
+            seconds=_STEP * float(state["step"]),
         )
 
 
 class AeroCombatEnv(TensorEnv):
-    """TODO."""
+    """Air combat of two teams of jets, N against N, the opponents flown by a pursuit policy.
+
+    Each agent moves ailerons (rate of roll), elevator (rate of the angle of attack) and throttle (thrust) four times a
+    second. :mod:`~torchrl_marl.envs.flight` has the mechanics: turning costs speed through lift-induced drag, height
+    and speed are exchanged, wings stall, and turns are coordinated. View and weapons are cones about the nose
+    (:class:`Sensors`). An aircraft that hits the ground or has no health left is out.
+
+    A step: all fly, all detect, all shoot at once, all report. An aircraft knows those that it detects, its allies
+    within communication range, and those that these detect, all as of this moment: it has no memory. Its weapon fires
+    by itself at the nearest enemy that it detects within the weapons' cone. Detection and hits fail with the square of
+    the distance over the range.
+
+    The team is rewarded with 1/N for each opponent lost and -1/N for each agent, and with 1 for winning: more agents
+    than opponents alive when the episode ends, also by its time limit. Returns lie between -1 and 2. An episode is over
+    when a team is lost. With ``time_limit="truncate"`` values go on beyond the limit, on top of a win there.
+
+    The teams start 5 km apart, each a line abreast with 400 m between neighbours, in level flight at about 180 m/s and
+    3 km; nobody has detected anything yet.
+
+    Reference: the MARS paper, appendix C.1 (AeroJAX), which describes the game in words. All constants are ours, see
+    :class:`~torchrl_marl.envs.flight.Aircraft` and :class:`Sensors`; so are the opponents' policy, the weapons, and the
+    values of rewards. There is one type of aircraft, so that observations do not tell it.
+
+    ==============================  ======================  ============================================================
+    key                             shape                   content
+    ==============================  ======================  ============================================================
+    ``("agents", "observation")``   ``[B, N, 9 + 9 (2N-1)]``  own instruments, then nine rows about the others, below
+    ``("agents", "action")``        ``[B, N, 3]``           aileron (right wing down), elevator (nose up), throttle
+                                                            (-1 idle, 1 full), each in [-1, 1]
+    ``("agents", "mask")``          ``[B, N]``              who lives; observations of the others are zeros
+    ``"state"``                     ``[B, 24 N + 1]``       motion and health of all aircraft that live; share of time
+    ``"won"``                       ``[B, 1]``              more agents live than opponents
+    ==============================  ======================  ============================================================
+
+    Instruments: the vertical's components along the nose (sine of pitch), to the right (roll) and up; angle of attack
+    (1 = stall); sine of the flight-path angle; speed (180 m/s); altitude (3 km); health; share of the time that is up.
+    Rows, one entry for each other aircraft that is known, nearest first, then zeros: place forward, right and up (view
+    ranges); course, the direction of flight, forward, right and up; speed; health; 1 for an ally, -1 for an enemy. All
+    in the observer's own axes, so that an observation does not change with the map's.
+
+    ``rules.pursue`` is the opponents' policy, for baselines::
+
+        policy = TensorDictModule(env.rules.pursue, [("agents", "observation")], [("agents", "action")])
+
+    Args:
+        num_agents: aircraft on each side, ``N``.
+        aircraft: how they fly.
+        sensors: what they see, hit and report.
+        num_envs: number of environments stepped together, ``B``.
+        max_steps: time limit of an episode, a quarter of a second each.
+        time_limit: how it is reported, see :class:`~torchrl_marl.envs.rules.Rules`.
+        seed: of the environments' streams; ``None`` draws one from Torch's global generator.
+        device: where to play.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> env = AeroCombatEnv(2, num_envs=3, seed=0)
+        >>> data = env.reset()
+        >>> for _ in range(20):
+        ...     data["agents", "action"] = env.rules.pursue(data["agents", "observation"])
+        ...     data = env.step_mdp(env.step(data))
+        >>> data["agents", "observation"].shape, data["agents", "mask"].all()  # nobody is lost in five seconds
+        (torch.Size([3, 2, 36]), tensor(True))
+    """
 
     def __init__(
         self,
@@ -339,7 +349,7 @@ class AeroCombatEnv(TensorEnv):
 
 
 def _batch_last(value: Tensor, *shape: int) -> Tensor:
-    """``[*B, *shape]`` to ``[*shape, B]``, the batch as one dimension: broadcasts over aircraft run along it, quicker."""
+    """``[*B, *shape]`` to ``[*shape, B]``, the batch as one dimension: along it broadcasts over aircraft are fast."""
     return value.reshape(-1, math.prod(shape)).t().contiguous().unflatten(0, shape)
 
 
@@ -348,8 +358,13 @@ def _batch_first(value: Tensor, batch: torch.Size) -> Tensor:
     return value.flatten(0, -2).t().contiguous().reshape(*batch, *value.shape[:-1])
 
 
+def _vector(value: Tensor, dim: int) -> Vector:
+    east, north, up = value.unbind(dim)
+    return east, north, up
+
+
 def _motion(flight: Flight, batch: torch.Size) -> dict[str, Tensor]:
-    vectors = {name: torch.stack(getattr(flight, name), 1) for name in ("position", "direction", "lift_axis")}
+    vectors = {name: torch.stack(getattr(flight, name), 1) for name in _VECTORS}
     scalars = {"speed": flight.speed, "attack": flight.attack}
     return {name: _batch_first(value, batch) for name, value in (vectors | scalars).items()}
 
@@ -360,16 +375,38 @@ def _live(health: Tensor) -> tuple[Tensor, Tensor]:
     return agents, opponents
 
 
-def _sight(position: Vector, frame: Frame) -> Sight:
-    east, north, up = (part.unsqueeze(0) for part in position)
-    apart = _minus((east, north, up), _of_observers(position))
-    return Sight(*[dot(apart, _of_observers(axis)) for axis in frame], squared_distance=dot(apart, apart))
+def make_aerocombat(
+    scenario: str = "AeroCombat-2v2",
+    *,
+    num_envs: int,
+    max_steps: int = 240,
+    time_limit: TimeLimit = "truncate",
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+) -> AeroCombatEnv:
+    """Build AeroCombat by its name, ``AeroCombat-NvN``, such as AeroCombat-2v2 or AeroCombat-16v16.
 
+    Args:
+        scenario: the name.
+        num_envs: number of environments stepped together.
+        max_steps: time limit of an episode.
+        time_limit: how it is reported.
+        seed: of the environments' streams; ``None`` draws one from Torch's global generator.
+        device: where to play.
 
-def _of_observers(vector: Vector) -> Vector:
-    east, north, up = (part.unsqueeze(1) for part in vector)
-    return east, north, up
+    Returns:
+        The environment.
 
+    Raises:
+        ValueError: if the name is of another form or an argument is out of its range.
 
-def _minus(one: Vector, other: Vector) -> Vector:
-    return one[0] - other[0], one[1] - other[1], one[2] - other[2]
+    Example:
+        >>> make_aerocombat("AeroCombat-4v4", num_envs=2, seed=0).rules.num_agents
+        4
+    """
+    match = re.fullmatch(r"AeroCombat-(\d+)v(\d+)", scenario)
+    if match is None or match[1] != match[2]:
+        raise ValueError(f"scenario must be AeroCombat-NvN, such as AeroCombat-2v2; got {scenario!r}")
+    return AeroCombatEnv(
+        int(match[1]), num_envs=num_envs, max_steps=max_steps, time_limit=time_limit, seed=seed, device=device
+    )

@@ -33,6 +33,7 @@ __all__ = [
     "Aircraft",
     "Angles",
     "Flight",
+    "Frame",
     "Vector",
     "air_density",
     "angles",
@@ -41,10 +42,14 @@ __all__ = [
     "dot",
     "flight_at",
     "fly",
+    "minus",
 ]
 
 Vector = tuple[Tensor, Tensor, Tensor]
 """East, north and up (or forward, right and up), each of the same shape: plain tensors are quicker than a last axis."""
+
+Frame = tuple[Vector, Vector, Vector]
+"""Unit vectors along the nose, to the right wing and out of the cockpit's roof."""
 
 GRAVITY = 9.80665  # m/s^2, standard gravity
 
@@ -239,8 +244,8 @@ def _decelerated(speed: Tensor, push: Tensor, drag: Tensor, duration: Tensor | f
     return ((speed + duration * push) / (1 + duration * drag * speed)).clamp(min=1e-3)
 
 
-def axes(flight: Flight) -> tuple[Vector, Vector, Vector]:
-    """Return the unit vectors along the nose, to the right wing and out of the cockpit's roof."""
+def axes(flight: Flight) -> Frame:
+    """Return an aircraft's own axes."""
     nose, roof = _turned(flight.direction, flight.lift_axis, flight.attack.cos(), flight.attack.sin())
     return nose, cross(flight.direction, flight.lift_axis), roof
 
@@ -278,6 +283,11 @@ def cross(one: Vector, other: Vector) -> Vector:
     """Return the vector product."""
     (a, b, c), (x, y, z) = one, other
     return b * z - c * y, c * x - a * z, a * y - b * x
+
+
+def minus(one: Vector, other: Vector) -> Vector:
+    """Return the difference."""
+    return one[0] - other[0], one[1] - other[1], one[2] - other[2]
 
 
 def _scaled(factor: Tensor | float, vector: Vector) -> Vector:

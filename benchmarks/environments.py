@@ -15,12 +15,13 @@ from collections.abc import Callable
 
 import torch
 
-from torchrl_marl.envs import TensorEnv, make_coordsum, make_maze, make_paxmen
+from torchrl_marl.envs import TensorEnv, make_aerocombat, make_coordsum, make_maze, make_paxmen
 
 GAMES: dict[str, Callable[..., TensorEnv]] = {
     **{name: make_coordsum for name in ("CoordSum-3x10", "CoordSum-3x30", "CoordSum-5x20", "CoordSum-8x15")},
     **{name: make_maze for name in ("black_red", "black_blue_red")},
     **{name: make_paxmen for name in ("PaxMen-4", "PaxMen-6")},
+    **{name: make_aerocombat for name in ("AeroCombat-2v2", "AeroCombat-4v4", "AeroCombat-16v16")},
 }
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchrl_marl.envs.random_streams import draw_below, random_streams
+from torchrl_marl.envs.random_streams import draw_below, draw_uniform, random_streams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -65,3 +65,27 @@ def test_drawing_leaves_the_given_stream_as_it_was():
     before = stream.clone()
     draw_below(stream, 10)
     assert torch.equal(stream, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_uniform_draws_are_two_parts_of_each_output(count, device):
+    stream = random_streams(5, 6, device=device).reshape(2, 3)
+    outputs = [splitmix64(start) for start in unsigned(stream.flatten())]
+    for _ in range(3):
+        stream, drawn = draw_uniform(stream, count)
+        assert drawn.shape == (2, 3, count)
+        for output, numbers in zip(outputs, drawn.reshape(6, count).tolist(), strict=True):
+            words = [next(output) for _ in range((count + 1) // 2)]
+            parts = [part % 2**24 / 2**24 for word in words for part in (word >> 40, word >> 16)]
+            assert numbers == parts[:count]
+
+
+def test_uniform_draws_fill_the_unit_interval_evenly():
+    _, drawn = draw_uniform(random_streams(0, 1000), 100)
+    assert 0 <= drawn.min() < 1e-4
+    assert 1 - 1e-4 < drawn.max() < 1
+    counts = (drawn * 10).long().flatten().bincount(minlength=10)
+    assert ((counts - 10_000) ** 2 / 10_000).sum() < 27.9  # nine degrees of freedom: one seed in a thousand is above
+    neighbours = torch.stack([drawn[:, :-1].flatten(), drawn[:, 1:].flatten()])
+    assert neighbours.corrcoef()[0, 1].abs() < 0.012  # four standard deviations

@@ -9,7 +9,15 @@ from torchrl.collectors import Collector
 from torchrl.envs import Compose, RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_marl.envs import CoordSumEnv, check_env, make_coordsum, make_maze, make_paxmen, render_episode
+from torchrl_marl.envs import (
+    CoordSumEnv,
+    check_env,
+    make_aerocombat,
+    make_coordsum,
+    make_maze,
+    make_paxmen,
+    render_episode,
+)
 from torchrl_marl.envs.random_streams import random_streams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -20,6 +28,8 @@ ENVS = {
     "black_blue_red": lambda **options: make_maze("black_blue_red", **options),
     "PaxMen-4": lambda **options: make_paxmen("PaxMen-4", **options),
     "PaxMen-6": lambda **options: make_paxmen("PaxMen-6", **options),
+    "AeroCombat-2v2": lambda **options: make_aerocombat("AeroCombat-2v2", **options),
+    "AeroCombat-4v4": lambda **options: make_aerocombat("AeroCombat-4v4", **options),
 }
 DETERMINISTIC = {"black_red", "black_blue_red"}
 
@@ -35,11 +45,14 @@ def make_random(request):
 
 
 def random_actions(env, num_steps, seed=0):
-    """Actions apart from any global random state, ``[num_steps, num_envs, num_agents]``."""
+    """Actions apart from any global random state, ``[num_steps, num_envs, num_agents, ...]``."""
     generator = torch.Generator().manual_seed(seed)
-    choices = env.full_action_spec_unbatched["agents", "action"].space.n
-    shape = (num_steps, *env.batch_size, env.rules.num_agents)
-    return torch.randint(choices, shape, generator=generator).to(env.device)
+    spec = env.full_action_spec_unbatched["agents", "action"]
+    shape = (num_steps, *env.batch_size, *spec.shape)
+    if spec.dtype.is_floating_point:
+        drawn = torch.rand(shape, generator=generator).to(env.device)
+        return spec.space.low + (spec.space.high - spec.space.low) * drawn
+    return torch.randint(spec.space.n, shape, generator=generator).to(env.device)
 
 
 def course(env, actions, resets=()):
@@ -178,7 +191,7 @@ def test_rules_take_any_batch_and_leave_their_arguments_as_they_were(make):
         given = flat.clone()
         next_flat, data = rules.step(flat, action)
         assert_equal(flat, given)
-        square, square_data = rules.step(square, action.reshape(2, 3, -1))
+        square, square_data = rules.step(square, action.unflatten(0, (2, 3)))
         assert_equal(square_data.reshape(6), data)
         flat = rules.restart(next_flat, data["done"].squeeze(-1))
         square = rules.restart(square, square_data["done"].squeeze(-1))
@@ -204,10 +217,10 @@ def test_a_compiled_step_with_restart_is_one_graph_and_equals_the_eager_one(make
 
 
 def test_a_step_reads_no_value_back_from_the_device(make):
-    rules = make(num_envs=2, seed=0).rules.to("meta")  # tensors without values
-    random = torch.empty(4, dtype=torch.int64, device="meta")
-    state = rules.reset(random)
-    action = torch.empty(4, rules.num_agents, dtype=torch.int64, device="meta")
+    env = make(num_envs=4, seed=0)
+    action = random_actions(env, 1)[0].to("meta")  # tensors without values
+    rules = env.rules.to("meta")
+    state = rules.reset(torch.empty(4, dtype=torch.int64, device="meta"))
     state, data = rules.step(state, action)
     assert rules.restart(state, data["done"].squeeze(-1)).batch_size == (4,)
 
@@ -308,4 +321,6 @@ def test_the_course_is_the_same_on_cpu_and_gpu(make):
         env = make(num_envs=5, max_steps=4, seed=0, device=device)
         return course(env, random_actions(env, 9)).cpu()
 
-    assert_equal(on("cpu"), on("cuda"))
+    one, other = on("cpu"), on("cuda")
+    for key, value in one.items(True, True):  # sines and cosines may differ in their last digits
+        torch.testing.assert_close(value, other[key], rtol=0, atol=1e-4 if value.is_floating_point() else 0)

@@ -90,7 +90,7 @@ def test_every_method_trains_and_leaves_a_complete_folder(
     assert [int(row.split(",")[0]) for row in evaluations] == [0, 80, 160, 240]
 
 
-@pytest.mark.parametrize("env", ["coordsum", "maze", "paxmen"])
+@pytest.mark.parametrize("env", ["coordsum", "maze", "paxmen", "aerocombat"])
 def test_every_game_trains_and_is_filmed(env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(monkeypatch, tmp_path, f"env={env}", "total_frames=80", "evaluation.video=true")
     (folder,) = run_folders(tmp_path)

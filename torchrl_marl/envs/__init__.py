@@ -1,5 +1,6 @@
 """Environments, and the tools to build, check, film and reproduce them."""
 
+from torchrl_marl.envs.aerocombat import AeroCombatEnv, make_aerocombat
 from torchrl_marl.envs.check import check_env
 from torchrl_marl.envs.coordsum import CoordSumEnv, make_coordsum
 from torchrl_marl.envs.maze import MazeEnv, make_maze
@@ -11,6 +12,7 @@ from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.envs.vmas import make_env
 
 __all__ = [
+    "AeroCombatEnv",
     "CoordSumEnv",
     "MazeEnv",
     "PaxMenEnv",
@@ -18,6 +20,7 @@ __all__ = [
     "Rules",
     "TensorEnv",
     "check_env",
+    "make_aerocombat",
     "make_coordsum",
     "make_env",
     "make_maze",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["draw_below", "random_streams"]
+__all__ = ["draw_below", "draw_uniform", "random_streams"]
 
 
 def _signed(value: int) -> int:
@@ -63,6 +63,27 @@ def draw_below(stream: Tensor, bound: int) -> tuple[Tensor, Tensor]:
     """
     stream = stream + _GAMMA
     return stream, (_shift_right(_mix(stream), 32) * bound) >> 32
+
+
+def draw_uniform(stream: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Draw numbers of [0, 1) from every stream, multiples of ``2**-24``, two from each 64 bits.
+
+    Args:
+        stream: ``int64``, any shape ``[*B]``.
+        count: how many from each.
+
+    Returns:
+        The streams after the draws, and the numbers, ``float32`` of shape ``[*B, count]``.
+
+    Example:
+        >>> stream, numbers = draw_uniform(random_streams(0, 2), 3)
+        >>> numbers.shape
+        torch.Size([2, 3])
+    """
+    outputs = (count + 1) // 2
+    bits = _mix(stream.unsqueeze(-1) + _GAMMA * torch.arange(1, outputs + 1, device=stream.device))
+    numbers = torch.stack([bits >> 40, bits >> 16], -1).flatten(-2)[..., :count] & (2**24 - 1)
+    return stream + _signed(_GAMMA * outputs), numbers.float() * 2.0**-24
 
 
 def _mix(bits: Tensor) -> Tensor:

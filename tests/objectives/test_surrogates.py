@@ -106,6 +106,18 @@ def test_finite_for_extreme_log_ratios(gain, advantage):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_barriers_gradient_has_a_norm_for_any_log_ratio(advantage):
+    # Beyond 40 it keeps the slope that it has there: never flat, and its square does not overflow float32.
+    log_ratio = torch.tensor([-300.0, -62.0, -40.0, 40.0, 62.0, 300.0])
+    _, gradient = value_and_gradient(barrier_gain, log_ratio, torch.full_like(log_ratio, advantage))
+    assert gradient.norm().isfinite()
+    assert_close(gradient[:2], gradient[2].expand(2))
+    assert_close(gradient[4:], gradient[3].expand(2))
+    value = barrier_gain(log_ratio, torch.full_like(log_ratio, advantage), low=LOW, high=HIGH)
+    assert_close(value[1] - value[2], -22 * gradient[2])
+
+
 @every_gain
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])

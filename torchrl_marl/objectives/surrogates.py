@@ -113,13 +113,14 @@ def barrier_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, h
     ``phi(r) = phi(1/r)`` is zero at ``r = 1`` and infinite as ``r -> 0`` or ``r -> inf``: the gain holds a probability
     away from zero as firmly as away from its multiple. ``r = target`` is the one stationary point on ``(0, inf)``;
     there is no plateau without gradient, so the log-ratio must not be clamped before. Where ``A = 0`` gain and gradient
-    are exactly zero.
+    are exactly zero. Beyond ``|ln r| = 40`` the gain goes on linearly in ``ln r``, with the slope that it has there:
+    from about ``|ln r| = 44`` on the square of a gradient overflows in float32, and its norm could not be clipped.
 
     Reference: Rethinking Ratio-Based Trust Regions for Policy Optimization in Multi-Agent Reinforcement Learning
     (MARS), Eq. (7) for the barrier, (9) for the gain, (11) for ``alpha``.
 
     Args:
-        log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape. ``exp`` overflows in float32 beyond 88.
+        log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape.
         advantage: same shape.
         low: target ratio where the advantage is negative, in (0, 1); float or 0-dim tensor.
         high: target ratio where the advantage is positive, above 1; float or 0-dim tensor.
@@ -137,8 +138,11 @@ def barrier_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, h
     """
     _check_same_shape(log_ratio, advantage)
     alpha = advantage / (1 - _target_ratio(advantage, low, high) ** -2)
-    barrier = 4 * (log_ratio / 2).sinh().square()  # phi, without cancellation near r = 1 and without a division
-    return log_ratio.exp() * advantage - alpha * barrier
+    near = log_ratio.clamp(-40.0, 40.0)
+    beyond = log_ratio - near
+    ratio = near.exp() * (1 + beyond)
+    barrier = 4 * (near / 2).sinh().square()  # phi, without cancellation near r = 1 and without a division
+    return ratio * advantage - alpha * (barrier + 2 * near.sinh() * beyond)
 
 
 def ratio_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:

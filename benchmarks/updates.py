@@ -23,7 +23,7 @@ METHODS = {
     "MARS": (MARSLoss, {}),
     "MARPO, without reflection": (MARPOLoss, {"reflection_coeff": 0.0}),
     "MARPO": (MARPOLoss, {}),
-    "MARPO, on sequences": (MARPOLoss, {"time_dim": 1}),
+    "MARPO, on sequences": (MARPOLoss, {"sequences": True}),
     "HAPPO": (HAPPOLoss, {}),
     "OAPPO, 4 sources each": (OAPPOLoss, {"reuse_matrix": "AR"}),
     "OAPPO, a source drawn for each row": (OAPPOLoss, {"reuse_matrix": "AR", "reuse": "sampled"}),
@@ -50,7 +50,7 @@ class Update:
         self.loss = loss(actor, critic, functional=False, normalize_advantage=False, **options)
         self.compute = torch.compile(self.loss) if compiled else self.loss
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=1e-5)
-        self.sequences = options.get("time_dim") is not None
+        self.sequences = options.get("sequences", False)
 
     def __call__(self, batch: TensorDict) -> float:
         """Seconds of processor time."""

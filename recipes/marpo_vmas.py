@@ -6,6 +6,7 @@
 Every value of config/marpo_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -48,10 +49,11 @@ def main(cfg: DictConfig) -> float:
     collector = Collector(
         env, policy, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
     )
+    steps = cfg.chunk_length or 1
     buffer = ReplayBuffer(  # of chunks: consecutive steps share the pass through the policy
-        storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // cfg.chunk_length, device=device),
+        storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // steps, device=device),  # rounded up
         sampler=SamplerWithoutReplacement(),
-        batch_size=cfg.minibatch_size // cfg.chunk_length,
+        batch_size=math.ceil(cfg.minibatch_size / steps),
     )
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
@@ -73,7 +75,8 @@ def main(cfg: DictConfig) -> float:
                 optimizer.step()
                 optimizer.zero_grad()
                 run.record({**losses, "grad_norm": grad_norm})
-    plots = [partial(plot_kl_interval, group=shape.name)] if isinstance(loss, MARPOLoss) else []
+    follows_kl = isinstance(loss, MARPOLoss) and loss.uses_kl
+    plots = [partial(plot_kl_interval, group=shape.name)] if follows_kl else []
     return run.finish(*plots)
 
 

@@ -106,6 +106,37 @@ def test_rows_that_have_lost_their_order_are_refused():
     assert pairs(NextStepKeys(time_dim=-1)(make_batch(named=False)))
 
 
+@pytest.mark.parametrize("time_dim", [2, -3])
+def test_a_dimension_that_does_not_exist_is_refused(time_dim):
+    with pytest.raises(ValueError, match=rf"\(2, 3\) has no dimension time_dim={time_dim}"):
+        NextStepKeys(time_dim=time_dim)(make_batch())
+
+
+def test_no_pair_crosses_a_change_of_trajectory():
+    # Batches joined along time, as of several workers: no episode has ended, but another one goes on.
+    batch = make_batch()
+    batch["collector", "traj_ids"] = torch.tensor([[7, 7, 7], [8, 9, 9]])
+    assert {(e, t) for e, t, _ in pairs(NextStepKeys()(batch))} == {(0, 0), (0, 1), (1, 1)}
+
+
+def test_no_pair_reaches_into_padding():
+    env = make_env("navigation", num_envs=4, max_steps=4, seed=0)
+    actor, critic = make_actor(env, hidden_sizes=(8,)), make_critic(env, hidden_sizes=(8,))
+    loss = MARPOLoss(actor, critic, functional=False)
+    loss.make_value_estimator(gamma=0.9, lmbda=0.8)
+    options = {"frames_per_batch": 28, "total_frames": 28, "auto_register_policy_transforms": False}
+    with pytest.warns(UserWarning, match="split_trajs"):  # TorchRL advises another layout
+        batches = list(Collector(env, actor, split_trajs=True, **options))
+    for batch in batches:
+        NextStepKeys(time_dim=-1)(loss.value_estimator(batch))
+        valid, has_pair = batch["collector", "mask"], batch["next", "reflection_mask"].all(-1)
+        assert not valid.all()
+        assert has_pair.sum() == valid.sum() - len(batch)  # of each trajectory all steps but the last
+        assert not (has_pair & ~valid).any()
+        ratio = loss(batch)["next_ratio"]
+        assert ratio.item() == pytest.approx(1, abs=1e-4)
+
+
 def test_what_is_missing_or_misshapen_is_named():
     with pytest.raises(KeyError, match="action_log_prob"):
         NextStepKeys()(make_batch().exclude(("agents", "action_log_prob")))

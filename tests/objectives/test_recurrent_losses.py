@@ -113,7 +113,7 @@ def test_ratios_are_one_on_what_was_just_collected(loss_class, share):
 
 
 def test_both_ratios_of_marpo_are_one_on_what_was_just_collected():
-    loss, collector = falling_balance(MARPOLoss, time_dim=1)
+    loss, collector = falling_balance(MARPOLoss, sequences=True)
     batch = NextStepKeys()(estimate(loss, next(iter(collector))))
     pairs = batch["next", "reflection_mask"]
     assert not pairs[batch["next", "done"].squeeze(-1)].any()
@@ -126,9 +126,26 @@ def test_both_ratios_of_marpo_are_one_on_what_was_just_collected():
         assert all(gradient.isfinite().all() for gradient in gradients(output, loss.actor_network))
 
 
+def test_marpos_next_log_ratio_of_a_changed_policy_is_that_of_its_own_next_step():
+    # Whole batches as one chunk: r' of a row is r of the next one, with the memory that the changed policy has by then.
+    loss, collector = falling_balance(MARPOLoss, sequences=True, normalize_advantage=False, ema_rate=0.0)
+    batch = NextStepKeys()(estimate(loss, next(iter(collector))))
+    stir(loss.actor_network)
+    with torch.no_grad(), set_recurrent_mode(True):
+        log_prob = loss.actor_network.get_dist(batch.copy()).log_prob(batch["agents", "action"])
+    ratio = (log_prob - batch["agents", "action_log_prob"]).exp()
+    pairs = batch["next", "reflection_mask"][:, :-1]
+    assert not torch.allclose(ratio[:, 1:][pairs], torch.ones(()), atol=1e-2)
+    output = loss(batch)
+    assert_close(output["next_ratio"], ratio[:, 1:][pairs].mean())
+    low, high = output["kl_interval_low"], output["kl_interval_high"]
+    outside = (ratio[:, 1:][pairs] < low) | (ratio[:, 1:][pairs] > high)
+    assert_close(output["next_clip_fraction"], outside.float().mean())
+
+
 def test_marpo_asks_for_sequences_where_the_policy_has_a_memory():
     shape = GroupShape("agents", 3, 5, num_actions=4)
-    with pytest.raises(ValueError, match="time_dim"):
+    with pytest.raises(ValueError, match="sequences=True"):
         MARPOLoss(make_recurrent_actor(shape), make_critic(shape))
 
 

@@ -443,3 +443,11 @@ def test_gain_on_a_gpu_equals_that_on_the_cpu(gain):
     low, high = torch.tensor(LOW).cuda(), torch.tensor(HIGH).cuda()
     on_gpu = gain(log_ratio.cuda(), advantage.cuda(), low=low, high=high)
     assert_close(on_gpu.cpu(), gain(log_ratio, advantage, low=LOW, high=HIGH), rtol=1e-5, atol=1e-5)
+
+
+def test_kl_interval_refuses_integers_and_reaches_the_largest_floats():
+    with pytest.raises(ValueError, match=r"got torch.int64"):
+        kl_interval(torch.tensor(1))
+    low, high = kl_interval(1e300)
+    assert low == 0
+    assert high == pytest.approx(1e300)

@@ -16,9 +16,10 @@ class NextStepKeys(TensorDictModuleBase):
     """Write each agent's next action, its log-probability, its advantage and its legal actions beside the current ones.
 
     Afterwards every row stands for itself, so rows may be shuffled freely. A row's pair is the same environment and
-    agent one step later; there is none at the end of an episode (terminated or truncated), where the agent is dead now
-    or then, and at the end of the batch. ``("next", "reflection_mask")`` tells. Rows without a pair get an advantage of
-    zero and otherwise their own values, which are finite and legal.
+    agent one step later; there is none at the end of an episode (terminated or truncated), where the agent is dead or
+    the step padded now or then, where the trajectory changes, and at the end of the batch.
+    ``("next", "reflection_mask")`` tells. Rows without a pair get an advantage of zero and otherwise their own values,
+    which are finite and legal.
 
     Call it on a batch once advantages are there (and standardised, if the loop does that), or give it to a collector
     as part of ``postproc``, after a value estimator.
@@ -31,6 +32,7 @@ class NextStepKeys(TensorDictModuleBase):
     ``(group, "action_mask")``, ``"mask"``     ``[B, N, ]``   read where the data holds them
     ``"advantage"``                            ``[B, N, 1]``  read where the data holds it; ``[B, 1]`` for a team
     ``("next", "done")``                       ``[B, 1]``     read; ``[B, N, 1]`` if agents end one by one
+    ``("collector", "traj_ids" | "mask")``     ``[B]``        read where a collector has written them
     ``("next", group, "action")``              as above       written, as are log-probability, mask of actions and
                                                               ``("next", group, "advantage")``, ``[B, N, 1]``
     ``("next", "reflection_mask")``            ``[B, N]``     written: whether the row of this agent has a pair
@@ -95,9 +97,14 @@ class NextStepKeys(TensorDictModuleBase):
         time = self._time(tensordict)
         log_prob = tensordict[self.log_prob]
         shape = log_prob.shape
-        live = tensordict.get(self.mask, None)
-        live = torch.ones_like(log_prob, dtype=torch.bool) if live is None else _fit(live, shape, self.mask)
+        live = torch.ones_like(log_prob, dtype=torch.bool)
+        for key in (self.mask, ("collector", "mask")):
+            mask = tensordict.get(key, None)
+            live = live if mask is None else live & _fit(mask, shape, key)
         has_pair = live & live.roll(-1, time) & ~_fit(tensordict["next", self.done], shape, self.done)
+        trajectory = tensordict.get(("collector", "traj_ids"), None)
+        if trajectory is not None:
+            has_pair &= _fit(trajectory == trajectory.roll(-1, time), shape, ("collector", "traj_ids"))
         has_pair.select(time, -1).fill_(False)
 
         following = tensordict.get("next")
@@ -114,6 +121,8 @@ class NextStepKeys(TensorDictModuleBase):
 
     def _time(self, tensordict: TensorDictBase) -> int:
         if self.time_dim is not None:
+            if not -tensordict.ndim <= self.time_dim < tensordict.ndim:
+                raise ValueError(f"The batch {tuple(tensordict.batch_size)} has no dimension time_dim={self.time_dim}.")
             return self.time_dim % tensordict.ndim
         if "time" not in tensordict.names:
             raise ValueError(
@@ -128,9 +137,11 @@ def _like(mask: Tensor, values: Tensor) -> Tensor:
 
 
 def _fit(values: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
-    """Bring what is known of each agent (``[*B, N]``, ``[*B, N, 1]``) or of all (``[*B, 1]``) to ``[*B, N]``."""
+    """Bring what is known of each agent (``[*B, N]``, ``[*B, N, 1]``) or of all (``[*B]``, ``[*B, 1]``) to each."""
     if values.shape == (*shape, 1):
         return values.squeeze(-1)
+    if values.shape == shape[:-1]:
+        return values.unsqueeze(-1).expand(shape)
     if values.shape in (shape, (*shape[:-1], 1)):
         return values.expand(shape)
     raise ValueError(f"{key!r} has shape {tuple(values.shape)}, which does not fit log-probabilities {tuple(shape)}.")

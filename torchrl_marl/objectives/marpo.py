@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -22,23 +22,32 @@ __all__ = ["ClipLayout", "MARPOLoss"]
 ClipLayout = Literal["code", "paper", "paper_next_fixed", "rpo"]
 
 _Bounds = tuple[float | Tensor, float | Tensor]
+_LAYOUTS = {  # which interval clips r in the first term, r in the second, and r'
+    "code": ("fixed", "kl", "kl"),
+    "paper": ("kl", "kl", "kl"),
+    "paper_next_fixed": ("kl", "kl", "next"),
+    "rpo": ("fixed", "fixed", "next"),
+}
 
 
 class MARPOLoss(RatioLoss):
     """Multi-agent reflective policy optimisation: MAPPO plus a term in which this action is held to the next advantage.
 
-        objective = mean(gain(log r, A; e, e')) + reflection_coeff mean(min(r r' A', clip(r, x, y) clip(r', x', y') A'))
+        objective = mean(min(r A, clip(r, e, f) A))
+                    + reflection_coeff mean(min(r r' A', clip(r, x, y) clip(r', v, w) A'))
 
     ``r'`` and ``A'`` are ratio and advantage of the same agent one step later, written by
     :class:`~torchrl_marl.collectors.NextStepKeys`; both ratios carry gradients; the second mean runs over rows that
-    have a next step. ``(x, y)`` are the roots of ``x - 1 - ln x = d``, and the KL target ``d`` follows the measured
-    divergence, moved once by every ``forward`` in training mode:
+    have a next step. Each of the intervals ``(e, f)``, ``(x, y)`` and ``(v, w)`` is fixed or made of the two roots of
+    ``x - 1 - ln x = d``. The KL target ``d`` follows the measured divergence, moved once by every ``forward`` in
+    training mode, with or without gradients:
 
         d <- min((1 - ema_rate) d + ema_rate (max(KL(old || new), kl_floor) + kl_bias), kl_target_max)
 
     ``d`` is the buffer ``kl_target``, which a checkpoint saves and restores. The divergence is exact; ``forward`` finds
     the old policy's distribution in the batch, where collectors leave its parameters (``loc`` and ``scale``,
-    ``logits``).
+    ``logits``). A divergence that is not finite leaves the target as it is. Where no interval depends on it, nothing is
+    measured.
 
     ``layout`` says which interval clips ``r`` in the first term, ``r`` in the second, and ``r'``:
 
@@ -55,11 +64,13 @@ class MARPOLoss(RatioLoss):
     ``gain(log r + log r', A'; x x', y y')``, that trust region on the product of the ratios, with the product of the
     intervals, in place of the two clips.
 
-    Where this departs from the paper and the authors' code: ``A'`` stands in both arguments of the minimum (the paper's
+    Where this departs from the paper and from the code that matches it (github.com/wucuiling/MARPO, probably the
+    authors'): ``A'`` stands in both arguments of the minimum (the paper's
     Eq. 7 prints ``A`` in one). ``ema_rate`` weights the new divergence, as in the code (Eq. 12 is printed the other way
     round; literally it is ``1 - ema_rate``). The target is capped, where the code's root finder falls back to a
     narrower interval beyond 0.307. Next advantages are the batch's own (the code reads an array that is all zeros).
-    Pairs end where an episode is truncated too, and where an agent is dead at either step.
+    Pairs end where an episode is truncated too, and where an agent is dead at either step; RPO's mean counts rows
+    without a pair as zero, here they do not count.
 
     With ``reflection_coeff=0`` and ``layout="code"`` this is :class:`MAPPOLoss`, bit for bit.
 
@@ -68,10 +79,10 @@ class MARPOLoss(RatioLoss):
     https://arxiv.org/abs/2406.03678.
 
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`. ``forward`` returns these
-    scalars, too: ``kl``, ``kl_target``, ``kl_interval_low`` and ``kl_interval_high``; ``reflective_clip_fraction`` and
-    ``next_clip_fraction`` (shares of ``r`` and ``r'`` outside their intervals in the second term; ``clip_fraction`` is
-    that of the first); ``reflection_share`` (rows with a next step), ``next_ratio`` (mean of ``r'``), and the two means
-    of the objective, ``current_gain`` and ``next_gain``.
+    scalars, too: the two means of the objective, ``current_gain`` and ``next_gain``; where an interval follows the
+    divergence ``kl``, ``kl_target``, ``kl_interval_low`` and ``kl_interval_high``; and of the second term
+    ``reflection_share`` (rows with a next step), ``next_ratio`` (mean of ``r'``), ``reflective_clip_fraction`` and
+    ``next_clip_fraction`` (shares of ``r`` and ``r'`` outside their intervals; ``clip_fraction`` is the first term's).
 
     Args:
         actor_network: decentralised policy.
@@ -86,11 +97,11 @@ class MARPOLoss(RatioLoss):
         kl_floor: smallest divergence that counts.
         kl_target_init: first KL target.
         kl_target_max: largest KL target.
-        time_dim: batch dimension of time where ``forward`` gets sequences of consecutive steps, such as
-            ``split_into_chunks`` makes, instead of rows. The next log-ratio is then the same output one step on: only
-            the last step of each sequence takes a second pass through the policy, where rows take one for all. A
-            recurrent policy needs it; the last step's second pass starts from the state that was collected.
-        gain: another trust region in place of the clip.
+        sequences: ``forward`` gets sequences of consecutive steps, ``[*B, T]``, such as ``split_into_chunks`` makes,
+            instead of rows. The next log-ratio is then the same output one step on: only the last step of each sequence
+            takes a second pass through the policy, where rows take one for all. A recurrent policy needs it; the last
+            step's second pass starts from the state that was collected.
+        gain: another trust region in place of the clip (anything but the function ``clip_gain`` itself).
         entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
             functional, reduction: as for every ratio loss, see there.
 
@@ -129,7 +140,7 @@ class MARPOLoss(RatioLoss):
         kl_floor: float = 0.008,
         kl_target_init: float = 0.01,
         kl_target_max: float = 0.3,
-        time_dim: int | None = None,
+        sequences: bool = False,
         gain: Gain = clip_gain,
         entropy_coeff: float = 0.01,
         critic_coeff: float = 1.0,
@@ -154,10 +165,10 @@ class MARPOLoss(RatioLoss):
             functional=functional,
             reduction=reduction,
         )
-        if time_dim is None and reflection_coeff and "is_init" in actor_network.in_keys:
-            raise ValueError("A recurrent policy is trained on sequences: say which dimension is time with time_dim.")
-        if layout not in get_args(ClipLayout):
-            raise ValueError(f"layout must be one of {', '.join(get_args(ClipLayout))}; got {layout!r}.")
+        if not sequences and reflection_coeff and "is_init" in actor_network.in_keys:
+            raise ValueError("A recurrent policy is trained on sequences [*batch, time]: it needs sequences=True.")
+        if layout not in _LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}; got {layout!r}.")
         if not reflection_coeff >= 0:
             raise ValueError(f"reflection_coeff must be at least 0, got {reflection_coeff}.")
         if not 0 <= ema_rate <= 1:
@@ -166,7 +177,7 @@ class MARPOLoss(RatioLoss):
             raise ValueError(f"kl_bias and kl_floor must be at least 0, one of them above; got {kl_bias}, {kl_floor}.")
         if not 0 < kl_target_init <= kl_target_max:
             raise ValueError(f"kl_target_init must be in (0, kl_target_max = {kl_target_max}], got {kl_target_init}.")
-        self.reflection_coeff, self.layout, self.time_dim = reflection_coeff, layout, time_dim
+        self.reflection_coeff, self.layout, self.sequences = reflection_coeff, layout, sequences
         self.ema_rate, self.kl_floor, self.kl_target_max = ema_rate, kl_floor, kl_target_max
         self._next_bounds = clip_bounds(next_clip_epsilon)
         device = self.ratio_low.device
@@ -174,21 +185,30 @@ class MARPOLoss(RatioLoss):
         self.register_buffer("kl_bias", torch.tensor(kl_bias, dtype=torch.float64, device=device))
 
     @property
+    def uses_kl(self) -> bool:
+        """Whether any interval of an active term follows the divergence."""
+        terms = _LAYOUTS[self.layout] if self.reflection_coeff else _LAYOUTS[self.layout][:1]
+        return "kl" in terms
+
+    @property
     def out_keys(self) -> list[str]:
-        """Entries that ``forward`` returns; without reflection there are none of the next step."""
-        keys = [*OUT_KEYS, "kl", "kl_target", "kl_interval_low", "kl_interval_high", "current_gain"]
+        """Entries that ``forward`` returns: of the divergence and of the next step only where they play a part."""
+        keys = [*OUT_KEYS, "current_gain"]
+        if self.uses_kl:
+            keys += ["kl", "kl_target", "kl_interval_low", "kl_interval_high"]
         if self.reflection_coeff:
             keys += ["next_gain", "next_ratio", "reflection_share", "reflective_clip_fraction", "next_clip_fraction"]
         return keys
 
     def _own_keys(self) -> list[NestedKey]:
         """Entries that only this method reads: the old distribution's parameters and the next step's entries."""
+        parameters = self._parameter_keys() if self.uses_kl else []
+        return [*parameters, *map(_next, self._following_keys() if self.reflection_coeff else [])]
+
+    def _following_keys(self) -> list[NestedKey]:
         keys = self.tensor_keys
-        following = []
-        if self.reflection_coeff:
-            following += [*self.actor_network.in_keys, keys.action, keys.sample_log_prob]
-            following += [sibling(keys.action, "advantage"), keys.reflection_mask]
-        return [*self._parameter_keys(), *map(_next, following)]
+        next_step = [keys.action, keys.sample_log_prob, sibling(keys.action, "advantage"), keys.reflection_mask]
+        return [*self.actor_network.in_keys, *next_step]
 
     def objective(
         self,
@@ -199,20 +219,17 @@ class MARPOLoss(RatioLoss):
         mask: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ``loss_objective`` and the diagnostics of the KL interval and of the reflective term."""
-        kl = self._move_target(tensordict, distribution, mask)
-        fixed, from_kl = (self.ratio_low, self.ratio_high), kl_interval_unchecked(self.kl_target)
-        bounds, reflective_bounds, next_bounds = {
-            "code": (fixed, from_kl, from_kl),
-            "paper": (from_kl, from_kl, from_kl),
-            "paper_next_fixed": (from_kl, from_kl, self._next_bounds),
-            "rpo": (fixed, fixed, self._next_bounds),
-        }[self.layout]
+        intervals: dict[str, _Bounds] = {"fixed": (self.ratio_low, self.ratio_high), "next": self._next_bounds}
+        diagnostics = {}
+        if self.uses_kl:
+            kl = self._move_target(tensordict, distribution, mask)
+            intervals["kl"] = low, high = kl_interval_unchecked(self.kl_target)
+            target = self.kl_target.clone()
+            diagnostics |= {"kl": kl, "kl_target": target, "kl_interval_low": low, "kl_interval_high": high}
+        first, *later = _LAYOUTS[self.layout]
+        bounds = intervals[first]
         gain = self.gain(log_ratio, advantage, low=bounds[0], high=bounds[1])
-        diagnostics = {
-            "kl": kl,
-            "kl_target": self.kl_target.clone(),
-            "kl_interval_low": from_kl[0],
-            "kl_interval_high": from_kl[1],
+        diagnostics |= {
             "clip_fraction": masked_mean(_outside(log_ratio, bounds), mask),
             "current_gain": masked_mean(gain.detach(), mask),
         }
@@ -220,6 +237,7 @@ class MARPOLoss(RatioLoss):
         if not self.reflection_coeff:
             return loss_objective, diagnostics
 
+        reflective_bounds, next_bounds = (intervals[name] for name in later)
         next_log_ratio, next_advantage, has_next = self._next_step(tensordict, log_ratio, mask)
         next_gain = self._reflective_gain(log_ratio, next_log_ratio, next_advantage, reflective_bounds, next_bounds)
         diagnostics |= {
@@ -244,30 +262,39 @@ class MARPOLoss(RatioLoss):
         self, tensordict: TensorDictBase, log_ratio: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-ratio and advantage one step later, and the mask of rows that have them; the others are zero."""
-        following = tensordict.get("next", None)
-        needed = (self.tensor_keys.reflection_mask, sibling(self.tensor_keys.action, "advantage"))
-        if following is None or any(following.get(key, None) is None for key in needed):
-            raise KeyError(
-                f"The data has no {', '.join(repr(_next(key)) for key in needed)}: apply "
-                "torchrl_marl.collectors.NextStepKeys to the batch once it has advantages."
-            )
-        has_next = following[needed[0]]
-        if has_next.shape != log_ratio.shape:
-            raise ValueError(
-                f"{_next(needed[0])!r} has shape {tuple(has_next.shape)}, but log-probabilities have shape "
-                f"{tuple(log_ratio.shape)}."
-            )
+        following = self._following(tensordict, log_ratio.shape)
+        has_next = following[self.tensor_keys.reflection_mask]
         if mask is not None:
             has_next = has_next & mask
-        if self.time_dim is None:
+        if not self.sequences:
             _, next_log_ratio = self._log_ratio(following)
         else:
-            time = self.time_dim % tensordict.ndim
-            last = (slice(None),) * time + (slice(-1, None),)
-            _, last_log_ratio = self._log_ratio(following[last])
-            next_log_ratio = torch.cat([log_ratio.narrow(time, 1, log_ratio.shape[time] - 1), last_log_ratio], time)
-        next_advantage = self._advantage(tensordict, following[needed[1]], log_ratio.shape)
+            _, last_log_ratio = self._log_ratio(following[..., -1:])
+            next_log_ratio = torch.cat([log_ratio[..., 1:, :], last_log_ratio], -2)
+            if mask is not None:  # at a masked step the log-ratio is no longer the policy's
+                has_next = has_next & torch.cat([mask[..., 1:, :], torch.ones_like(mask[..., -1:, :])], -2)
+        next_advantage = following[sibling(self.tensor_keys.action, "advantage")]
+        next_advantage = self._advantage(tensordict, next_advantage, log_ratio.shape)
         return torch.where(has_next, next_log_ratio, 0.0), torch.where(has_next, next_advantage, 0.0), has_next
+
+    def _following(self, tensordict: TensorDictBase, shape: torch.Size) -> TensorDictBase:
+        """Return the next step's entries once they are complete and of the right shape."""
+        needed = self._following_keys()
+        missing = [key for key in needed if tensordict.get(_next(key), None) is None]
+        if missing:
+            raise KeyError(
+                f"The data has no {', '.join(repr(_next(key)) for key in missing)}: apply "
+                "torchrl_marl.collectors.NextStepKeys to the batch once it has advantages."
+            )
+        following: TensorDictBase = tensordict.get("next")
+        if self.sequences and tensordict.ndim < 2:
+            raise ValueError(f"sequences=True needs data [*batch, time], got {tuple(tensordict.batch_size)}.")
+        for key, expected in ((needed[-1], tuple(shape)), (needed[-2], (*shape, 1))):
+            if following[key].shape != expected:
+                raise ValueError(f"{_next(key)!r} has shape {tuple(following[key].shape)}, expected {expected}.")
+        if following[needed[-1]].dtype != torch.bool:
+            raise ValueError(f"{_next(needed[-1])!r} must be boolean, got {following[needed[-1]].dtype}.")
+        return following
 
     @torch.no_grad()
     def _move_target(self, tensordict: TensorDictBase, distribution: Distribution, mask: Tensor | None) -> Tensor:
@@ -279,10 +306,10 @@ class MARPOLoss(RatioLoss):
                 "collected it, so keep the parameters of its distribution, which the actor writes, in the batch."
             )
         old = self.actor_network.build_dist_from_params(tensordict)
-        kl = masked_mean(policy_kl(old, distribution), mask).double()
+        kl = masked_mean(policy_kl(old, distribution), mask).to(self.kl_target.dtype)
         if self.training:
-            goal = kl.clamp(min=self.kl_floor) + self.kl_bias
-            self.kl_target.lerp_(goal, self.ema_rate).clamp_(max=self.kl_target_max)
+            goal = torch.where(kl.isfinite(), kl.clamp(min=self.kl_floor) + self.kl_bias, self.kl_target)
+            self.kl_target.lerp_(goal, self.ema_rate).clamp_(0, self.kl_target_max)
         return kl
 
     def _parameter_keys(self) -> list[NestedKey]:

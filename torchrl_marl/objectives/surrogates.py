@@ -309,6 +309,8 @@ def kl_interval(kl: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tenso
         (0.616817, 1.516221)
     """
     if isinstance(kl, Tensor):
+        if not kl.is_floating_point():
+            raise ValueError(f"kl must be a float or a floating-point tensor, got {kl.dtype}.")
         if not torch.compiler.is_compiling():
             valid = (kl >= 0) & kl.isfinite()
             if not valid.all():
@@ -318,7 +320,7 @@ def kl_interval(kl: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tenso
         raise ValueError(f"kl must be a finite number of at least 0, got {kl!r}.")
     if kl == 0:
         return 1.0, 1.0
-    width = math.sqrt(2 * kl)
+    width = math.sqrt(2) * math.sqrt(kl)
     lower, upper = -(kl + min(width, 1.0)), math.log1p(width + kl)
     for _ in range(8):
         lower -= (math.expm1(lower) - lower - kl) / math.expm1(lower)
@@ -327,10 +329,10 @@ def kl_interval(kl: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tenso
 
 
 def kl_interval_unchecked(kl: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`kl_interval` of a tensor known to be finite and not negative: nothing waits for its values."""
+    """:func:`kl_interval` of a tensor known to be finite and not negative (else NaN): nothing waits for its values."""
     target = kl.double()
     solvable = torch.where(target == 0, 1.0, target)  # keeps 0 / 0 out of the values and of the gradient
-    width = (2 * solvable).sqrt()
+    width = math.sqrt(2) * solvable.sqrt()
     roots = torch.stack([-(solvable + width.clamp(max=1.0)), (width + solvable).log1p()])
     for _ in range(8):
         slope = roots.expm1()

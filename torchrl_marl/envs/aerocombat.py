@@ -98,8 +98,8 @@ class AeroCombatRules(Rules):
     def advance(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Fly, then see, shoot and report at the new places."""
         batch, size = state["random"].shape, 2 * self.num_agents
-        opponents = self.pursue(state["observation"][..., self.num_agents :, :])
-        controls = _batch_last(torch.cat([action.clamp(-1, 1), opponents], -2), size, 3)
+        pursuit = self.pursue(state["observation"][..., self.num_agents :, :])
+        controls = _batch_last(torch.cat([action.clamp(-1, 1), pursuit], -2), size, 3)
         aileron, elevator, throttle = controls.unbind(1)
         position, direction, lift_axis = (_vector(_batch_last(state[name], size, 3), 1) for name in _VECTORS)
         speed, attack, before = (_batch_last(state[name], size) for name in ("speed", "attack", "health"))

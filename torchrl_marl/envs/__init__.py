@@ -8,6 +8,7 @@ from torchrl_marl.envs.paxmen import PaxMenEnv, make_paxmen
 from torchrl_marl.envs.random_state import RandomState, preserve_random_state
 from torchrl_marl.envs.render import render_episode
 from torchrl_marl.envs.rules import Rules
+from torchrl_marl.envs.team_games import make_lbforaging, make_pettingzoo, make_rware
 from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.envs.vmas import make_env
 
@@ -23,8 +24,11 @@ __all__ = [
     "make_aerocombat",
     "make_coordsum",
     "make_env",
+    "make_lbforaging",
     "make_maze",
     "make_paxmen",
+    "make_pettingzoo",
+    "make_rware",
     "preserve_random_state",
     "render_episode",
 ]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv
 
 from torchrl_marl.envs.random_streams import draw_below, random_streams
@@ -111,7 +111,11 @@ class BridgeEnv(EnvBase):
         return self._data(self._begin(which, seeds))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        data = self._advance(tensordict["agents", "action"])
+        action = tensordict["agents", "action"]
+        spec = self.full_action_spec["agents", "action"]
+        if isinstance(spec, Bounded):
+            action = action.clamp(spec.space.low, spec.space.high)  # so that a plain Gaussian policy can act
+        data = self._advance(action)
         reward = data.pop("reward").unsqueeze(-1)
         terminated, truncated = data.pop("terminated").unsqueeze(-1), data.pop("truncated").unsqueeze(-1)
         result = self._data(data)
@@ -152,7 +156,7 @@ def with_time_limit(env: BridgeEnv, max_steps: int) -> TransformedEnv:
     """
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    return TransformedEnv(env, Compose(StepCounter(max_steps=max_steps), RewardSum()))
+    return TransformedEnv(env, Compose([StepCounter(max_steps=max_steps), RewardSum()]))
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

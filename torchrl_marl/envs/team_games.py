@@ -129,7 +129,6 @@ class _ParallelGame(TeamGame):
             {agent: env.observation_space(agent) for agent in self._agents},
             {agent: env.action_space(agent) for agent in self._agents},
         )
-        self._bounds = (spec.space.low.numpy(), spec.space.high.numpy()) if isinstance(spec, Bounded) else None
         state_size = int(np.prod(env.state_space.shape)) if self._has_state else None
         self.layout = Layout(self._agents, size, spec, state_size)
 
@@ -137,7 +136,6 @@ class _ParallelGame(TeamGame):
         return self._seen(self.env.reset(seed=seed)[0])
 
     def step(self, action: np.ndarray) -> Turn:
-        action = action if self._bounds is None else np.clip(action, *self._bounds)
         observation, reward, terminated, truncated, _ = self.env.step(dict(zip(self._agents, action, strict=True)))
         over = [terminated[agent] or truncated[agent] for agent in self._agents]
         if any(over) and not all(over):

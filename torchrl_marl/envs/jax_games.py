@@ -27,7 +27,8 @@ class JaxGame(NamedTuple):
     layout: Layout
     """What it reads and writes."""
     reset: Callable[[Any], tuple[Any, dict[str, Any]]]
-    """From a random key to the state and what is seen: ``observation [N, O]``, ``action_mask [N, A]``, ``state [S]``."""
+    """From a random key to the state and what is seen: ``observation [N, O]`` and, where the layout has them,
+    ``action_mask [N, A]`` and ``state [S]``."""
     step: Callable[[Any, Any], tuple[Any, dict[str, Any], Any, Any]]
     """From the state and the actions to the state, what is seen, the rewards ``[N]`` and whether it terminated."""
     own_rewards: bool

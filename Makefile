@@ -16,7 +16,7 @@ test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-envs: .venv/test-envs # the bridges to other packages' environments, which `make test` skips
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/envs $(ARGS)
+	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest tests/envs $(ARGS)
 
 size: # lines of package code, without and with documentation
 	$(PYTHON) benchmarks/size.py torchrl_marl recipes

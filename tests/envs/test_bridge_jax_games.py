@@ -160,6 +160,7 @@ def test_every_step_equals_the_raw_package_resets_included(scenario):
 @each_scenario
 def test_data_match_the_specs_and_nothing_compiles_twice(scenario):
     check_env_specs(game(scenario))
+    rollout(game(scenario), LIMIT + 2)  # with resets
     base = game(scenario).base_env
     assert base._advance_all._cache_size() == base._start._cache_size() == base._choose._cache_size() == 1
 

@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test check size clean
+.PHONY: train test test-envs check size clean
 
 train: .venv/train
 	$(BIN)/python recipes/mars_vmas.py $(ARGS)
@@ -14,6 +14,9 @@ test: .venv/test
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-envs: .venv/test-envs # the bridges to other packages' environments, which `make test` skips
+	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest tests/envs $(ARGS)
 
 size: # lines of package code, without and with documentation
 	$(PYTHON) benchmarks/size.py torchrl_marl recipes
@@ -30,4 +33,8 @@ $(BIN)/python:
 
 .venv/test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable ".[vmas,wandb,plot,sweep,dev]"
+	touch $@
+
+.venv/test-envs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable ".[vmas,wandb,plot,dev,gym,mpe,jax]"
 	touch $@

@@ -13,6 +13,7 @@ import torch
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.envs import EnvBase
 
+from torchrl_marl.envs.bridge import BridgeEnv
 from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.envs.vmas import import_vmas
 
@@ -26,7 +27,7 @@ class RandomState:
 
     Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's ``GlobalRNGState``), where VMAS
     is loaded the random stream that all VMAS environments share, and the streams of an environment that owns its
-    randomness (``TensorEnv``).
+    randomness (``TensorEnv``, ``BridgeEnv``).
 
     Args:
         env: the environment whose streams are part of the state, under any transforms; ``None`` for no environment.
@@ -40,7 +41,8 @@ class RandomState:
     """
 
     def __init__(self, env: EnvBase | None = None) -> None:
-        self._games = [] if env is None else [module for module in env.modules() if isinstance(module, TensorEnv)]
+        modules = () if env is None else env.modules()
+        self._games = [module for module in modules if isinstance(module, TensorEnv | BridgeEnv)]
 
     def state_dict(self) -> dict[str, Any]:
         """Capture every generator.

@@ -1,0 +1,243 @@
+import contextlib
+import functools
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torchrl.envs.utils import check_env_specs
+
+from tests.recipes.runs import run_folders, run_recipe
+from torchrl_marl.envs import RandomState, make_jaxmarl, make_jumanji
+from torchrl_marl.envs.random_streams import draw_below, random_streams
+
+LIMIT = 12
+JUMANJI = ["con-5x5x3a", "lbf-8x8-2p-2f", "rware-tiny-2ag", "sar-2a"]
+JAXMARL = ["smax-3m", "simple_spread_3ag"]
+
+
+@functools.cache  # compiling takes seconds
+def game(scenario):
+    package, make = ("jaxmarl", make_jaxmarl) if scenario in JAXMARL else ("jumanji", make_jumanji)
+    pytest.importorskip(package)
+    return make(scenario, num_envs=3, max_steps=LIMIT, seed=0, shared_reward=False)
+
+
+def rollout(env, num_steps):
+    torch.manual_seed(0)  # of the random actions
+    return env.rollout(num_steps, break_when_any_done=False)
+
+
+each_scenario = pytest.mark.parametrize("scenario", JUMANJI + JAXMARL)
+
+
+class RawJumanji:
+    """Jumanji's own environment, unbatched; the end of an episode told apart by the state."""
+
+    def __init__(self, scenario):
+        import jax
+        from jumanji.environments import Connector, LevelBasedForaging, RobotWarehouse, SearchAndRescue
+        from jumanji.environments.routing.connector.generator import RandomWalkGenerator
+        from jumanji.environments.routing.lbf.generator import RandomGenerator as Field
+        from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator as Floor
+        from jumanji.environments.swarms.search_and_rescue.generator import RandomGenerator as Area
+
+        build = {
+            "con-5x5x3a": lambda: Connector(RandomWalkGenerator(grid_size=5, num_agents=3), time_limit=10**6),
+            "lbf-8x8-2p-2f": lambda: LevelBasedForaging(Field(8, 2, 2, fov=8), time_limit=10**6),
+            "rware-tiny-2ag": lambda: RobotWarehouse(Floor(1, 3, 8, 2, 1, 2), time_limit=10**6),
+            "sar-2a": lambda: SearchAndRescue(generator=Area(2, 40), time_limit=LIMIT),
+        }
+        self.name, self.env = scenario, build[scenario]()
+        self.start, self.go = jax.jit(self.env.reset), jax.jit(self.env.step)
+
+    def reset(self, key):
+        self.state, timestep = self.start(key)
+        return self.observed(timestep.observation)
+
+    def step(self, action):
+        self.state, timestep = self.go(self.state, action)
+        ended = bool(self.state.targets.found.all()) if self.name == "sar-2a" else bool(timestep.last())
+        return self.observed(timestep.observation), np.asarray(timestep.reward), ended
+
+    def observed(self, observation):
+        if self.name == "con-5x5x3a":
+            grid = np.asarray(observation.grid)
+            views = []
+            for index in range(3):
+                path, position, target = (grid == 3 * index + 1, grid == 3 * index + 2, grid == 3 * index + 3)
+                foreign = (grid > 0) & ~(path | position | target)
+                views.append(np.stack([path, position, target, foreign & (grid % 3 != 0), foreign & (grid % 3 == 0)]))
+            planes = np.stack([(grid % 3 == rest) & (grid > 0) for rest in (1, 2, 0)])
+            seen = {"observation": np.stack(views).reshape(3, -1), "state": planes.ravel()}
+        elif self.name == "sar-2a":
+            left, step = float(observation.targets_remaining), int(observation.step) / LIMIT
+            own = zip(np.asarray(observation.searcher_views), np.asarray(observation.positions), strict=True)
+            return {"observation": np.stack([[*view.ravel(), left, step, *position] for view, position in own])}
+        else:
+            seen = {"observation": np.asarray(observation.agents_view)}
+        return {**seen, "action_mask": np.asarray(observation.action_mask)}
+
+
+class RawJaxMarl:
+    """JaxMARL's own environment, unbatched and without its automatic reset."""
+
+    def __init__(self, scenario):
+        import jax
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            import jaxmarl
+        self.battle = scenario == "smax-3m"
+        if self.battle:
+            from jaxmarl.environments.smax import map_name_to_scenario
+
+            options = {"see_enemy_actions": True, "walls_cause_death": True, "attack_mode": "closest"}
+            self.env = jaxmarl.make("HeuristicEnemySMAX", scenario=map_name_to_scenario("3m"), **options)
+        else:
+            self.env = jaxmarl.make("MPE_simple_spread_v3", action_type="Continuous")
+        self.split = jax.random.split
+        self.start, self.go = jax.jit(self.env.reset), jax.jit(self.env.step_env)
+
+    def reset(self, key):
+        self.key, own = self.split(key)
+        observation, self.state = self.start(own)
+        return self.observed(observation)
+
+    def step(self, action):
+        self.key, own = self.split(self.key)
+        actions = dict(zip(self.env.agents, action, strict=True))
+        observation, self.state, reward, done, _ = self.go(own, self.state, actions)
+        rewards = [float(reward[agent]) for agent in self.env.agents]
+        return self.observed(observation), np.array(rewards), bool(done["__all__"])
+
+    def observed(self, observation):
+        seen = {"observation": np.stack([observation[agent] for agent in self.env.agents])}
+        if self.battle:
+            legal = self.env.get_avail_actions(self.state)
+            seen["action_mask"] = np.stack([legal[agent] for agent in self.env.agents])
+            seen["state"] = np.asarray(observation["world_state"])
+        return seen
+
+
+def assert_seen(data, seen):
+    for key, value in seen.items():
+        ours = data["state"] if key == "state" else data["agents", key]
+        np.testing.assert_allclose(ours.float(), value.astype(np.float32), rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+@each_scenario
+def test_every_step_equals_the_raw_package_resets_included(scenario):
+    env = game(scenario)
+    env.set_seed(7)
+    data = rollout(env, 2 * LIMIT + 2)
+    import jax
+
+    raw = RawJaxMarl(scenario) if scenario in JAXMARL else RawJumanji(scenario)
+    streams = random_streams(7, 3)
+    for index in range(2):
+        stream, step, ends = streams[index], 0, 0
+        for turn in data[index].unbind(0):
+            if step == 0:
+                stream, seed = draw_below(stream, 2**31 - 1)
+                assert_seen(turn, raw.reset(jax.random.PRNGKey(int(seed))))
+            action = turn["agents", "action"].numpy()
+            seen, reward, ended = raw.step(action if action.dtype == np.float32 else action.astype(np.int32))
+            step, following = step + 1, turn["next"]
+            assert_seen(following, seen)
+            np.testing.assert_allclose(
+                following["agents", "reward"].squeeze(-1),
+                np.broadcast_to(reward, following["agents", "reward"].squeeze(-1).shape),
+                rtol=1e-4,
+                atol=1e-5,
+            )
+            assert following["terminated"].item() == ended
+            assert following["truncated"].item() == (step == LIMIT)
+            step, ends = (0, ends + 1) if following["done"] else (step, ends)
+        assert ends >= 2
+
+
+@each_scenario
+def test_data_match_the_specs_and_nothing_compiles_twice(scenario):
+    check_env_specs(game(scenario))
+    rollout(game(scenario), LIMIT + 2)  # with resets
+    base = game(scenario).base_env
+    assert base._advance_all._cache_size() == base._start._cache_size() == base._choose._cache_size() == 1
+
+
+@each_scenario
+def test_only_the_environments_asked_are_reset(scenario):
+    env = game(scenario)
+    data = env.rollout(2)[:, -1]["next"]
+    data["_reset"] = torch.tensor([[False], [True], [False]])
+    before = data["agents", "observation"].clone()
+    after = env.reset(data)["agents", "observation"]
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    assert not torch.equal(after[1], before[1])
+
+
+@each_scenario
+def test_a_restored_environment_begins_the_same_episodes(scenario):
+    env = game(scenario)
+    env.set_seed(0)
+    rollout(env, LIMIT + 1)
+    saved = RandomState(env).state_dict()
+    expected = rollout(env, LIMIT + 1)
+    env.set_seed(1)
+    RandomState(env).load_state_dict(saved)
+    assert (rollout(env, LIMIT + 1) == expected).all()
+
+
+@pytest.mark.parametrize("scenario", ["lbf-8x8-2p-2f", "smax-3m"])
+def test_tensors_share_the_memory_of_jax(scenario):
+    env = game(scenario)
+    seen = env.reset()["agents", "observation"]
+    assert seen.data_ptr() == env.base_env._shown[1]["observation"].unsafe_buffer_pointer()
+
+
+def test_random_actions_are_legal():
+    env = game("smax-3m")
+    data = rollout(env, LIMIT)
+    legal = data["agents", "action_mask"].gather(-1, data["agents", "action"].unsqueeze(-1))
+    assert legal.shape == (3, LIMIT, 3, 1)
+    assert not data["agents", "action_mask"].all()
+
+
+def test_shared_reward_is_the_sum_over_agents_unless_it_is_the_teams():
+    pytest.importorskip("jumanji")
+    reward = rollout(game("con-5x5x3a"), LIMIT)["next", "agents", "reward"]
+    assert not torch.equal(reward[..., :1, :].expand_as(reward), reward)
+    env = make_jumanji("con-5x5x3a", num_envs=3, max_steps=LIMIT, seed=0)
+    reward = rollout(env, LIMIT)["next", "agents", "reward"]
+    assert torch.equal(reward[..., :1, :].expand_as(reward), reward)
+    assert not make_jumanji("rware-tiny-2ag", num_envs=1).base_env.shared_reward  # Jumanji has it for the team
+
+
+@pytest.mark.parametrize(("make", "module"), [(make_jumanji, "jumanji"), (make_jaxmarl, "jaxmarl")])
+def test_missing_package_names_the_command_that_installs_it(monkeypatch, make, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r'pip install "torchrl_marl\[jax\]"'):
+        make(num_envs=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "scenario", "message"),
+    [
+        (make_jumanji, "con-5x6x3a", "scenario must be con-GxGxNa, .*; got 'con-5x6x3a'"),
+        (make_jaxmarl, "smax-9m", "SMAX has no map '9m'"),
+        (make_jaxmarl, "hanabi", "scenario must be smax-MAP or simple_spread_Nag"),
+    ],
+)
+def test_unknown_scenarios_are_named(make, scenario, message):
+    pytest.importorskip("jumanji" if make is make_jumanji else "jaxmarl")
+    with pytest.raises(ValueError, match=message):
+        make(scenario, num_envs=1)
+
+
+@each_scenario
+def test_mars_trains_for_an_iteration(monkeypatch, tmp_path, scenario):
+    package = "jaxmarl" if scenario in JAXMARL else "jumanji"
+    pytest.importorskip(package)
+    overrides = [f"env={package}", f"env.scenario={scenario}", "total_frames=80", "evaluation.interval=80"]
+    run_recipe(monkeypatch, tmp_path, *overrides)
+    assert (run_folders(tmp_path)[0] / "learning_curve.png").exists()

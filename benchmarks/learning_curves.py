@@ -14,7 +14,14 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-COLORS = {"mars": "#d1495b", "marpo": "#d1495b", "rpo": "#e0a458", "mappo": "#2a6f97", "maspo": "#8a6fb0", "ippo": "#6b8f71"}
+COLORS = {
+    "mars": "#d1495b",
+    "marpo": "#d1495b",
+    "rpo": "#e0a458",
+    "mappo": "#2a6f97",
+    "maspo": "#8a6fb0",
+    "ippo": "#6b8f71",
+}
 
 
 def read_runs(folder: Path) -> list[dict]:

@@ -1,8 +1,8 @@
 """Tabulate and draw runs in the mazes: `python benchmarks/maze_study.py RUNS --output results/mazes`.
 
 Reads every finished run below RUNS and writes OUTPUT.json (of each run the method, its curves of returns in training
-and in evaluation, and the reuse matrix over training) and OUTPUT.png (returns in training: mean over seeds, band from the
-lowest to the highest). With most likely actions, a return is the best one only if all agents go their shortest ways.
+and in evaluation, and the reuse matrix over training) and OUTPUT.png (returns in training: mean over seeds, band from
+the lowest to the highest). With most likely actions, only everyone's shortest ways give the best return.
 """
 
 import argparse

@@ -130,7 +130,9 @@ class SEACLoss(RatioLoss):
                 f"{keys.value_target!r} must be a return for each agent, {(*shape, 1)}, got {target.shape}."
             )
         mask = self._mask(tensordict, torch.Size(shape))
-        pairs = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask.unsqueeze(-2).expand_as(log_ratio)
+        pairs = (
+            torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask.unsqueeze(-2).expand_as(log_ratio)
+        )
         log_prob = log_ratio + tensordict.get(keys.sample_log_prob).unsqueeze(-2)
         log_prob, log_ratio, value = (torch.where(pairs, x, 0.0) for x in (log_prob, log_ratio, value))
         returns = torch.where(pairs, target.squeeze(-1).unsqueeze(-2), 0.0)

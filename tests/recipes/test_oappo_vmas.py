@@ -62,3 +62,15 @@ def test_agents_that_share_parameters_are_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(Exception, match="network of its own"):
         run_recipe(monkeypatch, tmp_path, "actor.share_parameters=true", recipe="oappo_vmas")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config"), [("mars_vmas", "mappo_maze"), ("oappo_vmas", "oappo_maze"), ("oatrpo_vmas", "oatrpo_maze")]
+)
+def test_recipes_play_in_the_mazes(
+    recipe: str, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(monkeypatch, tmp_path, f"--config-name={config}", "total_frames=80", recipe=recipe)
+    (folder,) = run_folders(tmp_path)
+    assert folder.parts[-4:-1] == (config, "black_red", config.split("_")[0])
+    assert (folder / "reuse_matrix.png").exists() == (config != "mappo_maze")

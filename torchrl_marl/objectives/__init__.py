@@ -8,6 +8,7 @@ from torchrl_marl.objectives.maspo import MASPOLoss
 from torchrl_marl.objectives.off_agent import OAPPOLoss, OATRPOLoss
 from torchrl_marl.objectives.ppo import IPPOLoss, MAPPOLoss
 from torchrl_marl.objectives.ratio import RatioLoss, standardize
+from torchrl_marl.objectives.seac import SEACLoss
 from torchrl_marl.objectives.sequential import SequentialLoss
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "OAPPOLoss",
     "OATRPOLoss",
     "RatioLoss",
+    "SEACLoss",
     "SequentialLoss",
     "standardize",
 ]

@@ -305,7 +305,7 @@ class RatioLoss(LossModule):
         if mask is not None:
             advantage = torch.where(mask, advantage, 0.0)
         loss_objective, objective_diagnostics = self.objective(tensordict, distribution, log_ratio, advantage, mask)
-        entropy = _entropy(distribution)
+        entropy = policy_entropy(distribution)
         entropy_mask = mask if entropy_mask is None else entropy_mask
         losses = {
             "loss_objective": loss_objective,
@@ -465,7 +465,7 @@ def _ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high
     }
 
 
-def _entropy(distribution: Distribution) -> Tensor:
+def policy_entropy(distribution: Distribution) -> Tensor:
     """Entropy of each agent's policy, ``[B, N]``: closed form, else one reparameterised sample (squashed Gaussians)."""
     if has_analytic_entropy(distribution):
         return distribution.entropy()

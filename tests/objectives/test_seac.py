@@ -1,0 +1,134 @@
+"""SEAC: every agent learns from everybody, weighted by how likely it would have done the same."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.objectives.loss_factories import AGENTS, add_transition, gradients, make_batch, make_networks, total
+from torchrl_marl.objectives import SEACLoss
+
+
+def networks(space="categorical", **options):
+    return make_networks(space, "observation", share_parameters=False, **options)
+
+
+def pairwise_losses(actor, critic, data, sharing_coeff):
+    """The paper's sums pair by pair: each network evaluates all slots, and one slot of the result is kept."""
+    mask = data.get(("agents", "mask"), torch.ones(*data.shape, AGENTS, dtype=torch.bool))
+    objective, distance = 0.0, 0.0
+    for learner in range(AGENTS):
+        for source in range(AGENTS):
+            moved = data.clone()
+            for key, value in data["agents"].items():  # the source's row in the learner's slot
+                moved["agents", key][:, learner] = value[:, source]
+            log_prob = actor.get_dist(moved).log_prob(moved["agents", "action"])[:, learner]
+            value = critic(moved)["agents", "state_value"][:, learner, 0]
+            weight = 1.0
+            if source != learner:
+                weight = sharing_coeff * (log_prob - data["agents", "action_log_prob"][:, source]).exp().detach()
+            error = data["value_target"][:, source, 0] - value
+            live = mask[:, source]
+            objective = objective - (weight * log_prob * error.detach() * live).sum()
+            distance = distance + (weight * error.square() * live).sum()
+    return {"loss_objective": objective / mask.sum(), "loss_critic": 0.5 * distance / mask.sum()}
+
+
+@pytest.mark.parametrize("space", ["categorical", "masked", "continuous"])
+@pytest.mark.parametrize("live", [None, 0.6], ids=["all-live", "some-dead"])
+def test_losses_and_gradients_are_the_papers_sums_over_pairs(space, live):
+    actor, critic = networks(space)
+    data = make_batch(actor, space, live=live)
+    losses = SEACLoss(actor, critic, sharing_coeff=0.7, entropy_coeff=0.0, functional=False)(data)
+    expected = pairwise_losses(actor, critic, data, 0.7)
+    for name, value in expected.items():
+        assert_close(losses[name], value)
+    assert_close(gradients(losses, actor, critic), gradients(expected, actor, critic))
+
+
+def test_without_sharing_agents_are_independent():
+    actor, critic = networks()
+    data = make_batch(actor, "categorical")
+    loss = SEACLoss(actor, critic, sharing_coeff=0.0, functional=False)
+    before = gradients(loss(data), actor, critic)
+    other = data.clone()
+    other["agents", "observation"][:, 1:] += 1.0
+    other["value_target"][:, 1:] *= -3.0
+    after = gradients(loss(other), actor, critic)
+    per_network = len(before) // 2 // AGENTS
+    for offset in (0, len(before) // 2):  # the first agent's actor and critic
+        assert_close(before[offset : offset + per_network], after[offset : offset + per_network])
+    assert not torch.allclose(before[per_network], after[per_network])
+
+
+def test_policies_follow_the_gradient_of_the_importance_weighted_advantage():
+    actor, critic = networks()
+    data = make_batch(actor, "categorical")
+    with torch.no_grad():  # on policy
+        data["agents", "action_log_prob"] = actor.get_dist(data.clone()).log_prob(data["agents", "action"])
+    loss = SEACLoss(actor, critic, entropy_coeff=0.0, critic_coeff=0.0, functional=False)
+    surrogate = 0.0
+    for policy, value in zip(loss._policies, loss._critics, strict=True):
+        ratio = policy.get_dist(data.clone()).log_prob(data["agents", "action"]) - data["agents", "action_log_prob"]
+        advantage = data["value_target"] - value(data.clone())["agents", "state_value"]
+        surrogate = surrogate - (ratio.exp() * advantage.squeeze(-1).detach()).mean()
+    assert_close(gradients(loss(data), actor), gradients({"loss_surrogate": surrogate}, actor))
+
+
+def test_what_the_dead_have_stored_changes_nothing():
+    actor, critic = networks()
+    data = make_batch(actor, "categorical", live=0.6)
+    loss = SEACLoss(actor, critic, functional=False)
+    garbled, dead = data.clone(), ~data["agents", "mask"]
+    garbled["agents", "action_log_prob"][dead] = torch.nan
+    garbled["value_target"][dead] = torch.inf
+    assert_close(loss(garbled), loss(data))
+    assert_close(gradients(loss(garbled), actor, critic), gradients(loss(data), actor, critic))
+
+
+def test_functional_equals_stateful():
+    actor, critic = networks()
+    data = make_batch(actor, "categorical")
+    stateful = total(SEACLoss(actor, critic, functional=False)(data))
+    loss = SEACLoss(actor, critic)
+    assert_close(total(loss(data)), stateful)
+    total(loss(data)).backward()
+    assert all(parameter.grad is not None for parameter in loss.parameters())
+
+
+def test_returns_come_from_the_value_estimator_where_the_batch_has_none():
+    actor, critic = networks()
+    data = add_transition(make_batch(actor, "categorical", (4, 5)))
+    goes_on = ~data["next", "done"][:, :-1, None]  # then the next observation is that of the next row
+    following = data["next", "agents", "observation"][:, :-1]
+    following.copy_(torch.where(goes_on, data["agents", "observation"][:, 1:], following))
+    loss = SEACLoss(actor, critic, functional=False)
+    loss.make_value_estimator(gamma=0.9, lmbda=1)
+    estimated = loss(data)
+    last = critic(data["next"].clone())["agents", "state_value"].detach()
+    returns, ahead = torch.empty_like(last), last[:, -1]
+    for step in reversed(range(5)):  # five steps, then the source's own critic
+        done, terminated = data["next", "done"][:, step, None], data["next", "terminated"][:, step, None]
+        ahead = torch.where(done, last[:, step], ahead) * ~terminated
+        ahead = returns[:, step] = data["next", "agents", "reward"][:, step] + 0.9 * ahead
+    assert_close(estimated, loss(data.set("value_target", returns)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"sharing_coeff": -1.0}, "sharing_coeff"), ({"reduction": "median"}, "reduction")],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        SEACLoss(*networks(), **options)
+
+
+def test_networks_and_returns_must_be_the_agents_own():
+    actor, critic = networks()
+    shared, _ = make_networks("categorical", "observation")
+    with pytest.raises(ValueError, match="network of its own"):
+        SEACLoss(shared, critic)
+    with pytest.raises(ValueError, match="3 agents, 2 critics"):
+        SEACLoss(actor, networks(agents=2)[1])
+    data = make_batch(actor, "categorical", team=True)
+    with pytest.raises(ValueError, match="value_target"):
+        SEACLoss(actor, critic)(data)

@@ -66,14 +66,14 @@ def frames_to(run: dict, level: float) -> int | None:
 
 
 def table(runs: list[dict]) -> str:
-    lines = ["| maze | method | seeds | shortest ways | last return in evaluation | in training | frames to 0.5 |"]
+    lines = ["| maze | method | seeds | shortest ways | last return in evaluation | in training | frames to 0.75 |"]
     lines.append("|" + "---|" * 7)
     for task, methods in grouped(runs).items():
         for method, members in methods.items():
             last = [run["evaluations"][-1][1] for run in members]
             best = f"{sum(score > BEST[task] - 1e-3 for score in last)} of {len(last)}"
             training = mean(run["returns"][-1][1] for run in members)
-            reached = [frames for frames in (frames_to(run, 0.5) for run in members) if frames is not None]
+            reached = [frames for frames in (frames_to(run, 0.75) for run in members) if frames is not None]
             frames = f"{mean(reached):,.0f}" if len(reached) == len(members) else "not all"
             seeds, scores = len(members), ", ".join(f"{score:.3f}" for score in last)
             lines.append(f"| {task} | {method} | {seeds} | {best} | {scores} | {training:.3f} | {frames} |")

@@ -451,3 +451,12 @@ def test_kl_interval_refuses_integers_and_reaches_the_largest_floats():
     low, high = kl_interval(1e300)
     assert low == 0
     assert high == pytest.approx(1e300)
+
+
+def test_compiled_kl_intervals_are_those_of_eager_code():
+    torch.compiler.reset()
+    kl = float64([1e-8, 1e-4, 0.01, 0.088, 0.3, 3.0, 30.0])  # a compiled solver takes fewer steps
+    low, high = torch.compile(kl_interval, fullgraph=True, backend="aot_eager")(kl)
+    expected_low, expected_high = kl_interval(kl)
+    assert_close(low, expected_low, rtol=1e-12, atol=1e-15)
+    assert_close(high, expected_high, rtol=1e-12, atol=0)

@@ -14,7 +14,7 @@ from torchrl.modules import TanhNormal
 
 from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, masked_mean
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, double_clip_gain
-from torchrl_marl.objectives.trust_region import categorical_kl
+from torchrl_marl.objectives.trust_region import categorical_kl, gaussian_kl
 
 __all__ = ["CTDSLoss", "LearnerKL", "MAGPOLoss", "divergence"]
 
@@ -304,9 +304,7 @@ def divergence(p: Distribution, q: Distribution, *, constant: Literal["first", "
         raise ValueError("Guider and learner must have the same actions, but one has discrete and one continuous ones.")
     if isinstance(p, Categorical):
         return categorical_kl(*p_parameters, *q_parameters)
-    (p_loc, p_scale), (q_loc, q_scale) = p_parameters, q_parameters
-    ratio = p_scale / q_scale
-    return (((p_loc - q_loc) / q_scale).square() / 2 + (ratio.square() - 1) / 2 - ratio.log()).sum(-1)
+    return gaussian_kl(*p_parameters, *q_parameters)
 
 
 def _imitation(guider: Distribution, learner: Distribution, learner_kl: LearnerKL) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torchrl_marl.keys import sibling
-from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, masked_mean
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, clip_fraction, masked_mean
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, kl_interval_unchecked, reflective_clip_gain
 from torchrl_marl.objectives.trust_region import policy_kl
 
@@ -230,7 +230,7 @@ class MARPOLoss(RatioLoss):
         bounds = intervals[first]
         gain = self.gain(log_ratio, advantage, low=bounds[0], high=bounds[1])
         diagnostics |= {
-            "clip_fraction": masked_mean(_outside(log_ratio, bounds), mask),
+            "clip_fraction": clip_fraction(log_ratio, mask, *bounds),
             "current_gain": masked_mean(gain.detach(), mask),
         }
         loss_objective = self._reduce(-gain, mask)
@@ -244,8 +244,8 @@ class MARPOLoss(RatioLoss):
             "next_gain": masked_mean(next_gain.detach(), has_next),
             "next_ratio": masked_mean(next_log_ratio.detach().exp(), has_next),
             "reflection_share": masked_mean(has_next.to(gain.dtype), mask),
-            "reflective_clip_fraction": masked_mean(_outside(log_ratio, reflective_bounds), has_next),
-            "next_clip_fraction": masked_mean(_outside(next_log_ratio, next_bounds), has_next),
+            "reflective_clip_fraction": clip_fraction(log_ratio, has_next, *reflective_bounds),
+            "next_clip_fraction": clip_fraction(next_log_ratio, has_next, *next_bounds),
         }
         return loss_objective + self.reflection_coeff * self._reduce(-next_gain, has_next), diagnostics
 
@@ -318,8 +318,3 @@ class MARPOLoss(RatioLoss):
 
 def _next(key: NestedKey) -> NestedKey:
     return ("next", key) if isinstance(key, str) else ("next", *key)
-
-
-def _outside(log_ratio: Tensor, bounds: _Bounds) -> Tensor:
-    ratio = log_ratio.detach().exp()
-    return ((ratio < bounds[0]) | (ratio > bounds[1])).to(ratio.dtype)

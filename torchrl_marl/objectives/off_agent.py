@@ -72,8 +72,6 @@ class OAPPOLoss(SequentialLoss):
         reduction: str = "mean",
     ) -> None:
         low, high = clip_bounds(clip_epsilon)
-        if reuse not in ("weighted", "sampled"):
-            raise ValueError(f"reuse must be weighted or sampled; got {reuse!r}.")
         sampler = collectors.ReuseMappingSampler(
             count_agents(actor_network),
             own_weight=own_weight,
@@ -88,7 +86,7 @@ class OAPPOLoss(SequentialLoss):
             low=low,
             high=high,
             reuse=sampler,
-            sampled=reuse == "sampled",
+            sampled=_is_sampled(reuse),
             entropy_coeff=entropy_coeff,
             critic_coeff=critic_coeff,
             loss_critic_type=loss_critic_type,
@@ -169,8 +167,6 @@ class OATRPOLoss(SequentialLoss):
         reduction: str = "mean",
     ) -> None:
         low, high = clip_bounds(clip_epsilon)
-        if reuse not in ("weighted", "sampled"):
-            raise ValueError(f"reuse must be weighted or sampled; got {reuse!r}.")
         sampler = collectors.ReuseMappingSampler(
             count_agents(actor_network),
             own_weight=own_weight,
@@ -185,7 +181,7 @@ class OATRPOLoss(SequentialLoss):
             low=low,
             high=high,
             reuse=sampler,
-            sampled=reuse == "sampled",
+            sampled=_is_sampled(reuse),
             entropy_coeff=entropy_coeff,
             critic_coeff=critic_coeff,
             loss_critic_type=loss_critic_type,
@@ -217,3 +213,9 @@ class OATRPOLoss(SequentialLoss):
             ValueError: outside of an agent's turn, or if ``reduction`` is not ``"mean"``.
         """
         return self._trust_region_step(tensordict, max_kl=self.max_kl, **self._line_search)
+
+
+def _is_sampled(reuse: str) -> bool:
+    if reuse not in ("weighted", "sampled"):
+        raise ValueError(f"reuse must be weighted or sampled; got {reuse!r}.")
+    return reuse == "sampled"

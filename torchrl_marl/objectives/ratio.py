@@ -331,7 +331,7 @@ class RatioLoss(LossModule):
     ) -> tuple[Distribution, Tensor]:
         policy = self.actor_network if policy is None else policy
         keys = self.tensor_keys
-        stored = _require(tensordict, keys.sample_log_prob)
+        stored = require(tensordict, keys.sample_log_prob)
         if stored.requires_grad:
             raise ValueError(
                 f"The stored log-probability {keys.sample_log_prob!r} requires grad: collect under no_grad."
@@ -341,7 +341,7 @@ class RatioLoss(LossModule):
             distribution = policy.get_dist(acted)
         for key in self._shared_keys:  # the output of an encoder that both networks have: the critic goes on from it
             tensordict.set(key, acted.get(key))
-        log_prob = distribution.log_prob(_require(tensordict, keys.action))
+        log_prob = distribution.log_prob(require(tensordict, keys.action))
         if log_prob.shape != stored.shape:
             raise ValueError(
                 f"The policy gives log-probabilities of shape {tuple(log_prob.shape)}, but {keys.sample_log_prob!r} "
@@ -356,15 +356,15 @@ class RatioLoss(LossModule):
             dims = self.normalize_advantage_exclude_dims if own.ndim > len(shape) else ()
             mean, deviation = _mean_and_deviation(own, self._mask(tensordict, own.shape[:-1]), dims)
             advantage = (advantage - mean) / deviation
-        return _per_agent(advantage, shape, self.tensor_keys.advantage)
+        return per_agent(advantage, shape, self.tensor_keys.advantage)
 
     def _critic_distance(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Reduced distance of the critic to its target, in units of the value scale, and its explained variance."""
         keys = self.tensor_keys
-        target = _require(tensordict, keys.value_target)
+        target = require(tensordict, keys.value_target)
         mask = self._mask(tensordict, target.shape[:-1])
         value_norm = self._value_norm()
-        old_value = None if self.clip_value is None else _require(tensordict, keys.value)
+        old_value = None if self.clip_value is None else require(tensordict, keys.value)
         with self._parameters_of("critic_network"):
             value = self.critic_network(tensordict).get(keys.value)
             scale = None if value_norm is None else value_norm.scale()
@@ -453,13 +453,18 @@ def clip_bounds(clip_epsilon: float | Sequence[float]) -> tuple[float, float]:
     return 1 - widths[0], 1 + widths[1]
 
 
+def clip_fraction(log_ratio: Tensor, mask: Tensor | None, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """Share of live agents' ratios outside ``[low, high]``, detached."""
+    ratio = log_ratio.detach().exp()
+    return masked_mean(((ratio < low) | (ratio > high)).to(ratio.dtype), mask)
+
+
 def _ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high: Tensor) -> dict[str, Tensor]:
     ratio = log_ratio.exp()
-    outside = (ratio < low) | (ratio > high)
     smallest, largest = (ratio, ratio) if mask is None else (ratio.where(mask, torch.inf), ratio.where(mask, 0.0))
     return {
         "kl_approx": masked_mean(log_ratio.expm1() - log_ratio, mask),
-        "clip_fraction": masked_mean(outside.to(ratio.dtype), mask),
+        "clip_fraction": clip_fraction(log_ratio, mask, low, high),
         "min_ratio": smallest.min(),
         "max_ratio": largest.max(),
     }
@@ -503,7 +508,7 @@ def _variance(values: Tensor, mask: Tensor | None) -> Tensor:
     return masked_mean((values - masked_mean(values, mask)).square(), mask)
 
 
-def _per_agent(advantage: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
+def per_agent(advantage: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
     """Bring ``[*batch, agents, 1]`` or a team's ``[*batch, 1]`` to ``[*batch, agents]``; nothing else broadcasts."""
     if advantage.shape == (*shape, 1):
         return advantage.squeeze(-1)
@@ -535,7 +540,7 @@ def _value_key(critic_network: TensorDictModuleBase) -> NestedKey:
     return (named or list(critic_network.out_keys))[-1]
 
 
-def _require(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+def require(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
     value = tensordict.get(key, None)
     if value is None:
         raise KeyError(

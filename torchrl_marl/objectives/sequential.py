@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
-from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, _per_agent, _require, masked_mean
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, masked_mean, per_agent, require
 from torchrl_marl.objectives.surrogates import Gain
 from torchrl_marl.objectives.trust_region import policy_kl, trust_region_step
 
@@ -194,7 +194,7 @@ class SequentialLoss(RatioLoss):
         if sorted(order) != list(range(self.num_agents)):
             raise ValueError(f"order must name every agent from 0 to {self.num_agents - 1} once, got {order}.")
         keys = self.tensor_keys
-        stored = _require(tensordict, keys.sample_log_prob)
+        stored = require(tensordict, keys.sample_log_prob)
         mask = self._mask(tensordict, stored.shape)
         if self.reuse is not None:
             with self._parameters_of("actor_network"):
@@ -293,9 +293,9 @@ class SequentialLoss(RatioLoss):
         learner's own observations.
         """
         keys = self.tensor_keys
-        stored = _require(tensordict, keys.sample_log_prob)
+        stored = require(tensordict, keys.sample_log_prob)
         if self.sampled:
-            source = _require(tensordict, keys.reuse_source)[..., agent].unsqueeze(-1)
+            source = require(tensordict, keys.reuse_source)[..., agent].unsqueeze(-1)
             take, own = _take_along(source), source == agent
         else:
             take, own = _take_each(self._sources, dim=stored.ndim - 1), None
@@ -304,8 +304,8 @@ class SequentialLoss(RatioLoss):
                 own = (slots == self._sources.index(agent)).expand(*stored.shape[:-1], -1)
         experience = self._observed(tensordict, take)
         for key in (keys.action, keys.sample_log_prob):
-            experience.set(key, take(_require(tensordict, key)))
-        advantage = _per_agent(tensordict.get(keys.advantage), stored.shape, keys.advantage)
+            experience.set(key, take(require(tensordict, key)))
+        advantage = per_agent(tensordict.get(keys.advantage), stored.shape, keys.advantage)
         experience.set(keys.advantage, take(advantage).unsqueeze(-1))
         updates = tensordict.get(keys.update_log_ratio, torch.zeros_like(stored))
         experience.set(keys.update_log_ratio, take(updates.sum(-1, keepdim=True) - updates))

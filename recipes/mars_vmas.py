@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
 from torchrl_marl.collectors import split_into_chunks
 from torchrl_marl.config import recipe
+from torchrl_marl.data_parallel import data_parallel, gather, join_processes
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.objectives import standardize
 from torchrl_marl.training import Run
@@ -26,6 +26,7 @@ from torchrl_marl.training import Run
 @recipe(Path(__file__).parent / "config", "mars_vmas")
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
+    join_processes()
     torch.set_num_threads(cfg.num_threads)
     torch.manual_seed(cfg.seed)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,14 +39,12 @@ def main(cfg: DictConfig) -> float:
 
     loss = instantiate(cfg.loss, actor, critic)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
-    compute_loss = torch.compile(loss) if cfg.compile else loss
+    compute_loss = torch.compile(data_parallel(loss)) if cfg.compile else data_parallel(loss)
     optimizer = instantiate(cfg.optimizer, loss.parameters())
 
     policy = collection_policy(actor, critic)
     env = with_recurrent_state(env, policy)
-    collector = Collector(
-        env, policy, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
-    )
+    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
     steps = cfg.chunk_length or 1
     buffer = ReplayBuffer(
         storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // steps, device=device),  # rounded up
@@ -57,8 +56,8 @@ def main(cfg: DictConfig) -> float:
     for batch in run.batches(collector):
         with torch.no_grad():
             loss.value_estimator(batch)
-            loss.update_value_norm(batch)
-            batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")))
+            loss.update_value_norm(batch, gather=gather)
+            batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")), gather=gather)
 
         buffer.empty()
         buffer.extend(split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length))

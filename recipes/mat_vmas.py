@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
@@ -39,9 +38,7 @@ def main(cfg: DictConfig) -> float:
     compute_loss = torch.compile(loss) if cfg.compile else loss
     optimizer = instantiate(cfg.optimizer, loss.parameters())
 
-    collector = Collector(
-        env, actor, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
-    )
+    collector = instantiate(cfg.collector, env, actor, frames_per_batch=cfg.frames_per_batch)
     buffer = ReplayBuffer(
         storage=LazyTensorStorage(cfg.frames_per_batch + cfg.env.num_envs, device=device),  # batches are rounded up
         sampler=SamplerWithoutReplacement(),

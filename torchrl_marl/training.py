@@ -10,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -27,8 +27,9 @@ from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
 from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
-from torchrl_marl.collectors import SequenceCollector
-from torchrl_marl.envs import RandomState, preserve_random_state, render_episode
+from torchrl_marl.collectors import SequenceCollector, WorkerCollector
+from torchrl_marl.data_parallel import any_process, first_decides, num_processes, rank
+from torchrl_marl.envs import RandomState, preserve_random_state, render_episode, reseed
 from torchrl_marl.evaluation import evaluate, plot_learning_curve
 from torchrl_marl.evaluation.episodes import ended_episode_returns
 from torchrl_marl.evaluation.records import EvaluationRecord
@@ -56,10 +57,15 @@ class Run:
     there, in a run that goes on as in one that is resumed, which makes the two equal bit for bit. Ctrl-C or SIGTERM
     ends the run after the iteration under way, with a checkpoint.
 
+    A checkpoint holds the random state of this process alone. Others get theirs from it at each reset point: workers
+    that collect (:class:`~torchrl_marl.collectors.WorkerCollector`), and the processes of torchrun
+    (:mod:`torchrl_marl.data_parallel`), of which the first evaluates, logs and saves. Its metrics of training are those
+    of its own share of the data.
+
     Args:
         cfg: resolved configuration with ``seed``, ``total_frames``, ``evaluation``, ``logger``, ``env``, ``actor``,
-            ``folder``, ``method``, ``recipe``, ``environment`` (its name) and ``resume`` (``None`` or a checkpoint file
-            to go on from).
+            ``folder``, ``method``, ``recipe``, ``environment`` (its name), ``processes`` and ``resume`` (``None`` or a
+            checkpoint file to go on from).
         env: what the data come from; its own random streams, if it has some, become part of checkpoints.
         make_env: ``make_env(num_envs=..., seed=...)``, for evaluation.
         actor: the policy.
@@ -67,8 +73,8 @@ class Run:
         **components: what else a checkpoint must hold: the loss, the optimiser, ...
 
     Raises:
-        ValueError: if the checkpoint to resume from is damaged or out of place, or evaluations are so frequent that no
-            training episode could reach its time limit between two of them.
+        ValueError: if the checkpoint to resume from is damaged or out of place, evaluations are so frequent that no
+            training episode could reach its time limit between two of them, or there are not ``processes`` of them.
     """
 
     def __init__(
@@ -81,18 +87,24 @@ class Run:
         shape: GroupShape,
         **components: Any,
     ) -> None:
-        shortest = cfg.env.num_envs * cfg.env.max_steps
+        if cfg.processes != num_processes():
+            raise ValueError(
+                f"The configuration says processes={cfg.processes}, but {num_processes()} learn together: start "
+                f"mars_vmas.py with torchrun --nproc-per-node {cfg.processes}; other recipes learn in one process."
+            )
+        shortest = cfg.processes * cfg.env.num_envs * cfg.env.max_steps
         if cfg.evaluation.interval < shortest:
             raise ValueError(
                 f"evaluation.interval is {cfg.evaluation.interval}, but training starts new episodes at evaluations, "
-                f"which would never reach their limit: it must be at least num_envs * max_steps = {shortest}."
+                f"which would never reach their limit: it must be at least processes * num_envs * max_steps = {shortest}."
             )
         self.cfg = cfg
         self._actor, self._shape, self._make_env = actor, shape, make_env
+        self._env = env
         self._progress: dict[str, Any] = {"frames": 0, "iteration": 0, "seconds": 0.0, "evaluations": []}
         resumed = None if cfg.resume is None else Path(cfg.resume)
         if resumed is None:
-            self.folder = _new_folder(cfg)
+            self.folder = first_decides(lambda: _new_folder(cfg))
             self._progress["run_id"] = secrets.token_hex(4)
         elif resumed.resolve().parent.name == "checkpoints":
             self.folder = resumed.resolve().parents[1]
@@ -107,13 +119,22 @@ class Run:
         )
         if resumed is not None:
             self._checkpoints.load(resumed)
-            self._checkpoints.set_aside_beyond(self._progress["frames"])
+        self._records: list[Mapping[str, Tensor]] = []
+        self._asked_to_stop = self._interrupted = False
+        self._leads = rank() == 0
+        if self._leads:
+            self._open_logs(resumed_at=None if resumed is None else self._progress["frames"])
+            with preserve_random_state():
+                self._evaluation_env = make_env(num_envs=cfg.evaluation.episodes, seed=self._seed(1))
+
+    def _open_logs(self, *, resumed_at: int | None) -> None:
+        cfg, task = self.cfg, self.cfg.env.scenario
+        if resumed_at is not None:
+            self._checkpoints.set_aside_beyond(resumed_at)
         session = {"command": _command(cfg), "git_commit": git_commit()}
         self._progress.setdefault("sessions", []).append(session)
         config: dict[str, Any] = _plain(cfg)
         OmegaConf.save(cfg, self.folder / "config.yaml")
-        task = cfg.env.scenario
-        resumed_at = None if resumed is None else self._progress["frames"]
         self._log = MetricLog(
             self.folder,
             config={**config, **session},
@@ -132,34 +153,39 @@ class Run:
             seed=cfg.seed,
             resumed_at=resumed_at,
         )
-        self._records: list[Mapping[str, Tensor]] = []
-        self._interrupted = False
-        with preserve_random_state():
-            self._evaluation_env = make_env(num_envs=cfg.evaluation.episodes, seed=self._seed(1))
 
-    def batches(self, collector: Collector | SequenceCollector) -> Iterator[TensorDictBase]:
+    def batches(self, collector: Collector | SequenceCollector | WorkerCollector) -> Iterator[TensorDictBase]:
         """Yield batches until ``total_frames``; what the loop's body does with one ends its iteration.
 
         Raises:
             FloatingPointError: if a loss or a gradient is NaN or infinite.
+            RuntimeError: if collecting, evaluating or saving fails: a worker has died, the disk is full, ...; it names
+                the last good checkpoint.
         """
         progress, total = self._progress, self.cfg.total_frames
-        if not progress["evaluations"]:
-            self._evaluate_and_save()
-        data = iter(collector)
-        collector.reset()
-        bar = tqdm(total=total, initial=progress["frames"], unit=" frames", unit_scale=True, desc=self.cfg.method)
-        with bar, _signals(self._interrupt):
+        bar = tqdm(
+            total=total,
+            initial=progress["frames"],
+            unit=" frames",
+            unit_scale=True,
+            desc=self.cfg.method,
+            disable=not self._leads,
+        )
+        with self._failures_named(collector), bar, _signals(self._ask_to_stop):
+            if not progress["evaluations"]:
+                self._evaluate_and_save()
+            data = iter(collector)
+            self._begin_episodes(collector)
             while progress["frames"] < total and not self._interrupted:
                 start = time.perf_counter()
                 batch = next(data)
                 collected = time.perf_counter()
                 yield batch
                 self._finish_iteration(batch, collected - start, time.perf_counter() - collected, bar)
+                self._interrupted = any_process(self._asked_to_stop)
                 if self._evaluation_is_due(batch.numel()):
                     self._evaluate_and_save()
-                    collector.reset()
-        collector.shutdown()
+                    self._begin_episodes(collector)
 
     def record(self, metrics: Mapping[str, Tensor]) -> None:
         """Keep what a minibatch measured, 0-dim tensors by name; each iteration logs their mean.
@@ -176,8 +202,11 @@ class Run:
                 :func:`~torchrl_marl.evaluation.plot_kl_interval`.
 
         Returns:
-            Mean evaluation return over the last fifth of the evaluations (what a sweep should maximise).
+            Mean evaluation return over the last fifth of the evaluations (what a sweep should maximise); NaN in all
+            processes of torchrun but the first.
         """
+        if not self._leads:
+            return math.nan
         evaluations = self._progress["evaluations"]
         last_fifth = [score for _, score in evaluations[-max(1, len(evaluations) // 5) :]]
         objective = sum(last_fifth) / len(last_fifth)
@@ -210,34 +239,46 @@ class Run:
 
     def _finish_iteration(self, batch: TensorDictBase, collecting: float, training: float, bar: tqdm) -> None:
         progress = self._progress
-        progress["frames"] += batch.numel()
+        frames = batch.numel() * num_processes()
+        progress["frames"] += frames
         progress["iteration"] += 1
         progress["seconds"] += collecting + training
         metrics = {f"train/{self._shape.name}/{name}": value for name, value in _reduced(self._records).items()}
         self._records.clear()
+        if not self._leads:
+            return
         returns = ended_episode_returns(batch)
         if returns.numel():
             metrics |= _statistics("collection/reward/episode_reward", returns)
             bar.set_postfix_str(f"iteration {progress['iteration']}, return {returns.mean().item():.2f}", refresh=False)
         metrics |= {
             "counters/iter": progress["iteration"],
-            "counters/current_frames": batch.numel(),
+            "counters/current_frames": frames,
             "counters/total_frames": progress["frames"],
             "timers/collection_time": collecting,
             "timers/training_time": training,
             "timers/iteration_time": collecting + training,
-            "timers/frames_per_second": batch.numel() / (collecting + training),
+            "timers/frames_per_second": frames / (collecting + training),
         }
         self._log.log(metrics, progress["frames"])
         self._check_finite(metrics)
-        bar.update(batch.numel())
+        bar.update(frames)
 
-    def _evaluation_is_due(self, frames_per_batch: int) -> bool:
+    def _evaluation_is_due(self, frames_of_a_process: int) -> bool:
         frames, interval = self._progress["frames"], self.cfg.evaluation.interval
-        passed = frames // interval > (frames - frames_per_batch) // interval
+        passed = frames // interval > (frames - frames_of_a_process * num_processes()) // interval
         return passed or self._interrupted or frames >= self.cfg.total_frames
 
+    def _begin_episodes(self, collector: Collector | SequenceCollector | WorkerCollector) -> None:
+        """Start new episodes; several processes also begin their random states anew, from a seed of the first one."""
+        if num_processes() > 1:
+            seed = first_decides(lambda: int(torch.randint(2**31 - 1, ())))
+            reseed(self._env, seed, part=rank(), num_parts=num_processes())
+        collector.reset()
+
     def _evaluate_and_save(self) -> None:
+        if not self._leads:
+            return
         for name, parameter in self._actor.named_parameters():
             if not parameter.isfinite().all():
                 self._stop(f"the policy's {name}", "NaN or infinite")
@@ -297,8 +338,25 @@ class Run:
             f"Last good checkpoint: {self._checkpoints.latest}"
         )
 
-    def _interrupt(self) -> None:
-        self._interrupted = True
+    @contextmanager
+    def _failures_named(self, collector: Collector | SequenceCollector | WorkerCollector) -> Iterator[None]:
+        """Say how to go on after a failure, and end the collector's processes in any case."""
+        try:
+            yield
+        except FloatingPointError:
+            raise
+        except Exception as error:
+            with suppress(Exception):  # a full disk stops the logs, too
+                self._log.finish(failed=True)
+            raise RuntimeError(
+                f"Stopped after {self._progress['frames']:,} frames: {error!r}. Last good checkpoint: "
+                f"{self._checkpoints.latest}. Go on with 'resume=\"{self.folder}\"'"
+            ) from error
+        finally:
+            collector.shutdown()
+
+    def _ask_to_stop(self) -> None:
+        self._asked_to_stop = True
 
     def _seed(self, purpose: int) -> int:
         """Seed for evaluation (1), the absolute metric (2) and the video (3), away from that of training."""

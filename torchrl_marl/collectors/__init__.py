@@ -10,15 +10,19 @@ from torchrl_marl.collectors.reuse import (
     pairwise_kl,
 )
 from torchrl_marl.collectors.sequences import SequenceCollector, sequence_minibatches
+from torchrl_marl.collectors.workers import WorkerCollector, multiprocess_collector, ray_collector
 
 __all__ = [
     "NextStepKeys",
     "ReuseMappingSampler",
     "ReuseScheme",
     "SequenceCollector",
+    "WorkerCollector",
     "fixed_reuse_matrix",
     "gated_reuse_matrix",
+    "multiprocess_collector",
     "pairwise_kl",
+    "ray_collector",
     "sequence_minibatches",
     "split_into_chunks",
 ]

@@ -6,7 +6,7 @@ from torchrl_marl.envs.coordsum import CoordSumEnv, make_coordsum
 from torchrl_marl.envs.jax_games import make_jaxmarl, make_jumanji
 from torchrl_marl.envs.maze import MazeEnv, make_maze
 from torchrl_marl.envs.paxmen import PaxMenEnv, make_paxmen
-from torchrl_marl.envs.random_state import RandomState, preserve_random_state
+from torchrl_marl.envs.random_state import RandomState, preserve_random_state, reseed
 from torchrl_marl.envs.render import render_episode
 from torchrl_marl.envs.rules import Rules
 from torchrl_marl.envs.team_games import make_lbforaging, make_pettingzoo, make_rware
@@ -34,4 +34,5 @@ __all__ = [
     "make_rware",
     "preserve_random_state",
     "render_episode",
+    "reseed",
 ]

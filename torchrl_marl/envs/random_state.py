@@ -14,10 +14,11 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl.envs import EnvBase
 
 from torchrl_marl.envs.bridge import BridgeEnv
+from torchrl_marl.envs.random_streams import random_streams
 from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.envs.vmas import import_vmas
 
-__all__ = ["RandomState", "preserve_random_state"]
+__all__ = ["RandomState", "preserve_random_state", "reseed"]
 
 _VMAS_ENVIRONMENT = "vmas.simulator.environment.environment"
 
@@ -41,8 +42,7 @@ class RandomState:
     """
 
     def __init__(self, env: EnvBase | None = None) -> None:
-        modules = () if env is None else env.modules()
-        self._games = [module for module in modules if isinstance(module, TensorEnv | BridgeEnv)]
+        self._games = [] if env is None else _games(env)
 
     def state_dict(self) -> dict[str, Any]:
         """Capture every generator.
@@ -105,6 +105,40 @@ def preserve_random_state() -> Iterator[None]:
         yield
     finally:
         RandomState().load_state_dict(state)
+
+
+def reseed(env: EnvBase, seed: int, *, part: int = 0, num_parts: int = 1) -> None:
+    """Begin the random state of one of several processes that share the copies of an environment.
+
+    Python's, NumPy's and Torch's generators and the environment's seed differ by part. Environments with a random
+    stream for each copy (``TensorEnv``, ``BridgeEnv``) get the streams that these copies have in the whole, so that it
+    does not matter for them how it is shared.
+
+    Args:
+        env: the part's environment, with as many copies as any other part's.
+        seed: of the whole.
+        part: which part, from 0.
+        num_parts: how many there are.
+
+    Example:
+        >>> from torchrl_marl.envs import CoordSumEnv
+        >>> whole, half = CoordSumEnv(num_envs=4), CoordSumEnv(num_envs=2)
+        >>> reseed(whole, 7)
+        >>> reseed(half, 7, part=1, num_parts=2)
+        >>> torch.equal(whole.reset()["state"][2:], half.reset()["state"])
+        True
+    """
+    random.seed(seed + part)
+    np.random.seed((seed + part) % 2**32)
+    torch.manual_seed(seed + part)
+    env.set_seed(seed + part)
+    for game in _games(env):
+        copies = game.batch_size.numel()
+        game.set_extra_state(random_streams(seed, num_parts * copies)[part * copies : (part + 1) * copies])
+
+
+def _games(env: EnvBase) -> list[TensorEnv | BridgeEnv]:
+    return [module for module in env.modules() if isinstance(module, TensorEnv | BridgeEnv)]
 
 
 def _vmas_stream() -> list[Any]:

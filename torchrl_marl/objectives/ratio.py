@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +28,12 @@ from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.surrogates import Gain
 
 __all__ = ["RatioLoss", "clip_bounds", "standardize"]
+
+Gather = Callable[[Tensor], Tensor]
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
 
 
 OUT_KEYS = (
@@ -216,20 +222,21 @@ class RatioLoss(LossModule):
         return self
 
     @torch.no_grad()
-    def update_value_norm(self, tensordict: TensorDictBase) -> None:
+    def update_value_norm(self, tensordict: TensorDictBase, *, gather: Gather = _alone) -> None:
         """Fold the value targets of live agents into the critic's running value statistics.
 
         Call it once per batch, after the value estimator; it does nothing if the critic does not normalise values.
 
         Args:
             tensordict: holds the value target and, if any, the mask.
+            gather: joins what several processes hold of one batch, as :func:`torchrl_marl.data_parallel.gather` does.
         """
         value_norm = self._value_norm()
         if value_norm is None:
             return
         target = tensordict.get(self.tensor_keys.value_target)
         mask = self._mask(tensordict, target.shape[:-1])
-        live = target if mask is None else target[mask]
+        live = gather(target) if mask is None else gather(target)[gather(mask)]
         if live.numel() == 0:  # the statistics of nothing would be NaN, for good
             return
         with self._parameters_of("critic_network"):
@@ -412,7 +419,9 @@ class RatioLoss(LossModule):
         return values.sum() if self.reduction == "sum" else values
 
 
-def standardize(values: Tensor, mask: Tensor | None = None, *, exclude_dims: Sequence[int] = ()) -> Tensor:
+def standardize(
+    values: Tensor, mask: Tensor | None = None, *, exclude_dims: Sequence[int] = (), gather: Gather = _alone
+) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1, over everything that counts.
 
     MAPPO's authors do this once to the advantages of a whole batch, over all steps and live agents.
@@ -421,6 +430,7 @@ def standardize(values: Tensor, mask: Tensor | None = None, *, exclude_dims: Seq
         values: such as advantages ``[B, N, 1]``.
         mask: rows that count (bool), of the shape of ``values`` or without its last dimension; others become 0.
         exclude_dims: dimensions along which every index has statistics of its own.
+        gather: joins what several processes hold of one batch, as :func:`torchrl_marl.data_parallel.gather` does.
 
     Returns:
         Standardised values, same shape. A constant gives zeros.
@@ -429,7 +439,7 @@ def standardize(values: Tensor, mask: Tensor | None = None, *, exclude_dims: Seq
         >>> standardize(torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([True, True, False])).flatten()
         tensor([-0.7071,  0.7071,  0.0000])
     """
-    mean, deviation = _mean_and_deviation(values, mask, exclude_dims)
+    mean, deviation = _mean_and_deviation(gather(values), None if mask is None else gather(mask), exclude_dims)
     standardized = (values - mean) / deviation
     return standardized if mask is None else torch.where(_fit_mask(mask, values), standardized, 0.0)
 

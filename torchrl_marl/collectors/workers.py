@@ -1,0 +1,196 @@
+"""Batches that several processes collect together, on one machine or on many, with TorchRL's own engines."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.collectors.distributed import RayCollector
+from torchrl.envs import EnvBase
+
+from torchrl_marl.envs import reseed
+from torchrl_marl.modules import with_recurrent_state
+
+__all__ = ["WorkerCollector", "multiprocess_collector", "ray_collector"]
+
+
+class WorkerCollector:
+    """What :class:`torchrl.collectors.Collector` is to one process, for workers that share its environments.
+
+    Batches ``[num_envs, T]`` are synchronous: every worker gets the newest weights, collects its rows with them, and
+    waits. ``reset`` begins new episodes and makes each worker's random state a function of one number, drawn from
+    Torch's generator in this process, and of the worker's place. So whoever stores this process's random state before
+    a reset, as :class:`~torchrl_marl.training.Run` does, has stored the workers', too: a resumed run, or one with
+    another engine and as many workers, goes on bit for bit.
+
+    Games with a random stream for each copy begin the same episodes however many workers share the copies. Actions are
+    drawn by each worker for its own rows, so another number of workers is another sample of the same distribution.
+
+    Args:
+        engine: TorchRL's collector, of :class:`Worker` processes.
+        policy: what acts.
+        num_workers: how many.
+        device: where batches go.
+    """
+
+    def __init__(
+        self,
+        engine: MultiSyncCollector | RayCollector,
+        policy: TensorDictModuleBase,
+        *,
+        num_workers: int,
+        device: torch.device | None,
+    ) -> None:
+        self._engine, self._policy, self._num_workers, self._device = engine, policy, num_workers, device
+        atexit.register(self.shutdown)  # before multiprocessing waits, in vain, for workers that wait for orders
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        self._engine.update_policy_weights_(self._policy)
+        for batch in self._engine:
+            rows = batch.flatten(0, -2).to(self._device)  # Ray stacks workers, [workers, num_envs of each, T]
+            rows.names = [None, "time"]
+            yield rows
+
+    def reset(self) -> None:
+        """Start new episodes in all environments, from a seed that Torch's generator draws."""
+        seed = int(torch.randint(2**31 - 1, ()))
+        self._engine.map_fn("restart", [(seed, part, self._num_workers) for part in range(self._num_workers)])
+
+    def shutdown(self) -> None:
+        """End the workers; more than once does no harm."""
+        atexit.unregister(self.shutdown)
+        threads = torch.get_num_threads()
+        self._engine.shutdown()
+        torch.set_num_threads(threads)  # which TorchRL changes
+
+
+class Worker(Collector):
+    """The collector within a worker."""
+
+    def restart(self, seed: int, part: int, num_parts: int) -> None:
+        """Begin new episodes from the random state of this part of the whole."""
+        reseed(self.env, seed, part=part, num_parts=num_parts)
+        self.reset()
+
+
+def multiprocess_collector(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    make_env: Callable[..., EnvBase],
+    num_workers: int,
+    frames_per_batch: int,
+    device: torch.device | str = "cpu",
+) -> WorkerCollector:
+    """Collect with processes of this machine, for environments that keep a core busy each.
+
+    Workers start as new interpreters: the calling script needs ``if __name__ == "__main__":``, as for all
+    multiprocessing. A worker that dies raises ``RuntimeError`` at the next batch.
+
+    Args:
+        env: the environment as one process would have it; says how many copies there are, and where batches go.
+        policy: what acts. Workers on its device see its parameters, others get them before each batch.
+        make_env: ``make_env(num_envs=..., device=...)``, called in each worker with its share of the copies.
+        num_workers: number of processes, a divisor of the number of copies.
+        frames_per_batch: steps of all environments together in a batch, rounded up to whole steps.
+        device: where workers play and act.
+
+    Raises:
+        ValueError: if the copies cannot be shared evenly.
+    """
+    share, frames = _shares(env, num_workers, frames_per_batch)
+    threads = torch.get_num_threads()
+    engine = MultiSyncCollector(
+        [partial(_make_worker_env, make_env, policy, share, device)] * num_workers,
+        policy,
+        frames_per_batch=frames,
+        device=device,
+        collector_class=Worker,
+        cat_results=0,
+        use_buffers=True,
+        update_at_each_batch=True,
+        auto_register_policy_transforms=False,  # the environments have them
+    )
+    torch.set_num_threads(threads)  # which TorchRL changes
+    return WorkerCollector(engine, policy, num_workers=num_workers, device=env.device)
+
+
+def ray_collector(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    make_env: Callable[..., EnvBase],
+    num_workers: int,
+    frames_per_batch: int,
+    device: torch.device | str = "cpu",
+    address: str | None = None,
+    resources: Mapping[str, Any] | None = None,
+) -> WorkerCollector:
+    """Collect with actors of a Ray cluster, which may span machines.
+
+    This library must be installed on each of them. A worker that dies raises Ray's error at the next batch.
+
+    Args:
+        env: as for :func:`multiprocess_collector`, and so are the others.
+        policy: its parameters are sent before each batch.
+        make_env: called in each worker.
+        num_workers: number of actors.
+        frames_per_batch: steps of all environments together in a batch.
+        device: where workers play and act.
+        address: of a running cluster, such as ``"auto"``; ``None`` starts one on this machine for as long as the
+            collector lives.
+        resources: what each worker reserves, as options of ``ray.remote``; by default one CPU.
+
+    Raises:
+        ImportError: if Ray is not installed.
+        ValueError: if the copies cannot be shared evenly.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ImportError('collecting with Ray needs it: pip install "torchrl_marl[scale]"')
+    share, frames = _shares(env, num_workers, frames_per_batch)
+    resources = {"num_cpus": 1} if resources is None else dict(resources)
+    init: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address is None:  # of this machine; a busy one may have fewer cores than workers
+        init |= {"num_cpus": num_workers * int(resources.get("num_cpus", 1)), "include_dashboard": False}
+    engine = RayCollector(
+        [partial(_make_worker_env, make_env, policy, share, device)] * num_workers,
+        policy,
+        frames_per_batch=frames,
+        total_frames=sys.maxsize,
+        device=torch.device(device),
+        collector_class=cast("Any", Worker),
+        collector_kwargs={"auto_register_policy_transforms": False},  # the environments have them
+        sync=True,
+        update_after_each_batch=True,
+        ray_init_config=init | ({} if address is None else {"address": address}),
+        remote_configs=resources,
+    )
+    return WorkerCollector(engine, policy, num_workers=num_workers, device=env.device)
+
+
+def _make_worker_env(
+    make_env: Callable[..., EnvBase], policy: TensorDictModuleBase, num_envs: int, device: torch.device | str
+) -> EnvBase:
+    """Build a worker's environment, in the worker."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the main one decides
+    torch.set_num_threads(1)
+    return with_recurrent_state(make_env(num_envs=num_envs, device=device), policy)
+
+
+def _shares(env: EnvBase, num_workers: int, frames_per_batch: int) -> tuple[int, int]:
+    """Copies of the environment in each worker, and frames of a batch of all of them, in whole steps."""
+    num_envs = env.batch_size.numel()
+    if num_workers < 1 or num_envs % num_workers:
+        raise ValueError(f"num_workers must divide the {num_envs} environments (env.num_envs), got {num_workers}.")
+    return num_envs // num_workers, -(-frames_per_batch // num_envs) * num_envs

@@ -1,0 +1,92 @@
+"""Data-parallel learning: processes that torchrun starts, one for each device, learn one policy together.
+
+    torchrun --nproc-per-node 2 recipes/mars_vmas.py
+
+Each process plays its own environments and learns from its own minibatches, of the sizes that the configuration says, as
+everywhere in PyTorch: two processes collect twice the frames in a batch. Gradients are averaged, so that parameters are
+the same in all of them; advantages and values are normalised over all of them. Outside of torchrun every function here
+is as good as absent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["any_process", "data_parallel", "first_decides", "gather", "join_processes", "num_processes", "rank"]
+
+T = TypeVar("T")
+
+
+def num_processes() -> int:
+    """How many processes learn together."""
+    return distributed.get_world_size() if _joined() else 1
+
+
+def rank() -> int:
+    """Which of them this is; the first, 0, logs, evaluates and saves."""
+    return distributed.get_rank() if _joined() else 0
+
+
+def join_processes() -> None:
+    """Join the other processes that torchrun has started, if it has, and use a GPU of one's own, if there is one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _joined():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group()  # gloo for what lies on the CPU, NCCL for what lies on GPUs
+    atexit.register(distributed.destroy_process_group)
+
+
+def data_parallel(loss: nn.Module) -> nn.Module:
+    """Average gradients over processes, while ``backward`` runs.
+
+    A mean of means is the mean over the whole if the parts count the same number of rows. With a mask of live agents
+    they count differently many, and each process, not each row, weighs the same.
+
+    Args:
+        loss: module whose ``forward`` gives losses of all its parameters; those of the first process count.
+
+    Returns:
+        What to call in its place; the parameters are still those of ``loss``.
+    """
+    if num_processes() == 1:
+        return loss
+    return DistributedDataParallel(loss, broadcast_buffers=False)
+
+
+def gather(values: Tensor) -> Tensor:
+    """Return the values of all processes, one after the other along the first dimension; all must call it.
+
+    Args:
+        values: of the same shape in all processes.
+    """
+    if num_processes() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(num_processes())]
+    distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+def first_decides(decide: Callable[[], T]) -> T:
+    """Return in all processes what ``decide`` returns in the first one, where alone it is called."""
+    if num_processes() == 1:
+        return decide()
+    decision: list[Any] = [decide() if rank() == 0 else None]
+    distributed.broadcast_object_list(decision, src=0)
+    return decision[0]
+
+
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is set in any process."""
+    return flag if num_processes() == 1 else bool(gather(torch.tensor([flag])).any())
+
+
+def _joined() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

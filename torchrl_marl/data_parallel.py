@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 recipes/mars_vmas.py
 
-Each process plays its own environments and learns from its own minibatches, of the sizes that the configuration says, as
-everywhere in PyTorch: two processes collect twice the frames in a batch. Gradients are averaged, so that parameters are
-the same in all of them; advantages and values are normalised over all of them. Outside of torchrun every function here
-is as good as absent.
+Each process plays its own environments and learns from its own minibatches, of the sizes that the configuration says,
+as everywhere in PyTorch: two processes collect twice the frames in a batch. Gradients are averaged, so that parameters
+are the same in all of them; advantages and values are normalised over all of them. Outside of torchrun every function
+here is as good as absent.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def data_parallel(loss: nn.Module) -> nn.Module:
     """
     if num_processes() == 1:
         return loss
-    return DistributedDataParallel(loss, broadcast_buffers=False)
+    return DistributedDataParallel(loss)
 
 
 def gather(values: Tensor) -> Tensor:

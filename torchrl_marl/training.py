@@ -96,7 +96,8 @@ class Run:
         if cfg.evaluation.interval < shortest:
             raise ValueError(
                 f"evaluation.interval is {cfg.evaluation.interval}, but training starts new episodes at evaluations, "
-                f"which would never reach their limit: it must be at least processes * num_envs * max_steps = {shortest}."
+                "which would never reach their limit: it must be at least processes * num_envs * max_steps = "
+                f"{shortest}."
             )
         self.cfg = cfg
         self._actor, self._shape, self._make_env = actor, shape, make_env
@@ -349,8 +350,8 @@ class Run:
             with suppress(Exception):  # a full disk stops the logs, too
                 self._log.finish(failed=True)
             raise RuntimeError(
-                f"Stopped after {self._progress['frames']:,} frames: {error!r}. Last good checkpoint: "
-                f"{self._checkpoints.latest}. Go on with 'resume=\"{self.folder}\"'"
+                f"Stopped after {self._progress['frames']:,} frames. {type(error).__name__}: {error}. "
+                f"Last good checkpoint: {self._checkpoints.latest}. Go on with 'resume=\"{self.folder}\"'"
             ) from error
         finally:
             collector.shutdown()

@@ -55,16 +55,27 @@ class WorkerCollector:
         atexit.register(self.shutdown)  # before multiprocessing waits, in vain, for workers that wait for orders
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        self._engine.update_policy_weights_(self._policy)
-        for batch in self._engine:
-            rows = batch.flatten(0, -2).to(self._device)  # Ray stacks workers, [workers, num_envs of each, T]
-            rows.names = [None, "time"]
-            yield rows
+        """Yield batches without end.
+
+        Raises:
+            RuntimeError: if a worker has failed or died; the others are of no use then, either.
+        """
+        with _lost_workers_named():
+            self._engine.update_policy_weights_(self._policy)
+            for batch in self._engine:
+                rows = batch.flatten(0, -2).to(self._device)  # Ray stacks workers, [workers, num_envs of each, T]
+                rows.names = [None, "time"]
+                yield rows
 
     def reset(self) -> None:
-        """Start new episodes in all environments, from a seed that Torch's generator draws."""
+        """Start new episodes in all environments, from a seed that Torch's generator draws.
+
+        Raises:
+            RuntimeError: if a worker has failed or died.
+        """
         seed = int(torch.randint(2**31 - 1, ()))
-        self._engine.map_fn("restart", [(seed, part, self._num_workers) for part in range(self._num_workers)])
+        with _lost_workers_named():
+            self._engine.map_fn("restart", [(seed, part, self._num_workers) for part in range(self._num_workers)])
 
     def shutdown(self) -> None:
         """End the workers; more than once does no harm."""
@@ -94,8 +105,7 @@ def multiprocess_collector(
 ) -> WorkerCollector:
     """Collect with processes of this machine, for environments that keep a core busy each.
 
-    Workers start as new interpreters: the calling script needs ``if __name__ == "__main__":``, as for all
-    multiprocessing. A worker that dies raises ``RuntimeError`` at the next batch.
+    Workers start as new interpreters: the calling script needs ``if __name__ == "__main__":``.
 
     Args:
         env: the environment as one process would have it; says how many copies there are, and where batches go.
@@ -138,7 +148,7 @@ def ray_collector(
 ) -> WorkerCollector:
     """Collect with actors of a Ray cluster, which may span machines.
 
-    This library must be installed on each of them. A worker that dies raises Ray's error at the next batch.
+    This library must be installed on each of them.
 
     Args:
         env: as for :func:`multiprocess_collector`, and so are the others.
@@ -186,6 +196,14 @@ def _make_worker_env(
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the main one decides
     torch.set_num_threads(1)
     return with_recurrent_state(make_env(num_envs=num_envs, device=device), policy)
+
+
+@contextlib.contextmanager
+def _lost_workers_named() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each engine has its own, and TorchRL's may speak of the worker that it could not close
+        raise RuntimeError("A worker that collects has failed or was killed") from error
 
 
 def _shares(env: EnvBase, num_workers: int, frames_per_batch: int) -> tuple[int, int]:

@@ -96,8 +96,8 @@ class Run:
         if cfg.evaluation.interval < shortest:
             raise ValueError(
                 f"evaluation.interval is {cfg.evaluation.interval}, but training starts new episodes at evaluations, "
-                "which would never reach their limit: it must be at least processes * num_envs * max_steps = "
-                f"{shortest}."
+                f"which would never reach their limit: it must be at least num_envs * max_steps = {shortest}, over all "
+                "processes."
             )
         self.cfg = cfg
         self._actor, self._shape, self._make_env = actor, shape, make_env

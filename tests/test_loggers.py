@@ -36,6 +36,31 @@ def test_runs_share_a_group_if_only_seed_and_place_differ() -> None:
     assert run_group("mars", "balance", {**base, "lr": 0.2}) != group
 
 
+def test_a_run_resumed_offline_sends_its_whole_curve_and_puts_the_older_folder_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    sent: list[list[dict]] = []
+
+    def start(**_: object) -> object:
+        sent.append([])
+        (tmp_path / f"wandb/offline-run-{len(sent)}-id").mkdir(parents=True)
+        return SimpleNamespace(offline=True, define_metric=lambda *_, **__: None, log=sent[-1].append)
+
+    monkeypatch.setattr(wandb, "init", start)
+    options = {"wandb_project": "p", "wandb_mode": "offline"}
+    log = new_log(tmp_path, **options)
+    for frames in (10, 20, 30):
+        log.log({"train/agents/x": frames / 10, "y": 1.0}, frames)
+    resumed = new_log(tmp_path, resumed_at=20, **options)
+    resumed.log({"train/agents/x": 9.0, "y": 1.0}, 30)
+    expected = [(10, 1.0), (20, 2.0), (30, 9.0)]
+    assert [(row["counters/total_frames"], row["train/agents/x"]) for row in sent[1]] == expected
+    assert all(row["y"] == 1.0 for row in sent[1])
+    assert [path.name for path in (tmp_path / "wandb").iterdir()] == ["offline-run-2-id"]
+    assert [path.name for path in (tmp_path / "abandoned").iterdir()] == ["offline-run-1-id"]
+
+
 @pytest.mark.parametrize("failure", ["no login", "no server"])
 def test_wandb_goes_offline_without_asking(failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")

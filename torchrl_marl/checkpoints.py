@@ -71,6 +71,11 @@ class CheckpointFolder:
         """The newest checkpoint, if any."""
         return self._rotation.latest()
 
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint of the highest score, if any."""
+        return self._rotation.best()
+
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return a checkpoint file: ``path`` itself, or the newest one of a run's folder.

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,9 @@ class MetricLog:
 
     CSV: one file a metric, ``folder/scalars/<metric>.csv``, rows ``frames,value``. W&B: everything over
     ``counters/total_frames``; online if the user is logged in, else offline in ``folder/wandb`` (send it later with
-    ``wandb sync``); it never asks anything, and a server out of reach means offline, with a warning.
+    ``wandb sync``); it never asks anything, and a server out of reach means offline, with a warning. A run that is
+    resumed offline writes its whole curve again, so that the newest folder is all there is to send; older ones go to
+    ``folder/abandoned``.
 
     Args:
         folder: the run's folder.
@@ -37,6 +39,7 @@ class MetricLog:
         run_id: fixed id, so that a resumed run continues its W&B curve.
         resumed_at: frames at which a resumed run goes on; rows beyond are dropped. ``None`` for a new run.
         wandb_project: W&B project; ``None`` turns W&B off.
+        wandb_tags: further tags.
         wandb_mode: ``"online"``, ``"offline"`` or ``"disabled"``; ``None`` chooses as above.
         tensorboard: also write TensorBoard event files.
     """
@@ -52,6 +55,7 @@ class MetricLog:
         run_id: str,
         resumed_at: int | None = None,
         wandb_project: str | None = "torchrl_marl",
+        wandb_tags: Sequence[str] = (),
         wandb_mode: str | None = None,
         tensorboard: bool = False,
     ) -> None:
@@ -62,9 +66,13 @@ class MetricLog:
         self._tensorboard = TensorboardLogger("tensorboard", log_dir=str(folder)) if tensorboard else None
         self._wandb = None
         if wandb_project is not None and importlib.util.find_spec("wandb") is not None:
+            older = list((folder / "wandb").glob("offline-run-*"))
+            tags = (*tags, *wandb_tags)
             identity = {"project": wandb_project, "name": name, "group": group, "tags": tags, "id": run_id}
             self._wandb = _start_wandb(wandb_mode, dir=str(folder), config=dict(config), **identity)
             self._wandb.define_metric("*", step_metric=_FRAMES)
+            if resumed_at is not None and self._wandb.offline:
+                self._repeat(older)
 
     def log(self, metrics: Mapping[str, float], frames: int) -> None:
         """Write metrics measured after ``frames`` frames."""
@@ -74,11 +82,21 @@ class MetricLog:
             self._wandb.log({**metrics, _FRAMES: frames})
 
     def video(self, path: Path, frames: int) -> None:
-        """Send a GIF to W&B (locally it already lies in the run's folder)."""
+        """Send a GIF to W&B, as a panel and as an artifact (locally it already lies in the run's folder)."""
         if self._wandb is not None:
             import wandb
 
             self._wandb.log({"eval/video": wandb.Video(str(path), format="gif"), _FRAMES: frames})
+            self.artifact(path, "video", {"frames": frames})
+
+    def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
+        """Send a file to W&B as the newest version of the artifact ``KIND-RUN_ID`` of type ``kind``."""
+        if self._wandb is not None:
+            import wandb
+
+            artifact = wandb.Artifact(f"{kind}-{self._wandb.id}", type=kind, metadata=dict(metadata))
+            artifact.add_file(str(path), policy="immutable")  # sent from where it lies, without a copy at home
+            self._wandb.log_artifact(artifact)
 
     def finish(self, summary: Mapping[str, Any] | None = None, *, failed: bool = False) -> None:
         """Write ``summary.json`` and the W&B summary, and close everything; ``failed`` marks the W&B run as such."""
@@ -89,6 +107,20 @@ class MetricLog:
             self._wandb.finish(exit_code=int(failed))
         if self._tensorboard is not None:
             self._tensorboard.experiment.close()
+
+    def _repeat(self, older: Sequence[Path]) -> None:
+        """Log what the CSV files hold, and put aside the W&B folders that hold it, too."""
+        rows: dict[int, dict[str, float]] = {}
+        for path in (self._folder / "scalars").rglob("*.csv"):
+            name = path.relative_to(self._folder / "scalars").with_suffix("").as_posix()
+            for row in path.read_text().splitlines():
+                frames, value = row.split(",")
+                rows.setdefault(int(frames), {})[name] = float(value)
+        for frames, metrics in sorted(rows.items()):
+            self._wandb.log({**metrics, _FRAMES: frames})
+        for path in older:
+            (self._folder / "abandoned").mkdir(exist_ok=True)
+            path.replace(self._folder / "abandoned" / path.name)
 
 
 def run_group(method: str, task: str, config: Mapping[str, Any]) -> str:

@@ -211,6 +211,9 @@ class Run:
         evaluations = self._progress["evaluations"]
         last_fifth = [score for _, score in evaluations[-max(1, len(evaluations) // 5) :]]
         objective = sum(last_fifth) / len(last_fifth)
+        if self._checkpoints.best is not None:
+            score = max(score for _, score in evaluations)
+            self._log.artifact(self._checkpoints.best, "checkpoint", {"score": score, "seed": self.cfg.seed})
         if self._interrupted:
             self._log.finish()
             print(f"Stopped after {self._progress['frames']:,} frames. Go on with 'resume=\"{self.folder}\"'")

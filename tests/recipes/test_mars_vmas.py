@@ -346,13 +346,17 @@ def test_wandb_runs_offline_without_a_prompt_and_holds_configuration_and_summary
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no login there
-    process = start_recipe(tmp_path / "runs", "logger.wandb_project=proof", "total_frames=80")
+    process = start_recipe(
+        tmp_path / "runs", "logger.wandb_project=proof", "logger.wandb_tags=[mine]", "total_frames=80"
+    )
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     (folder,) = run_folders(tmp_path / "runs")
     (offline,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     stored = offline.read_bytes()
-    for expected in (b"counters/total_frames", b"frames_per_second", b"git_commit", b"mars_navigation_", b"absolute"):
+    names = (b"counters/total_frames", b"frames_per_second", b"git_commit", b"mars_navigation_", b"absolute", b"mine")
+    checkpoint = str(find_checkpoint(folder)).encode()  # as an artifact, sent from where it lies
+    for expected in (*names, b"checkpoint-", checkpoint):
         assert expected in stored, expected
 
 

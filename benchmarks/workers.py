@@ -1,0 +1,89 @@
+"""Frames per second of collection by one process and by workers: a table.
+
+    python benchmarks/workers.py --rounds 5
+
+Every collector gets the same environments in total. "By processor" divides the frames by the processor time of this
+process and of its busiest worker, one after the other: what a quiet machine with a core for each of them would do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torchrl.collectors import Collector
+
+from torchrl_marl.collectors import WorkerCollector, multiprocess_collector, ray_collector
+from torchrl_marl.envs import make_env, make_lbforaging
+from torchrl_marl.modules import make_actor
+
+TASKS: dict[str, tuple[Callable, int, int]] = {  # make_env, copies, frames of a batch
+    "navigation (VMAS)": (partial(make_env, "navigation"), 60, 6_000),
+    "Foraging-8x8-2p-2f-v3": (partial(make_lbforaging, "Foraging-8x8-2p-2f-v3"), 16, 1_600),
+}
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def workers() -> list[int]:
+    """Processes of this machine that collect for this one."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if "spawn_main" in line or "ray::Worker" in line]
+
+
+def main(rounds: int) -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    print("| task | collector | workers | frames/s | by processor | bytes of a frame |\n|---|---|---|---|---|---|")
+    for task, (make, copies, frames) in TASKS.items():
+        env = make(num_envs=copies, seed=0)
+        policy = make_actor(env)
+        for name, num_workers in (("one process", 0), ("multiprocess", 1), ("multiprocess", 2), ("ray", 1), ("ray", 2)):
+            if name == "ray" and importlib.util.find_spec("ray") is None:
+                continue
+            before = set(workers())
+            if num_workers:
+                engine = multiprocess_collector if name == "multiprocess" else ray_collector
+                collector = engine(env, policy, make_env=make, num_workers=num_workers, frames_per_batch=frames)
+            else:
+                collector = Collector(
+                    env, policy, frames_per_batch=frames, total_frames=-1, auto_register_policy_transforms=False
+                )
+            clock, processor, size = measure(collector, sorted(set(workers()) - before), rounds)
+            rates = f"{frames / clock:,.0f} | {frames / processor:,.0f}"
+            print(f"| {task} | {name} | {num_workers or ''} | {rates} | {size:,.0f} |", flush=True)
+            collector.shutdown()
+
+
+def measure(collector: Collector | WorkerCollector, pids: list[int], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of a batch, on the clock and by processor, and the bytes of a frame."""
+    data = iter(collector)
+    collector.reset()
+    next(data)
+    clock, processor, size = [], [], 0.0
+    for _ in range(rounds):
+        begun, own = time.perf_counter(), time.process_time()
+        others = [processor_seconds(pid) for pid in pids]
+        batch = next(data)
+        clock.append(time.perf_counter() - begun)
+        busiest = max((processor_seconds(pid) - start for pid, start in zip(pids, others, strict=True)), default=0.0)
+        processor.append(time.process_time() - own + busiest)
+        size = batch.bytes() / batch.numel()
+    return statistics.median(clock), statistics.median(processor), size
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    main(parser.parse_args().rounds)

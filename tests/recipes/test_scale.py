@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_a_checkpoint_to_go_on_from_elsewhere(
 @pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="needs hydra-submitit-launcher")
 def test_a_grid_is_submitted_as_jobs(tmp_path: Path, start) -> None:
     folder = tmp_path / "grid"
-    process = start(folder, *GAME, "total_frames=80", "-m", "hydra/launcher=submitit_local", "seed=0,1")
+    process = start(folder, "-m", *GAME, "total_frames=80", "hydra/launcher=submitit_local", "seed=0,1")
     assert process.wait(LIMIT) == 0, printed(folder)
     assert sorted(OmegaConf.load(run / "config.yaml").seed for run in run_folders(folder)) == [0, 1]
     assert all((run / "summary.json").exists() for run in run_folders(folder))

@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-envs check size clean
+.PHONY: train test test-envs test-scale check size clean
 
 train: .venv/train
 	$(BIN)/python recipes/mars_vmas.py $(ARGS)
@@ -17,6 +17,9 @@ test: .venv/test
 
 test-envs: .venv/test-envs # the bridges to other packages' environments, which `make test` skips
 	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest tests/envs $(ARGS)
+
+test-scale: .venv/test-scale # Ray, torchrun, jobs, and what survives which kill: minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/collectors/test_workers.py tests/recipes/test_scale.py $(ARGS)
 
 size: # lines of package code, without and with documentation
 	$(PYTHON) benchmarks/size.py torchrl_marl recipes
@@ -37,4 +40,8 @@ $(BIN)/python:
 
 .venv/test-envs: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable ".[vmas,wandb,plot,dev,gym,mpe,jax]"
+	touch $@
+
+.venv/test-scale: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable ".[vmas,wandb,plot,dev,scale]"
 	touch $@

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torchrl.objectives.value import MultiAgentGAE
 
-from torchrl_marl.collectors import SequenceCollector, sequence_minibatches
+from torchrl_marl.collectors import sequence_minibatches
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.objectives import standardize
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> float:
 
     policy = collection_policy(guider, learner)  # only the guider acts; a learner with a memory keeps it up to date
     env, memory = with_recurrent_state(env, policy), guider.memory_keys
-    collector = SequenceCollector(env, policy, frames_per_batch=cfg.frames_per_batch, states=memory)
+    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch, states=memory)
 
     run = Run(cfg, env=env, make_env=make_env, actor=learner, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torchrl.objectives.value import MultiAgentGAE
 
-from torchrl_marl.collectors import SequenceCollector, sequence_minibatches
+from torchrl_marl.collectors import sequence_minibatches
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape, with_recurrent_state
 from torchrl_marl.objectives import standardize
@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> float:
     optimizer = instantiate(cfg.optimizer, loss.parameters())
 
     env, memory = with_recurrent_state(env, actor), actor.memory_keys
-    collector = SequenceCollector(env, actor, frames_per_batch=cfg.frames_per_batch, states=memory)
+    collector = instantiate(cfg.collector, env, actor, frames_per_batch=cfg.frames_per_batch, states=memory)
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):

@@ -1,6 +1,6 @@
 """Draw the panels of docs/wandb.md from the files of finished runs.
 
-    python docs/wandb_panels.py RUN [RUN ...] --output docs/wandb.png
+python docs/wandb_panels.py RUN [RUN ...] --output docs/wandb.png
 """
 
 import argparse

@@ -202,3 +202,9 @@ def test_a_grid_is_submitted_as_jobs(tmp_path: Path, start) -> None:
     assert process.wait(LIMIT) == 0, printed(folder)
     assert sorted(OmegaConf.load(run / "config.yaml").seed for run in run_folders(folder)) == [0, 1]
     assert all((run / "summary.json").exists() for run in run_folders(folder))
+
+
+@pytest.mark.gpu
+def test_workers_on_the_cpu_collect_for_a_learner_on_the_gpu(tmp_path: Path, start) -> None:
+    run = finished(start(tmp_path / "run", *GAME, "collector=multiprocess", "device=cuda"), tmp_path / "run")
+    assert json.loads((run / "summary.json").read_text())["frames"] == 240

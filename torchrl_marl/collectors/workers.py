@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.collectors.distributed import RayCollector
@@ -60,12 +60,14 @@ class WorkerCollector:
         Raises:
             RuntimeError: if a worker has failed or died; the others are of no use then, either.
         """
-        with _lost_workers_named():
-            self._engine.update_policy_weights_(self._policy)
-            for batch in self._engine:
-                rows = batch.flatten(0, -2).to(self._device)  # Ray stacks workers, [workers, num_envs of each, T]
-                rows.names = [None, "time"]
-                yield rows
+        data = iter(self._engine)
+        while True:
+            with _lost_workers_named():
+                self._send_weights()
+                batch = next(data)
+            rows = batch.flatten(0, -2).to(self._device)  # Ray stacks workers, [workers, num_envs of each, T]
+            rows.names = [None, "time"]
+            yield rows
 
     def reset(self) -> None:
         """Start new episodes in all environments, from a seed that Torch's generator draws.
@@ -77,6 +79,11 @@ class WorkerCollector:
         with _lost_workers_named():
             self._engine.map_fn("restart", [(seed, part, self._num_workers) for part in range(self._num_workers)])
 
+    def _send_weights(self) -> None:
+        # TorchRL's own way of sending waits forever for the answer of a worker that died in between
+        weights = TensorDict.from_module(self._policy).data.cpu()
+        self._engine.map_fn("receive", [(weights,)] * self._num_workers)
+
     def shutdown(self) -> None:
         """End the workers; more than once does no harm."""
         atexit.unregister(self.shutdown)
@@ -87,6 +94,10 @@ class WorkerCollector:
 
 class Worker(Collector):
     """The collector within a worker."""
+
+    def receive(self, weights: TensorDictBase) -> None:
+        """Act with these weights from now on."""
+        TensorDict.from_module(self.policy).data.update_(weights)
 
     def restart(self, seed: int, part: int, num_parts: int) -> None:
         """Begin new episodes from the random state of this part of the whole."""
@@ -109,7 +120,7 @@ def multiprocess_collector(
 
     Args:
         env: the environment as one process would have it; says how many copies there are, and where batches go.
-        policy: what acts. Workers on its device see its parameters, others get them before each batch.
+        policy: what acts; its weights are sent before each batch.
         make_env: ``make_env(num_envs=..., device=...)``, called in each worker with its share of the copies.
         num_workers: number of processes, a divisor of the number of copies.
         frames_per_batch: steps of all environments together in a batch, rounded up to whole steps.
@@ -128,7 +139,6 @@ def multiprocess_collector(
         collector_class=Worker,
         cat_results=0,
         use_buffers=True,
-        update_at_each_batch=True,
         auto_register_policy_transforms=False,  # the environments have them
     )
     torch.set_num_threads(threads)  # which TorchRL changes
@@ -152,7 +162,7 @@ def ray_collector(
 
     Args:
         env: as for :func:`multiprocess_collector`, and so are the others.
-        policy: its parameters are sent before each batch.
+        policy: what acts; its weights are sent before each batch.
         make_env: called in each worker.
         num_workers: number of actors.
         frames_per_batch: steps of all environments together in a batch.
@@ -181,10 +191,10 @@ def ray_collector(
         collector_class=cast("Any", Worker),
         collector_kwargs={"auto_register_policy_transforms": False},  # the environments have them
         sync=True,
-        update_after_each_batch=True,
         ray_init_config=init | ({} if address is None else {"address": address}),
         remote_configs=resources,
     )
+    engine.update_policy_weights_(policy)  # or it warns
     return WorkerCollector(engine, policy, num_workers=num_workers, device=env.device)
 
 

@@ -20,13 +20,23 @@ from torchrl.modules import ProbabilisticActor
 
 from torchrl_marl.modules import GroupShape, make_actor, make_recurrent_actor
 
-__all__ = ["FORMAT_VERSION", "CheckpointFolder", "find_checkpoint", "load_policy", "read_metadata"]
+__all__ = [
+    "FORMAT_VERSION",
+    "POLICY_BUILDERS",
+    "CheckpointFolder",
+    "best_checkpoint",
+    "find_checkpoint",
+    "load_policy",
+    "read_metadata",
+]
 
 FORMAT_VERSION = 1
 """Version of what a checkpoint holds; it grows whenever an older file could no longer be resumed."""
 
+POLICY_BUILDERS = {f"torchrl_marl.modules.{build.__name__}": build for build in (make_actor, make_recurrent_actor)}
+"""What builds a policy that :func:`load_policy` can rebuild, by the name that a run's configuration gives it."""
+
 _SCORE = "score"
-_BUILDERS = {f"torchrl_marl.modules.{builder.__name__}": builder for builder in (make_actor, make_recurrent_actor)}
 
 
 class CheckpointFolder:
@@ -90,6 +100,17 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
+def best_checkpoint(path: str | Path) -> Path:
+    """Return a checkpoint file: ``path`` itself, or that of a run's folder with the highest score.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    folder = Path(path).expanduser() / "checkpoints"
+    best = CheckpointRotation(folder, keep_last=1, keep_best=(_SCORE, "max")).best() if folder.is_dir() else None
+    return best or find_checkpoint(path)
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself (``config``, ``frames``, ``score``, ...) without loading tensors.
 
@@ -127,12 +148,10 @@ def load_policy(
         FileNotFoundError: if there is no checkpoint.
         ValueError: if it is damaged, foreign or of another version, or ``actor`` is needed or does not fit.
     """
-    folder = Path(path).expanduser() / "checkpoints"
-    best = CheckpointRotation(folder, keep_last=1, keep_best=(_SCORE, "max")).best() if folder.is_dir() else None
-    path = best or find_checkpoint(path)
+    path = best_checkpoint(path)
     if actor is None:
         recorded = read_metadata(path)["actor"]
-        build = _BUILDERS.get(recorded["builder"])
+        build = POLICY_BUILDERS.get(recorded["builder"])
         if build is None:  # importing what a file names would execute what a file says
             raise ValueError(f"The actor of {path} was built by {recorded['builder']}: build it and pass it as actor=.")
         actor = build(GroupShape(**recorded["shape"]), **recorded["options"], device=device)

@@ -1,4 +1,4 @@
-"""Trained runs from the command line: ``python -m torchrl_marl evaluate|export RUN``."""
+"""The command line: ``python -m torchrl_marl evaluate|export RUN``, and ``check my_module:make_env``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from torchrl_marl.checkpoints import best_checkpoint, load_policy, read_metadata
-from torchrl_marl.envs import render_episode
+from torchrl_marl.envs import check_env, make_custom, render_episode
 from torchrl_marl.evaluation import evaluate, stratified_bootstrap_interval
 from torchrl_marl.export import export_policy
 
@@ -59,10 +59,14 @@ def main() -> None:
     exported.add_argument("--format", default="onnx", help="onnx (default) or torch_export")
     exported.add_argument("--agent", type=int, help="the policy of one agent; by default of the whole group")
     exported.add_argument("--output", type=Path, metavar="FILE", help="by default policy.onnx or .pt2 in the run")
+    checked = commands.add_parser("check", help="explain an environment of your own, and what it lacks")
+    checked.add_argument("factory", metavar="MODULE:CALLABLE", help="what env.factory=... of the recipes gets")
     args = parser.parse_args()
     try:
         if args.command == "evaluate":
             evaluate_run(args.run, episodes=args.episodes, video=args.video, seed=args.seed, device=args.device)
+        elif args.command == "check":
+            check_env(make_custom(args.factory, num_envs=2))
         else:
             export_policy(args.run, format=args.format, path=args.output, agent=args.agent)
     except (FileNotFoundError, ImportError, InstantiationException, RuntimeError, ValueError) as error:

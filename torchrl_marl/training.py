@@ -307,9 +307,8 @@ class Run:
 
 def _new_folder(cfg: DictConfig) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = (
-        Path(cfg.folder) / cfg.recipe / cfg.env.scenario / cfg.method / f"seed{cfg.seed}-{stamp}-{secrets.token_hex(2)}"
-    )
+    task = cfg.env.scenario.replace(":", ".")  # that of my_module:make_env is no name of a folder everywhere
+    folder = Path(cfg.folder) / cfg.recipe / task / cfg.method / f"seed{cfg.seed}-{stamp}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)
     return folder
 

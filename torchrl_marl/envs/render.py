@@ -6,17 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from tensordict import TensorDictBase
-from torch import nn
+from torch import Tensor, nn
 from torchrl.envs import EnvBase, VmasWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_marl.envs.bridge import import_extra
+from torchrl_marl.envs.check import innermost
 from torchrl_marl.envs.random_state import preserve_random_state
-from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.modules import with_recurrent_state
 
 if TYPE_CHECKING:
@@ -31,6 +31,15 @@ _SUPERSAMPLING = 3
 _LAST = 1.5  # seconds that the last frame stays
 
 
+@runtime_checkable
+class DrawsItself(Protocol):
+    """An environment that draws what goes on in one of its copies."""
+
+    def render(self, env_index: int) -> Tensor:
+        """Return a picture, uint8 ``[height, width, 3]``."""
+        ...
+
+
 def render_episode(
     env: EnvBase,
     policy: Callable[[TensorDictBase], TensorDictBase],
@@ -42,12 +51,13 @@ def render_episode(
 ) -> Path:
     """Film one episode, played with the policy's deterministic actions, and write it as a GIF or an MP4.
 
-    The library's own games draw themselves. VMAS draws the frames off screen; where OpenGL is missing we draw the same
-    entities with Pillow. No display is needed. The random state of the process is left as it was, but the environment
-    is reset and stepped: film on one of its own.
+    The library's own games draw themselves, and so does any other environment with a ``render(env_index)``. VMAS draws
+    the frames off screen; where OpenGL is missing we draw the same entities with Pillow. No display is needed. The
+    random state of the process is left as it was, but the environment is reset and stepped: film on one of its own.
 
     Args:
-        env: a VMAS environment, such as one from ``make_env``, or a ``TensorEnv``, such as ``CoordSumEnv``.
+        env: a VMAS environment, such as one from ``make_env``, or one that draws itself, such as ``CoordSumEnv``: with
+            a method ``render(env_index)`` that returns uint8 ``[height, width, 3]``.
         policy: writes the actions, such as the actor of a loss.
         path: file to write; ends in ".gif" or ".mp4". Missing folders are made.
         max_steps: the film stops here, or earlier when the episode ends.
@@ -70,12 +80,14 @@ def render_episode(
         'random.gif'
     """
     path = Path(path)
-    simulator = next((module for module in env.modules() if isinstance(module, VmasWrapper | TensorEnv)), None)
-    if simulator is None:
-        raise ValueError(f"only VMAS environments and TensorEnv can be filmed, got {type(env).__name__}")
+    base = innermost(env)
+    if not isinstance(base, VmasWrapper | DrawsItself):
+        raise ValueError(
+            f"only VMAS environments and those with a method render(env_index) can be filmed, got {type(base).__name__}"
+        )
     if not 0 <= env_index < env.batch_size[0]:
         raise ValueError(f"env_index must be in 0..{env.batch_size[0] - 1}, got {env_index}")
-    fps = (20 if isinstance(simulator, VmasWrapper) else 6) if fps is None else fps
+    fps = (20 if isinstance(base, VmasWrapper) else 6) if fps is None else fps
     if max_steps < 1 or fps < 1:
         raise ValueError(f"max_steps and fps must be at least 1, got {max_steps} and {fps}")
     write = {".gif": _write_gif, ".mp4": _write_mp4}.get(path.suffix.lower())
@@ -87,10 +99,10 @@ def render_episode(
     if isinstance(policy, nn.Module):
         env = with_recurrent_state(env, policy)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(simulator, VmasWrapper):
-        camera = _VmasCamera(simulator, env_index)
+    if isinstance(base, VmasWrapper):
+        camera = _VmasCamera(base, env_index)
     else:
-        camera = _Camera(simulator, env_index)
+        camera = _Camera(base, env_index)
     write(_film(env, camera, policy, max_steps, env_index), path, fps)
     return path
 
@@ -116,7 +128,7 @@ def _film(env: EnvBase, camera: _Camera | _VmasCamera, policy: Callable, max_ste
 class _Camera:
     """Takes the pictures that a game draws of itself."""
 
-    def __init__(self, env: TensorEnv, env_index: int) -> None:
+    def __init__(self, env: DrawsItself, env_index: int) -> None:
         self._env, self._env_index = env, env_index
         self._images: list[Image] = []
 

@@ -189,9 +189,8 @@ def as_team_game(env: Any) -> TeamGame:
         observation = {agent: env.observation_space(agent) for agent in agents}
         action = {agent: env.action_space(agent) for agent in agents}
         return _Game(env, observation, action, named=True, state_size=None if shape is None else int(np.prod(shape)))
-    spaces: list[Any] = [
-        getattr(getattr(env, name, None), "spaces", None) for name in ("observation_space", "action_space")
-    ]
+    both: list[Any] = [getattr(env, kind, None) for kind in ("observation_space", "action_space")]
+    spaces: list[Any] = [getattr(space, "spaces", None) for space in both]
     if all(isinstance(space, Mapping) for space in spaces):
         return _Game(env, *spaces, named=True)
     if all(isinstance(space, Sequence) for space in spaces):
@@ -199,8 +198,7 @@ def as_team_game(env: Any) -> TeamGame:
     raise ValueError(
         f"{name} does not say what each agent observes and does: it needs possible_agents, observation_space(agent) "
         "and action_space(agent), as in PettingZoo, or observation_space and action_space that are both a Tuple with "
-        f"a space for each agent, or both a Dict by agents' names; it has {getattr(env, 'observation_space', None)} "
-        f"and {getattr(env, 'action_space', None)}"
+        f"a space for each agent, or both a Dict by agents' names; it has {both[0]} and {both[1]}"
     )
 
 

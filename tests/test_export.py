@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 from torchrl.envs import ExplorationType, set_exploration_type
 
 import torchrl_marl.export as export
@@ -175,6 +176,21 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
 def test_wrong_arguments_are_named(change, message, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         export_policy(make_run(tmp_path, CONTINUOUS, MLP), **{"format": "torch_export", **change})
+
+
+def test_of_several_groups_one_is_exported(tmp_path: Path) -> None:
+    shapes = [CONTINUOUS, MASKED]
+    actor = TensorDictSequential([make_actor(shape, hidden_sizes=[8]) for shape in shapes])
+    metadata = {"config": {}, "actor": actor_record(shapes, MLP), "frames": 1}
+    CheckpointFolder(tmp_path / "checkpoints", actor=actor).save(frames=1, score=0.0, metadata=metadata)
+    path = export_policy(tmp_path, format="torch_export", group="walkers", num_observations=5)
+    assert path == tmp_path / "policy_walkers.pt2"
+    inputs = {"observation": torch.randn(9, 3, 4), "action_mask": torch.ones(9, 3, 5, dtype=torch.bool)}
+    data = actor[1](TensorDict({"walkers": inputs}, batch_size=9))
+    torch.testing.assert_close(program(path)(inputs)["logits"], data["walkers", "logits"])
+    for group in (None, "swimmers"):
+        with pytest.raises(ValueError, match=f"group must be one of agents, walkers; got {group!r}"):
+            export_policy(tmp_path, format="torch_export", group=group)
 
 
 def test_a_policy_that_acts_centrally_is_refused_by_name(tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ def evaluate_run(run: Path, *, episodes: int, video: Path | None, seed: int | No
         f"{played.returns.mean():.3f}, 95 % interval {low:.3f} to {high:.3f} over {episodes} episodes of this policy, "
         f"mean length {played.lengths.float().mean():.1f}"
     )
+    if len(played.groups) > 1:
+        for group, returns in played.groups.items():
+            low, high = stratified_bootstrap_interval(returns, np.mean)
+            print(f"  {group}: {returns.mean():.3f}, 95 % interval {low:.3f} to {high:.3f}")
 
 
 def main() -> None:
@@ -57,6 +61,7 @@ def main() -> None:
     played.add_argument("--device", default="cpu")
     exported = commands.add_parser("export", parents=[run], help="write the policy as one file")
     exported.add_argument("--format", default="onnx", help="onnx (default) or torch_export")
+    exported.add_argument("--group", help="of several, which one")
     exported.add_argument("--agent", type=int, help="the policy of one agent; by default of the whole group")
     exported.add_argument("--output", type=Path, metavar="FILE", help="by default policy.onnx or .pt2 in the run")
     checked = commands.add_parser("check", help="explain an environment of your own, and what it lacks")
@@ -68,7 +73,7 @@ def main() -> None:
         elif args.command == "check":
             check_env(make_custom(args.factory, num_envs=2))
         else:
-            export_policy(args.run, format=args.format, path=args.output, agent=args.agent)
+            export_policy(args.run, format=args.format, path=args.output, group=args.group, agent=args.agent)
     except (FileNotFoundError, ImportError, InstantiationException, RuntimeError, ValueError) as error:
         raise SystemExit(f"torchrl_marl {args.command}: {error}") from error
 

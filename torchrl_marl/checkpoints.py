@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -127,8 +128,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def load_policy(
-    path: str | Path, *, actor: ProbabilisticActor | None = None, device: torch.device | str | None = None
-) -> ProbabilisticActor:
+    path: str | Path, *, actor: TensorDictModuleBase | None = None, device: torch.device | str | None = None
+) -> TensorDictModuleBase:
     """Load the decentralised policy of a run.
 
     It needs no environment and no critic: it acts from local observations alone.
@@ -142,7 +143,8 @@ def load_policy(
         Actor that reads ``(group, "observation")`` and writes ``(group, "action")``: deterministic ones, unless it is
         called under ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)``. A recurrent one also reads
         ``(group, "recurrent_state")``, zeros at the start of an episode, and writes the one to carry on under
-        ``("next", group, "recurrent_state")``; :func:`torchrl_marl.modules.with_recurrent_state` does both.
+        ``("next", group, "recurrent_state")``; :func:`torchrl_marl.modules.with_recurrent_state` does both. Several
+        groups' actors act one after the other; ``policy[i]`` is that of group i.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -151,20 +153,32 @@ def load_policy(
     path = best_checkpoint(path)
     if actor is None:
         recorded = read_metadata(path)["actor"]
-        build = POLICY_BUILDERS.get(recorded["builder"])
-        if build is None:  # importing what a file names would execute what a file says
-            raise ValueError(f"The actor of {path} was built by {recorded['builder']}: build it and pass it as actor=.")
-        actor = build(GroupShape(**recorded["shape"]), **recorded["options"], device=device)
+        if isinstance(recorded, dict):
+            actor = _rebuild(recorded, path, device)
+        else:
+            actor = TensorDictSequential([_rebuild(record, path, device) for record in recorded])
     _load(_bind({"actor": actor}), path)
     if device is not None:
         actor.to(device)
     return actor
 
 
-def actor_record(shape: GroupShape, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`load_policy` needs to rebuild the actor that ``config``, with its ``_target_``, describes."""
+def actor_record(shape: GroupShape | Sequence[GroupShape], config: Mapping[str, Any]) -> Any:
+    """What :func:`load_policy` needs to rebuild the actor that ``config``, with its ``_target_``, describes.
+
+    For the actors of several groups, one after the other, it is a list.
+    """
+    if not isinstance(shape, GroupShape):
+        return [actor_record(own, config) for own in shape]
     options = {key: value for key, value in config.items() if key != "_target_"}
     return {"builder": config["_target_"], "shape": dataclasses.asdict(shape), "options": options}
+
+
+def _rebuild(recorded: Mapping[str, Any], path: Path, device: torch.device | str | None) -> ProbabilisticActor:
+    build = POLICY_BUILDERS.get(recorded["builder"])
+    if build is None:  # importing what a file names would execute what a file says
+        raise ValueError(f"The actor of {path} was built by {recorded['builder']}: build it and pass it as actor=.")
+    return build(GroupShape(**recorded["shape"]), **recorded["options"], device=device)
 
 
 def _bind(components: Mapping[str, Any]) -> Checkpoint:

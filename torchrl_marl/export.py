@@ -33,6 +33,7 @@ def export_policy(
     *,
     format: Literal["onnx", "torch_export"] = "onnx",
     path: str | Path | None = None,
+    group: str | None = None,
     agent: int | None = None,
     num_observations: int = 1000,
 ) -> Path:
@@ -61,8 +62,9 @@ def export_policy(
     Args:
         run: a run's folder (then its best checkpoint) or a checkpoint file.
         format: ``"onnx"`` for ONNX Runtime and its kin, ``"torch_export"`` for ``torch.export.load(path).module()``.
-        path: file to write; ``None`` for ``policy.onnx`` or ``policy.pt2``, with the agent's number if there is one,
-            in the run's folder, or beside the checkpoint.
+        path: file to write; ``None`` for ``policy[_group][_agent].onnx`` or ``.pt2`` in the run's folder, or beside the
+            checkpoint.
+        group: which group, if the run has several.
         agent: index of one agent; ``None`` for the whole group.
         num_observations: number of random inputs with which the written file is compared to the original.
 
@@ -82,17 +84,12 @@ def export_policy(
         raise ValueError(f"num_observations must be at least 1, got {num_observations}")
     checkpoint = best_checkpoint(run)
     recorded = read_metadata(checkpoint)
-    if recorded["actor"]["builder"] not in POLICY_BUILDERS:
-        raise ValueError(
-            f"{checkpoint} holds a policy built by {recorded['actor']['builder']}; what can be exported are "
-            f"decentralised policies, built by {' or '.join(POLICY_BUILDERS)}"
-        )
-    actor, shape = load_policy(checkpoint), GroupShape(**recorded["actor"]["shape"])
+    actor, shape = _policy_of(checkpoint, recorded["actor"], group)
     if agent is not None and not 0 <= agent < shape.num_agents:
         raise ValueError(f"there is no agent {agent}: {shape.name!r} has agents 0 to {shape.num_agents - 1}")
     for package in _FORMATS[format].packages:
         import_extra(package, "export")
-    path = _default_path(Path(run), checkpoint, format, agent) if path is None else Path(path)
+    path = _default_path(Path(run), checkpoint, format, group, agent) if path is None else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
     example = _random_inputs(actor, shape, 2)
@@ -111,6 +108,23 @@ def export_policy(
         )
     print(f"{path}: largest difference from the original over {num_observations:,} observations {difference:.1e}")
     return path
+
+
+def _policy_of(checkpoint: Path, recorded: Any, group: str | None) -> tuple[Any, GroupShape]:
+    """Return the policy of a group and its shape."""
+    records = recorded if isinstance(recorded, list) else [recorded]
+    for builder in (record["builder"] for record in records):
+        if builder not in POLICY_BUILDERS:
+            raise ValueError(
+                f"{checkpoint} holds a policy built by {builder}; what can be exported are decentralised policies, "
+                f"built by {' or '.join(POLICY_BUILDERS)}"
+            )
+    names = [record["shape"]["name"] for record in records]
+    if group not in names and not (group is None and len(names) == 1):
+        raise ValueError(f"group must be one of {', '.join(names)}; got {group!r}")
+    index = 0 if group is None else names.index(group)
+    policy: Any = load_policy(checkpoint)
+    return policy[index] if isinstance(recorded, list) else policy, GroupShape(**records[index]["shape"])
 
 
 class _Policy(nn.Module):
@@ -235,9 +249,10 @@ def _describe(recorded: Mapping[str, Any], shape: GroupShape, agent: int | None,
     }
 
 
-def _default_path(run: Path, checkpoint: Path, format: str, agent: int | None) -> Path:
+def _default_path(run: Path, checkpoint: Path, format: str, *parts: str | int | None) -> Path:
     folder = run.expanduser() if run.expanduser().is_dir() else checkpoint.parent
-    return folder / f"policy{'' if agent is None else f'_{agent}'}{_FORMATS[format].suffix}"
+    name = "_".join(["policy", *(str(part) for part in parts if part is not None)])
+    return folder / f"{name}{_FORMATS[format].suffix}"
 
 
 def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:

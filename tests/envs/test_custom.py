@@ -248,6 +248,7 @@ WRONG = [
     ("games", {}, "factory must be 'module:callable'.*got 'games'"),
     ("no_such_games:make", {}, "there is no module 'no_such_games' in "),
     ("tests.envs.test_custom:Lister", {}, "has no callable 'Lister'; it has Listed"),
+    (Listed, {"num_envs": 0}, "num_envs must be at least 1, got 0"),
     (needs_size, {}, r"needs_size needs size: set env\.factory_kwargs\.size=\.\.\., or a default"),
     (Named, {"factory_kwargs": {"price": 1}}, "Named takes no price; it takes seed, max_steps, render_mode, prize"),
     (lambda: {}, {}, r"<lambda> returned dict; it must return an environment of TorchRL \(EnvBase\), PettingZoo"),
@@ -270,7 +271,7 @@ WRONG = [
 @pytest.mark.parametrize(("factory", "change", "message"), WRONG, ids=[message[:30] for *_, message in WRONG])
 def test_what_is_wrong_is_said_in_the_users_words(factory, change, message):
     with pytest.raises(ValueError, match=message):
-        make_custom(factory, num_envs=2, seed=0, **change)
+        make_custom(factory, **{"num_envs": 2, "seed": 0, **change})
 
 
 def test_a_module_that_fails_to_import_another_one_says_so(tmp_path, monkeypatch):

@@ -49,6 +49,9 @@ def make_custom(
     What it does not take is done here: copies are made, seeded and cut after ``max_steps``. An environment that draws
     itself (``render()`` of PettingZoo and Gymnasium, ``render(env_index)`` of TorchRL) is filmed.
 
+    Runs resume bit for bit if a game draws its random numbers from the seed of each ``reset``; a TorchRL environment's
+    own are no part of checkpoints.
+
     Args:
         factory: the callable, or ``"module:callable"``, where the module is looked for in the current folder first.
         num_envs: number of environments.
@@ -73,6 +76,9 @@ def make_custom(
         >>> make_custom(small, num_envs=4, max_steps=5).rollout(5)["next", "truncated"].sum()
         tensor(4)
     """
+    for limit, value in (("num_envs", num_envs), ("max_steps", max_steps)):
+        if value < 1:
+            raise ValueError(f"{limit} must be at least 1, got {value}")
     build, name = _find(factory)
     settings = {"num_envs": num_envs, "max_steps": max_steps, "device": device, "render_mode": "rgb_array"}
     settings |= {} if scenario is None else {"scenario": scenario}

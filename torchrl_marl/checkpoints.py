@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -20,13 +21,23 @@ from torchrl.modules import ProbabilisticActor
 
 from torchrl_marl.modules import GroupShape, make_actor, make_recurrent_actor
 
-__all__ = ["FORMAT_VERSION", "CheckpointFolder", "find_checkpoint", "load_policy", "read_metadata"]
+__all__ = [
+    "FORMAT_VERSION",
+    "POLICY_BUILDERS",
+    "CheckpointFolder",
+    "best_checkpoint",
+    "find_checkpoint",
+    "load_policy",
+    "read_metadata",
+]
 
 FORMAT_VERSION = 1
 """Version of what a checkpoint holds; it grows whenever an older file could no longer be resumed."""
 
+POLICY_BUILDERS = {f"torchrl_marl.modules.{build.__name__}": build for build in (make_actor, make_recurrent_actor)}
+"""What builds a policy that :func:`load_policy` can rebuild, by the name that a run's configuration gives it."""
+
 _SCORE = "score"
-_BUILDERS = {f"torchrl_marl.modules.{builder.__name__}": builder for builder in (make_actor, make_recurrent_actor)}
 
 
 class CheckpointFolder:
@@ -95,6 +106,17 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
+def best_checkpoint(path: str | Path) -> Path:
+    """Return a checkpoint file: ``path`` itself, or that of a run's folder with the highest score.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    folder = Path(path).expanduser() / "checkpoints"
+    best = CheckpointRotation(folder, keep_last=1, keep_best=(_SCORE, "max")).best() if folder.is_dir() else None
+    return best or find_checkpoint(path)
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself (``config``, ``frames``, ``score``, ...) without loading tensors.
 
@@ -111,8 +133,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def load_policy(
-    path: str | Path, *, actor: ProbabilisticActor | None = None, device: torch.device | str | None = None
-) -> ProbabilisticActor:
+    path: str | Path, *, actor: TensorDictModuleBase | None = None, device: torch.device | str | None = None
+) -> TensorDictModuleBase:
     """Load the decentralised policy of a run.
 
     It needs no environment and no critic: it acts from local observations alone.
@@ -126,31 +148,42 @@ def load_policy(
         Actor that reads ``(group, "observation")`` and writes ``(group, "action")``: deterministic ones, unless it is
         called under ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)``. A recurrent one also reads
         ``(group, "recurrent_state")``, zeros at the start of an episode, and writes the one to carry on under
-        ``("next", group, "recurrent_state")``; :func:`torchrl_marl.modules.with_recurrent_state` does both.
+        ``("next", group, "recurrent_state")``; :func:`torchrl_marl.modules.with_recurrent_state` does both. Several
+        groups' actors act one after the other; ``policy[i]`` is that of group i.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         ValueError: if it is damaged, foreign or of another version, or ``actor`` is needed or does not fit.
     """
-    folder = Path(path).expanduser() / "checkpoints"
-    best = CheckpointRotation(folder, keep_last=1, keep_best=(_SCORE, "max")).best() if folder.is_dir() else None
-    path = best or find_checkpoint(path)
+    path = best_checkpoint(path)
     if actor is None:
         recorded = read_metadata(path)["actor"]
-        build = _BUILDERS.get(recorded["builder"])
-        if build is None:  # importing what a file names would execute what a file says
-            raise ValueError(f"The actor of {path} was built by {recorded['builder']}: build it and pass it as actor=.")
-        actor = build(GroupShape(**recorded["shape"]), **recorded["options"], device=device)
+        if isinstance(recorded, dict):
+            actor = _rebuild(recorded, path, device)
+        else:
+            actor = TensorDictSequential([_rebuild(record, path, device) for record in recorded])
     _load(_bind({"actor": actor}), path)
     if device is not None:
         actor.to(device)
     return actor
 
 
-def actor_record(shape: GroupShape, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`load_policy` needs to rebuild the actor that ``config``, with its ``_target_``, describes."""
+def actor_record(shape: GroupShape | Sequence[GroupShape], config: Mapping[str, Any]) -> Any:
+    """What :func:`load_policy` needs to rebuild the actor that ``config``, with its ``_target_``, describes.
+
+    For the actors of several groups, one after the other, it is a list.
+    """
+    if not isinstance(shape, GroupShape):
+        return [actor_record(own, config) for own in shape]
     options = {key: value for key, value in config.items() if key != "_target_"}
     return {"builder": config["_target_"], "shape": dataclasses.asdict(shape), "options": options}
+
+
+def _rebuild(recorded: Mapping[str, Any], path: Path, device: torch.device | str | None) -> ProbabilisticActor:
+    build = POLICY_BUILDERS.get(recorded["builder"])
+    if build is None:  # importing what a file names would execute what a file says
+        raise ValueError(f"The actor of {path} was built by {recorded['builder']}: build it and pass it as actor=.")
+    return build(GroupShape(**recorded["shape"]), **recorded["options"], device=device)
 
 
 def _bind(components: Mapping[str, Any]) -> Checkpoint:

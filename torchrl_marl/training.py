@@ -9,7 +9,7 @@ import shlex
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -20,10 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
-from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
 from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
@@ -69,7 +69,8 @@ class Run:
         env: what the data come from; its own random streams, if it has some, become part of checkpoints.
         make_env: ``make_env(num_envs=..., seed=...)``, for evaluation.
         actor: the policy.
-        shape: what the actor was built for.
+        shape: what the actor was built for; those of all groups if it acts for several, which then also name what they
+            record: ``run.record({"GROUP/loss_critic": ...})``.
         **components: what else a checkpoint must hold: the loss, the optimiser, ...
 
     Raises:
@@ -83,8 +84,8 @@ class Run:
         *,
         env: EnvBase,
         make_env: Callable[..., EnvBase],
-        actor: ProbabilisticActor,
-        shape: GroupShape,
+        actor: TensorDictModuleBase,
+        shape: GroupShape | Sequence[GroupShape],
         **components: Any,
     ) -> None:
         if cfg.processes != num_processes():
@@ -102,6 +103,7 @@ class Run:
         self.cfg = cfg
         self._actor, self._shape, self._make_env = actor, shape, make_env
         self._env = env
+        self._prefix = f"train/{shape.name}" if isinstance(shape, GroupShape) else "train"
         self._progress: dict[str, Any] = {"frames": 0, "iteration": 0, "seconds": 0.0, "evaluations": []}
         resumed = None if cfg.resume is None else Path(cfg.resume)
         if resumed is None:
@@ -247,7 +249,7 @@ class Run:
         progress["frames"] += frames
         progress["iteration"] += 1
         progress["seconds"] += collecting + training
-        metrics = {f"train/{self._shape.name}/{name}": value for name, value in _reduced(self._records).items()}
+        metrics = {f"{self._prefix}/{name}": value for name, value in _reduced(self._records).items()}
         self._records.clear()
         if not self._leads:
             return
@@ -292,6 +294,9 @@ class Run:
             seed, horizon = self._seed(1), self.cfg.env.max_steps
             episodes = evaluate(self._evaluation_env, self._actor, seed=seed, max_steps=horizon)
         metrics = _statistics("eval/reward/episode_reward", episodes.returns)
+        if len(episodes.groups) > 1:
+            for group, returns in episodes.groups.items():
+                metrics |= _statistics(f"eval/{group}/reward/episode_reward", returns)
         metrics["eval/reward/episode_len_mean"] = episodes.lengths.float().mean().item()
         metrics["timers/evaluation_time"] = time.perf_counter() - start
         score = metrics["eval/reward/episode_reward_mean"]
@@ -313,7 +318,7 @@ class Run:
         self._log.log(_statistics("eval/absolute/episode_reward", episodes.returns), self._progress["frames"])
         return episodes.returns.mean().item()
 
-    def _best_policy(self) -> ProbabilisticActor:
+    def _best_policy(self) -> TensorDictModuleBase:
         return load_policy(self.folder, actor=copy.deepcopy(self._actor))
 
     def _draw(self, plots: Iterable[Callable[[Path], object]]) -> None:
@@ -369,9 +374,8 @@ class Run:
 
 def _new_folder(cfg: DictConfig) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = (
-        Path(cfg.folder) / cfg.recipe / cfg.env.scenario / cfg.method / f"seed{cfg.seed}-{stamp}-{secrets.token_hex(2)}"
-    )
+    task = cfg.env.scenario.replace(":", ".")  # that of my_module:make_env is no name of a folder everywhere
+    folder = Path(cfg.folder) / cfg.recipe / task / cfg.method / f"seed{cfg.seed}-{stamp}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)
     return folder
 
@@ -395,7 +399,9 @@ def _reduced(records: list[Mapping[str, Tensor]]) -> dict[str, float]:
     names = dict.fromkeys(name for record in records for name in record)  # not every record has every name
     stacked = {name: torch.stack([record[name] for record in records if name in record]) for name in names}
     reduce = {"min": torch.amin, "max": torch.amax}
-    return {name: reduce.get(name[:3], torch.mean)(values).item() for name, values in stacked.items()}
+    return {
+        name: reduce.get(name.rpartition("/")[2][:3], torch.mean)(values).item() for name, values in stacked.items()
+    }
 
 
 def _statistics(name: str, values: Tensor) -> dict[str, float]:

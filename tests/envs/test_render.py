@@ -56,6 +56,24 @@ def test_film_has_a_frame_for_the_start_and_one_per_step(tmp_path):
     assert max(frames[0].shape[:2]) <= 400
 
 
+def test_an_mp4_has_a_frame_per_step_and_a_last_one_that_stays(tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    from imageio.v3 import imread
+
+    env = make_env("navigation", num_envs=1, max_steps=100, seed=0)
+    path = render_episode(env, env.rand_action, tmp_path / "film.MP4", max_steps=5, fps=10)
+    frames, height, width, _ = imread(path, plugin="FFMPEG").shape
+    assert frames == 6 + 15
+    assert (height % 2, width % 2) == (0, 0)
+
+
+def test_missing_ffmpeg_names_the_command_that_installs_it(tmp_path, monkeypatch):
+    env = make_env("wheel", num_envs=1)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(ImportError, match=r'pip install "torchrl_marl\[video\]"'):
+        render_episode(env, env.rand_action, tmp_path / "film.mp4", max_steps=5)
+
+
 @pytest.mark.usefixtures("no_opengl")
 def test_film_stops_at_the_end_of_the_episode(tmp_path):
     env = make_env("wheel", num_envs=2, max_steps=3, seed=0)
@@ -138,7 +156,7 @@ def test_random_state_stays_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"path": "film.mp4"}, "path must end in .gif, got film.mp4"),
+        ({"path": "film.avi"}, "path must end in .gif or .mp4, got film.avi"),
         ({"env_index": 2}, r"env_index must be in 0\.\.1, got 2"),
         ({"max_steps": 0}, "max_steps and fps must be at least 1, got 0 and 20"),
         ({"fps": 0}, "max_steps and fps must be at least 1, got 5 and 0"),
@@ -153,7 +171,7 @@ def test_wrong_arguments_are_named(change, message):
 def test_other_environments_are_refused(tmp_path):
     from torchrl.testing.mocking_classes import CountingEnv
 
-    with pytest.raises(ValueError, match="only VMAS environments and TensorEnv can be filmed, got CountingEnv"):
+    with pytest.raises(ValueError, match=r"with a method render\(env_index\) can be filmed, got CountingEnv"):
         render_episode(CountingEnv(), lambda data: data, tmp_path / "film.gif", max_steps=5)
 
 

@@ -3,6 +3,7 @@
 from torchrl_marl.envs.aerocombat import AeroCombatEnv, make_aerocombat
 from torchrl_marl.envs.check import check_env
 from torchrl_marl.envs.coordsum import CoordSumEnv, make_coordsum
+from torchrl_marl.envs.custom import make_custom
 from torchrl_marl.envs.jax_games import make_jaxmarl, make_jumanji
 from torchrl_marl.envs.maze import MazeEnv, make_maze
 from torchrl_marl.envs.paxmen import PaxMenEnv, make_paxmen
@@ -24,6 +25,7 @@ __all__ = [
     "check_env",
     "make_aerocombat",
     "make_coordsum",
+    "make_custom",
     "make_env",
     "make_jaxmarl",
     "make_jumanji",

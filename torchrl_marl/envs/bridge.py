@@ -179,7 +179,7 @@ def import_extra(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         command = f'pip install "torchrl_marl[{extra}]"'
-        raise ImportError(f"this environment needs more packages ({error}): {command}") from error
+        raise ImportError(f"more packages are needed ({error}): {command}") from error
 
 
 def check_options(build: Callable[..., Any], options: Mapping[str, Any], scenario: str) -> None:

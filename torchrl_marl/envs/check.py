@@ -20,7 +20,7 @@ from torchrl.envs.utils import check_env_specs
 from torchrl_marl.envs.random_state import preserve_random_state
 from torchrl_marl.envs.tensor_env import TensorEnv
 
-__all__ = ["check_env"]
+__all__ = ["check_env", "innermost", "missing_entries"]
 
 Key = tuple[str, ...]
 
@@ -44,7 +44,7 @@ def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
 
     Raises:
         AssertionError: if ``check_env_specs`` finds data that do not match the specs.
-        ValueError: if the environment has no ``group_map``.
+        ValueError: if the environment has no ``group_map``, or lacks an entry that training reads; it says which.
 
     Example:
         >>> from torchrl_marl.envs import make_env
@@ -54,6 +54,8 @@ def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
         No warnings.
     """
     print(_describe(env))
+    if missing := missing_entries(env):
+        raise ValueError("\n".join(missing))
     with _undisturbed(env):
         check_env_specs(env)
         rollout = env.rollout(num_steps, break_when_any_done=False)
@@ -66,6 +68,30 @@ def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
     for number, warning in enumerate(warnings, 1):
         print(textwrap.fill(warning, 100, initial_indent=f"{number:3}. ", subsequent_indent="     "))
     return warnings
+
+
+def missing_entries(env: EnvBase) -> list[str]:
+    """Return a sentence for everything that training reads and an environment does not have, or not in this form.
+
+    Raises:
+        ValueError: if the environment has no ``group_map``.
+    """
+    found, missing = _specs(env), []
+    for group, agents in _group_map(env).items():
+        wanted = {
+            "observation": "size], what each agent sees: declare it in observation_spec, return it in reset and step",
+            "action": "size] if continuous, without the size if discrete: declare it in action_spec",
+            "reward": "1], one for each agent: declare it in reward_spec, return it in step",
+        }
+        for name, form in wanted.items():
+            spec = found.get((group, name))
+            sizes = [] if spec is None else list(spec.shape[len(env.batch_size) :])
+            fits = sizes[:1] == [len(agents)] and len(sizes) in ((1, 2) if name == "action" else (2,))
+            if not fits or (name == "reward" and sizes[1:] != [1]):
+                keys = ", ".join(str(key if len(key) > 1 else "".join(key)) for key in found)
+                there = f"there are {keys}" if spec is None else f"it is {sizes}"
+                missing.append(f"({group!r}, {name!r}) must be [{len(agents)}, {form} ({there}).")
+    return missing
 
 
 def _group_map(env: EnvBase) -> dict[str, list[str]]:
@@ -81,7 +107,7 @@ def _group_map(env: EnvBase) -> dict[str, list[str]]:
 @contextlib.contextmanager
 def _undisturbed(env: EnvBase) -> Iterator[None]:
     """Restore all random states and keep TorchRL's log lines out of the printed text."""
-    env = _base(env)
+    env = innermost(env)
     own_state = copy.deepcopy(env.state_dict())
     generators = [value for value in vars(env).values() if isinstance(value, torch.Generator)]
     states = [generator.get_state() for generator in generators]
@@ -98,7 +124,8 @@ def _undisturbed(env: EnvBase) -> Iterator[None]:
         env.load_state_dict(own_state)
 
 
-def _base(env: EnvBase) -> EnvBase:
+def innermost(env: EnvBase) -> EnvBase:
+    """Return an environment without its transforms."""
     while isinstance(env, TransformedEnv):
         env = env.base_env
     return env
@@ -132,7 +159,7 @@ def _time_limit(env: EnvBase) -> tuple[int, str] | None:
     counters = [module.max_steps for module in env.modules() if isinstance(module, StepCounter)]
     if limits := [limit for limit in counters if limit is not None]:
         return min(limits), "truncated"
-    base = _base(env)
+    base = innermost(env)
     if isinstance(base, TensorEnv):
         return base.rules.max_steps, f"{base.rules.time_limit}d"
     simulator = _simulator(env)
@@ -163,7 +190,10 @@ def _episodes(env: EnvBase, rollout: TensorDictBase) -> tuple[Tensor, Tensor]:
 
 def _describe(env: EnvBase) -> str:
     groups, specs, simulator, limit = _group_map(env), _specs(env), _simulator(env), _time_limit(env)
-    name = type(_base(env)).__name__ if simulator is None else f"VmasEnv ({simulator.scenario_name})"
+    name = type(innermost(env)).__name__
+    if simulator is not None:
+        scenario = simulator.scenario_name
+        name = f"VmasEnv ({scenario if isinstance(scenario, str) else type(scenario).__name__})"
     count = f"{math.prod(env.batch_size)} environments in parallel" if env.batch_size else "one environment"
     root = [f"{'/'.join(key)} {_layout(env, spec)}" for key, spec in specs.items() if key[0] not in groups]
     lines = [
@@ -233,7 +263,7 @@ def _time_limit_findings(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]
         "Advantages then count the value beyond the limit as zero. Report the limit as `truncated`: "
         "make_env(time_limit='truncate'), or no limit in the environment and a StepCounter(max_steps=...) around it."
     )
-    base, limit = _base(env), _time_limit(env)
+    base, limit = innermost(env), _time_limit(env)
     lengths, terminated = _episodes(env, rollout)
     if isinstance(base, TensorEnv) and base.rules.fixed_length:
         return

@@ -1,4 +1,4 @@
-"""Films of evaluation episodes as GIFs, on machines with and without OpenGL."""
+"""Films of evaluation episodes as GIF or MP4, on machines with and without OpenGL."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from tensordict import TensorDictBase
-from torch import nn
+from torch import Tensor, nn
 from torchrl.envs import EnvBase, VmasWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_marl.envs.bridge import import_extra
+from torchrl_marl.envs.check import innermost
 from torchrl_marl.envs.random_state import preserve_random_state
-from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.modules import with_recurrent_state
 
 if TYPE_CHECKING:
@@ -27,6 +28,16 @@ __all__ = ["render_episode"]
 _SIZE = 360  # longer side of the scene in pixels
 _CAPTION = 24  # height of the line of text above the scene
 _SUPERSAMPLING = 3
+_LAST = 1.5  # seconds that the last frame stays
+
+
+@runtime_checkable
+class DrawsItself(Protocol):
+    """An environment that draws what goes on in one of its copies."""
+
+    def render(self, env_index: int) -> Tensor:
+        """Return a picture, uint8 ``[height, width, 3]``."""
+        ...
 
 
 def render_episode(
@@ -38,16 +49,17 @@ def render_episode(
     env_index: int = 0,
     fps: int | None = None,
 ) -> Path:
-    """Film one episode, played with the policy's deterministic actions, and write it as a GIF.
+    """Film one episode, played with the policy's deterministic actions, and write it as a GIF or an MP4.
 
-    The library's own games draw themselves. VMAS draws the frames off screen; where OpenGL is missing we draw the same
-    entities with Pillow. No display is needed. The random state of the process is left as it was, but the environment
-    is reset and stepped: film on one of its own.
+    The library's own games draw themselves, and so does any other environment with a ``render(env_index)``. VMAS draws
+    the frames off screen; where OpenGL is missing we draw the same entities with Pillow. No display is needed. The
+    random state of the process is left as it was, but the environment is reset and stepped: film on one of its own.
 
     Args:
-        env: a VMAS environment, such as one from ``make_env``, or a ``TensorEnv``, such as ``CoordSumEnv``.
+        env: a VMAS environment, such as one from ``make_env``, or one that draws itself, such as ``CoordSumEnv``: with
+            a method ``render(env_index)`` that returns uint8 ``[height, width, 3]``.
         policy: writes the actions, such as the actor of a loss.
-        path: file to write; ends in ".gif". Missing folders are made.
+        path: file to write; ends in ".gif" or ".mp4". Missing folders are made.
         max_steps: the film stops here, or earlier when the episode ends.
         env_index: which of the parallel environments to film.
         fps: frames per second; ``None`` for 20 in VMAS, which simulates 10 steps per second, and 6 in other games.
@@ -56,7 +68,7 @@ def render_episode(
         The path of the file.
 
     Raises:
-        ImportError: if Pillow is not installed.
+        ImportError: if Pillow is not installed, or for an MP4 imageio with ffmpeg.
         ValueError: if the environment cannot be drawn or an argument is out of its range.
 
     Example:
@@ -68,28 +80,30 @@ def render_episode(
         'random.gif'
     """
     path = Path(path)
-    simulator = next((module for module in env.modules() if isinstance(module, VmasWrapper | TensorEnv)), None)
-    if simulator is None:
-        raise ValueError(f"only VMAS environments and TensorEnv can be filmed, got {type(env).__name__}")
+    base = innermost(env)
+    if not isinstance(base, VmasWrapper | DrawsItself):
+        raise ValueError(
+            f"only VMAS environments and those with a method render(env_index) can be filmed, got {type(base).__name__}"
+        )
     if not 0 <= env_index < env.batch_size[0]:
         raise ValueError(f"env_index must be in 0..{env.batch_size[0] - 1}, got {env_index}")
-    fps = (20 if isinstance(simulator, VmasWrapper) else 6) if fps is None else fps
+    fps = (20 if isinstance(base, VmasWrapper) else 6) if fps is None else fps
     if max_steps < 1 or fps < 1:
         raise ValueError(f"max_steps and fps must be at least 1, got {max_steps} and {fps}")
-    if path.suffix.lower() != ".gif":
-        raise ValueError(f"path must end in .gif, got {path}")
-    try:
-        import PIL.Image  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError('filming needs Pillow: pip install "torchrl_marl[vmas]"') from error
+    write = {".gif": _write_gif, ".mp4": _write_mp4}.get(path.suffix.lower())
+    if write is None:
+        raise ValueError(f"path must end in .gif or .mp4, got {path}")
+    import_extra("PIL.Image", "vmas")
+    if write is _write_mp4:
+        import_extra("imageio_ffmpeg", "video")
     if isinstance(policy, nn.Module):
         env = with_recurrent_state(env, policy)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(simulator, VmasWrapper):
-        camera = _VmasCamera(simulator, env_index)
+    if isinstance(base, VmasWrapper):
+        camera = _VmasCamera(base, env_index)
     else:
-        camera = _Camera(simulator, env_index)
-    _write_gif(_film(env, camera, policy, max_steps, env_index), path, fps)
+        camera = _Camera(base, env_index)
+    write(_film(env, camera, policy, max_steps, env_index), path, fps)
     return path
 
 
@@ -114,7 +128,7 @@ def _film(env: EnvBase, camera: _Camera | _VmasCamera, policy: Callable, max_ste
 class _Camera:
     """Takes the pictures that a game draws of itself."""
 
-    def __init__(self, env: TensorEnv, env_index: int) -> None:
+    def __init__(self, env: DrawsItself, env_index: int) -> None:
         self._env, self._env_index = env, env_index
         self._images: list[Image] = []
 
@@ -294,5 +308,15 @@ def _write_gif(frames: list[Image], path: Path, fps: int) -> None:
     # By coverage, so that small things keep their colours.
     palette = sample.quantize(128, Image.Quantize.MAXCOVERAGE)
     first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    durations = [1000 // fps] * len(rest) + [1500]  # the last frame stays a while
+    durations = [1000 // fps] * len(rest) + [int(1000 * _LAST)]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+
+
+def _write_mp4(frames: list[Image], path: Path, fps: int) -> None:
+    import imageio.v3
+    import numpy as np
+
+    width, height = (side - side % 2 for side in frames[0].size)  # H.264 halves the resolution of colours
+    cropped = [np.asarray(frame.crop((0, 0, width, height))) for frame in frames]
+    still = [cropped[-1]] * int(_LAST * fps)
+    imageio.v3.imwrite(path, np.stack(cropped + still), plugin="FFMPEG", fps=fps, macro_block_size=2)

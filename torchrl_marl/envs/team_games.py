@@ -17,7 +17,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_marl.envs.bridge import BridgeEnv, Layout, check_options, import_extra, with_time_limit
 
-__all__ = ["TeamGame", "TeamGamesEnv", "make_lbforaging", "make_pettingzoo", "make_rware"]
+__all__ = ["TeamGame", "TeamGamesEnv", "as_team_game", "make_lbforaging", "make_pettingzoo", "make_rware"]
 
 
 class Turn(NamedTuple):
@@ -46,6 +46,10 @@ class TeamGame(ABC):
     def step(self, action: np.ndarray) -> Turn:
         """Play the actions of all agents, ``[N]`` or ``[N, A]``."""
 
+    @abstractmethod
+    def render(self) -> np.ndarray | None:
+        """Draw the game, ``[height, width, 3]``, if it can."""
+
 
 class TeamGamesEnv(BridgeEnv):
     """Games stepped one after the other in this process.
@@ -72,6 +76,21 @@ class TeamGamesEnv(BridgeEnv):
         self._games = games
         self._seen: list[dict[str, np.ndarray]] = [{}] * len(games)
 
+    def render(self, env_index: int) -> Tensor:
+        """Draw one of the games.
+
+        Returns:
+            uint8, ``[height, width, 3]``.
+
+        Raises:
+            ValueError: if the game does not draw itself so.
+        """
+        picture = self._games[env_index].render()
+        if getattr(picture, "dtype", None) != np.uint8 or getattr(picture, "shape", ())[2:] != (3,):
+            found = type(picture).__name__ if picture is None else f"{picture.dtype} {picture.shape}"
+            raise ValueError(f"render() must return uint8 [height, width, 3] (render_mode='rgb_array'); got {found}")
+        return torch.from_numpy(np.ascontiguousarray(picture))
+
     def _begin(self, which: Tensor, seeds: Tensor) -> dict[str, Tensor]:
         for index in which.nonzero().flatten().tolist():
             self._seen[index] = self._games[index].reset(int(seeds[index]))
@@ -88,68 +107,99 @@ class TeamGamesEnv(BridgeEnv):
         return {key: torch.from_numpy(np.stack([seen[key] for seen in self._seen])) for key in self._seen[0]}
 
 
-class _GymnasiumGame(TeamGame):
-    """A Gymnasium environment with a tuple of observations, one for each agent, and a list of rewards.
+class _Game(TeamGame):
+    """An environment of Gymnasium or PettingZoo, whatever it says of all agents at once being a list or a dictionary.
 
-    The time limit is not the game's: it is built without one.
+    Args:
+        env: the environment.
+        spaces: of each agent, by name, of observations and of actions.
+        named: whether actions are handed over by agents' names.
+        state_size: of its ``state()``; ``None`` if it has none.
     """
 
-    def __init__(self, env: Any) -> None:
+    def __init__(self, env: Any, *spaces: Mapping[Any, Any], named: bool, state_size: int | None = None) -> None:
         self.env = env
-        observation, action = env.observation_space.spaces, env.action_space.spaces
         self._legal_actions = getattr(env, "get_valid_actions", None)  # Level-Based Foraging has it, RWARE has not
-        agents = [f"agent_{index}" for index in range(len(action))]
-        size, spec = _equal_spaces(dict(zip(agents, observation, strict=True)), dict(zip(agents, action, strict=True)))
-        self.layout = Layout(agents, size, spec, masked=self._legal_actions is not None)
+        self._named, self._has_state = named, state_size is not None
+        self._agents = list(spaces[1])
+        size, spec, masked = _equal_spaces(*spaces)
+        names = [str(agent) for agent in self._agents]
+        self.layout = Layout(names, size, spec, state_size, masked=masked or self._legal_actions is not None)
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         return self._seen(self.env.reset(seed=seed)[0])
 
     def step(self, action: np.ndarray) -> Turn:
-        observation, reward, terminated, truncated, _ = self.env.step(action.tolist())
-        return Turn(self._seen(observation), reward, bool(terminated), bool(truncated))
-
-    def _seen(self, observation: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        seen = {"observation": np.stack(observation).astype(np.float32)}
-        if self._legal_actions is not None:
-            seen["action_mask"] = np.zeros((len(observation), self.layout.action_spec.space.n), dtype=bool)
-            for mask, legal in zip(seen["action_mask"], zip(*self._legal_actions(), strict=True), strict=True):
-                mask[[int(action.value) for action in set(legal)]] = True
-        return seen
-
-
-class _ParallelGame(TeamGame):
-    """A PettingZoo parallel environment whose agents leave it together."""
-
-    def __init__(self, env: Any) -> None:
-        self.env = env
-        self._agents = list(env.possible_agents)
-        self._has_state = getattr(env, "state_space", None) is not None
-        size, spec = _equal_spaces(
-            {agent: env.observation_space(agent) for agent in self._agents},
-            {agent: env.action_space(agent) for agent in self._agents},
-        )
-        state_size = int(np.prod(env.state_space.shape)) if self._has_state else None
-        self.layout = Layout(self._agents, size, spec, state_size)
-
-    def reset(self, seed: int) -> dict[str, np.ndarray]:
-        return self._seen(self.env.reset(seed=seed)[0])
-
-    def step(self, action: np.ndarray) -> Turn:
-        observation, reward, terminated, truncated, _ = self.env.step(dict(zip(self._agents, action, strict=True)))
-        over = [terminated[agent] or truncated[agent] for agent in self._agents]
+        moves = action.tolist() if action.ndim == 1 else list(action)
+        moves = dict(zip(self._agents, moves, strict=True)) if self._named else moves
+        observation, reward, terminated, truncated, _ = self.env.step(moves)
+        ended, cut = self._flags(terminated), self._flags(truncated)
+        over = [one or other for one, other in zip(ended, cut, strict=True)]
         if any(over) and not all(over):
             raise ValueError(
                 f"agents left before the episode ended ({dict(zip(self._agents, over, strict=True))}): "
                 "only environments whose agents all leave together can be bridged"
             )
-        ended = any(terminated.values())
-        rewards = [reward[agent] for agent in self._agents]
-        return Turn(self._seen(observation), rewards, ended, any(truncated.values()) and not ended)
+        return Turn(self._seen(observation), self._of_each(reward), any(ended), any(cut) and not any(ended))
 
-    def _seen(self, observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        seen = {"observation": np.stack([observation[agent] for agent in self._agents]).astype(np.float32)}
+    def render(self) -> np.ndarray | None:
+        return self.env.render()
+
+    def _of_each(self, values: Any) -> list[Any]:
+        """Return the entries of a dictionary or a list in the agents' order; a single value is everyone's."""
+        if isinstance(values, Mapping):
+            return [values[agent] for agent in self._agents]
+        return list(values) if hasattr(values, "__len__") else [values] * len(self._agents)
+
+    def _flags(self, values: Any) -> list[bool]:
+        if isinstance(values, Mapping) and "__all__" in values:  # as in RLlib
+            return [bool(values["__all__"])] * len(self._agents)
+        return [bool(value) for value in self._of_each(values)]
+
+    def _seen(self, observation: Any) -> dict[str, np.ndarray]:
+        own = self._of_each(observation)
+        seen: dict[str, np.ndarray] = {}
+        if isinstance(own[0], Mapping):
+            seen["action_mask"] = np.stack([view["action_mask"] for view in own]).astype(bool)
+            own = [view["observation"] for view in own]
+        seen["observation"] = np.stack([np.ravel(view) for view in own]).astype(np.float32)
+        if self._legal_actions is not None:
+            seen["action_mask"] = np.zeros((len(own), self.layout.action_spec.space.n), dtype=bool)
+            for mask, legal in zip(seen["action_mask"], zip(*self._legal_actions(), strict=True), strict=True):
+                mask[[int(action.value) for action in set(legal)]] = True
         return {**seen, "state": self.env.state().astype(np.float32).ravel()} if self._has_state else seen
+
+
+def as_team_game(env: Any) -> TeamGame:
+    """Bridge an environment of PettingZoo's parallel API, or a Gymnasium environment of several agents.
+
+    The latter has ``Tuple`` spaces, or ``Dict`` spaces by agents' names; rewards and flags may be everyone's.
+
+    Raises:
+        ValueError: if it is neither, agents differ, or a space is none that a network of this library can take.
+    """
+    name = type(env).__name__
+    if hasattr(env, "agent_iter"):
+        raise ValueError(
+            f"{name} lets agents move in turns: wrap it in pettingzoo.utils.aec_to_parallel, if they may move at once"
+        )
+    if hasattr(env, "possible_agents"):
+        agents = list(env.possible_agents)
+        shape = getattr(getattr(env, "state_space", None), "shape", None)
+        observation = {agent: env.observation_space(agent) for agent in agents}
+        action = {agent: env.action_space(agent) for agent in agents}
+        return _Game(env, observation, action, named=True, state_size=None if shape is None else int(np.prod(shape)))
+    both: list[Any] = [getattr(env, kind, None) for kind in ("observation_space", "action_space")]
+    spaces: list[Any] = [getattr(space, "spaces", None) for space in both]
+    if all(isinstance(space, Mapping) for space in spaces):
+        return _Game(env, *spaces, named=True)
+    if all(isinstance(space, Sequence) for space in spaces):
+        return _Game(env, *({f"agent_{i}": one for i, one in enumerate(space)} for space in spaces), named=False)
+    raise ValueError(
+        f"{name} does not say what each agent observes and does: it needs possible_agents, observation_space(agent) "
+        "and action_space(agent), as in PettingZoo, or observation_space and action_space that are both a Tuple with "
+        f"a space for each agent, or both a Dict by agents' names; it has {both[0]} and {both[1]}"
+    )
 
 
 def make_lbforaging(
@@ -186,7 +236,7 @@ def make_lbforaging(
     build = import_extra("lbforaging.foraging", "gym").ForagingEnv
     options = {**_registered("lbforaging", scenario), **(scenario_kwargs or {}), "max_episode_steps": float("inf")}
     check_options(build, options, scenario)
-    games = [_GymnasiumGame(build(**options)) for _ in range(num_envs)]
+    games = [as_team_game(build(**options)) for _ in range(num_envs)]
     return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
 
 
@@ -225,7 +275,7 @@ def make_rware(
     build = import_extra("rware.warehouse", "gym").Warehouse
     options = {**_registered("rware", scenario), **(scenario_kwargs or {}), "max_steps": None}
     check_options(build, options, scenario)
-    games = [_GymnasiumGame(build(**options)) for _ in range(num_envs)]
+    games = [as_team_game(build(**options)) for _ in range(num_envs)]
     return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
 
 
@@ -268,7 +318,7 @@ def make_pettingzoo(
     module = importlib.import_module(f"{package}.{scenario}")
     options = {**(scenario_kwargs or {}), "max_cycles": max_steps}
     check_options(module.raw_env, options, scenario)
-    games = [_ParallelGame(module.parallel_env(**options)) for _ in range(num_envs)]
+    games = [as_team_game(module.parallel_env(**options)) for _ in range(num_envs)]
     return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
 
 
@@ -283,20 +333,34 @@ def _registered(package: str, scenario: str) -> dict[str, Any]:
     return registry[scenario].kwargs
 
 
-def _equal_spaces(observation: Mapping[str, Any], action: Mapping[str, Any]) -> tuple[int, TensorSpec]:
-    """The length of an observation and the specification of all agents' actions.
+def _equal_spaces(observation: Mapping[Any, Any], action: Mapping[Any, Any]) -> tuple[int, TensorSpec, bool]:
+    """The length of an observation, the specification of all agents' actions, and whether observations hold masks.
 
     Raises:
-        ValueError: if agents differ or a space is not a vector or number.
+        ValueError: if agents differ, or a space is none that a network of this library can take.
     """
-    first, *others = action
-    if any(observation[agent].shape != observation[first].shape or action[agent] != action[first] for agent in others):
+    if set(observation) != set(action) or not action:
+        raise ValueError(f"agents that observe ({list(observation)}) must be those that act ({list(action)})")
+    seen, played = [_seen_by_one(observation[agent]) for agent in action], list(action.values())
+    if any(other != seen[0] for other in seen) or any(other != played[0] for other in played):
         raise ValueError(f"agents must have equal spaces, got observations {observation} and actions {action}")
-    seen, played = observation[first], action[first]
-    if len(seen.shape) != 1:
-        raise ValueError(f"observations must be vectors, got the shape {seen.shape}")
-    num_agents = len(action)
-    if type(played).__name__ == "Discrete":
-        return seen.shape[0], Categorical(int(played.n), shape=torch.Size([num_agents]))
-    low, high = (torch.from_numpy(bound).expand(num_agents, -1) for bound in (played.low, played.high))
-    return seen.shape[0], Bounded(low, high, torch.Size([num_agents, played.shape[0]]), dtype=torch.float32)
+    (size, masked), space, num_agents = seen[0], played[0], len(played)
+    if type(space).__name__ == "Discrete" and getattr(space, "start", 0) == 0:
+        return size, Categorical(int(space.n), shape=torch.Size([num_agents])), masked
+    if type(space).__name__ != "Box" or len(space.shape) != 1 or not np.isfinite([space.low, space.high]).all():
+        raise ValueError(f"an agent's actions must be Discrete from 0, or a bounded Box of one dimension; got {space}")
+    low, high = (torch.from_numpy(bound).float().expand(num_agents, -1) for bound in (space.low, space.high))
+    return size, Bounded(low, high, torch.Size([num_agents, space.shape[0]]), dtype=torch.float32), masked
+
+
+def _seen_by_one(space: Any) -> tuple[int, bool]:
+    """The length of an agent's observation, and whether it comes with a mask."""
+    parts = getattr(space, "spaces", None)
+    masked = isinstance(parts, Mapping) and set(parts) == {"observation", "action_mask"}
+    vector = parts["observation"] if masked else space  # pyright: ignore[reportOptionalSubscript]
+    if type(vector).__name__ not in ("Box", "MultiBinary"):
+        raise ValueError(
+            f"an agent's observations must be a Box, or a Dict of observation and action_mask; got {space}: flatten "
+            "them (gymnasium.spaces.flatten)"
+        )
+    return int(np.prod(vector.shape)), masked

@@ -10,16 +10,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv, VmasEnv
+
+if TYPE_CHECKING:
+    from vmas.simulator.scenario import BaseScenario
 
 __all__ = ["import_vmas", "make_env"]
 
 
 def make_env(
-    scenario: str,
+    scenario: str | BaseScenario,
     *,
     num_envs: int,
     max_steps: int = 100,
@@ -39,7 +42,7 @@ def make_env(
     environment, for example to evaluate, under ``preserve_random_state``, so that it does not change this one's course.
 
     Args:
-        scenario: name of a VMAS scenario, such as "balance" or "simple_tag".
+        scenario: name of a VMAS scenario, such as "balance" or "simple_tag"; or a scenario of one's own.
         num_envs: number of environments stepped together.
         max_steps: time limit of an episode.
         time_limit: how the limit is reported. "truncate" sets ``truncated``, so that advantage estimation bootstraps
@@ -70,7 +73,8 @@ def make_env(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     scenario_kwargs = dict(scenario_kwargs or {})
-    _check_scenario(import_vmas(), scenario, scenario_kwargs)
+    if isinstance(scenario, str):
+        _check_scenario(import_vmas(), scenario, scenario_kwargs)
     truncate = time_limit == "truncate"
     env = VmasEnv(
         scenario,

@@ -22,10 +22,17 @@ class Episodes(NamedTuple):
     """Undiscounted return, mean over agents, ``[E]``."""
     lengths: Tensor
     """Number of steps, ``[E]``."""
+    groups: dict[str, Tensor]
+    """Undiscounted return of each group, mean over its agents, ``[E]``."""
 
     def metrics(self) -> dict[str, list[float]]:
         """Lists of one value an episode, by the names under which they are stored."""
-        return {"return": self.returns.tolist(), "episode_length": self.lengths.tolist()}
+        groups = self.groups if len(self.groups) > 1 else {}
+        return {
+            "return": self.returns.tolist(),
+            **{f"return_{group}": returns.tolist() for group, returns in groups.items()},
+            "episode_length": self.lengths.tolist(),
+        }
 
 
 @torch.no_grad()
@@ -52,17 +59,25 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         for _ in range(max_steps):  # not env.rollout, which would keep a policy's memory of every step
             data, following = env.step_and_maybe_reset(policy(following))
-            steps.append((data["next", "done"].squeeze(-1), episode_returns(data)))
-    done, returns = (torch.stack(entries, -1) for entries in zip(*steps, strict=True))
+            groups = group_returns(data)
+            steps.append((data["next", "done"].squeeze(-1), episode_returns(data), *groups.values()))
+    done, *returns = (torch.stack(entries, -1) for entries in zip(*steps, strict=True))
     if not done.any(-1).all():
         raise ValueError(f"{int((~done.any(-1)).sum())} of {len(done)} episodes did not end within {max_steps} steps.")
     first = done.int().argmax(-1)  # the copies start anew after it
-    return Episodes(returns.gather(-1, first.unsqueeze(-1)).squeeze(-1), first + 1)
+    mean, *own = (values.gather(-1, first.unsqueeze(-1)).squeeze(-1) for values in returns)
+    return Episodes(mean, first + 1, dict(zip(groups, own, strict=True)))
 
 
 def ended_episode_returns(batch: TensorDictBase) -> Tensor:
     """Return the returns of the episodes that end within a batch of training data (some began in an earlier one)."""
     return episode_returns(batch)[batch["next", "done"].squeeze(-1)]
+
+
+def group_returns(data: TensorDictBase) -> dict[str, Tensor]:
+    """Return so far at every step of each group, mean over its agents, of the shape of ``data``."""
+    entries = data.get("next").items(True, True)
+    return {key[0]: value.mean((-2, -1)) for key, value in entries if key[1:] == ("episode_reward",)}
 
 
 def episode_returns(data: TensorDictBase) -> Tensor:

@@ -50,7 +50,8 @@ class GroupShape:
         groups = list(group_map)
         if group is None and len(groups) != 1:
             raise ValueError(
-                f"The environment has the groups {', '.join(groups)}: name one with group= (recipes train one group)."
+                f"The environment has the groups {', '.join(groups)}: name one with group=, or train all of them with "
+                "recipes/groups_vmas.py."
             )
         group = groups[0] if group is None else group
         if group not in groups:

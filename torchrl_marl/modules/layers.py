@@ -18,6 +18,7 @@ from torchrl_marl.modules.group import GroupShape
 
 __all__ = [
     "Activation",
+    "OneHotAgentID",
     "activation_class",
     "agent_network",
     "initialize",
@@ -93,7 +94,7 @@ def agent_network(
     if not agent_id:
         return _mlp(inputs, outputs, hidden_sizes, activation)
     network = _mlp(inputs + shape.num_agents, outputs, hidden_sizes, activation)
-    return nn.Sequential(_OneHotAgentID(shape.num_agents), network)
+    return nn.Sequential(OneHotAgentID(shape.num_agents), network)
 
 
 def joint_input(shape: GroupShape, observes: str, share_parameters: bool) -> tuple[int, list[nn.Module]]:
@@ -148,8 +149,8 @@ def initialize(network: nn.Module, activation: Activation, *, output_gain: float
             nn.init.zeros_(layer.bias)
 
 
-class _OneHotAgentID(nn.Module):
-    """Append a one-hot agent id: ``[..., N, O]`` to ``[..., N, O + N]``."""
+class OneHotAgentID(nn.Module):
+    """One-hot agent ids beside each agent's input."""
 
     ids: Tensor
 
@@ -158,6 +159,7 @@ class _OneHotAgentID(nn.Module):
         self.register_buffer("ids", torch.eye(num_agents), persistent=False)
 
     def forward(self, observation: Tensor) -> Tensor:
+        """Append them: ``[..., N, O]`` to ``[..., N, O + N]``."""
         ids = self.ids.expand(*observation.shape[:-1], -1)
         return torch.cat([observation, ids], -1)
 

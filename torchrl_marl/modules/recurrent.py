@@ -147,6 +147,9 @@ class RecurrentModule(TensorDictModuleBase):
         state_key: the state; ``(group, name)`` with one state for each agent, ``name`` with one for the team.
         num_agents: how many agents have a state of their own; ``None`` for the team's one.
 
+    Attributes:
+        state_shape: of one state, ``[*agents, hidden_size]``.
+
     Raises:
         KeyError: on a call, if there is no state (the environment lacks the primer).
         ValueError: on a call, if the state has another shape, or the data are no sequences in recurrent mode.
@@ -167,7 +170,7 @@ class RecurrentModule(TensorDictModuleBase):
         self.state_key = state_key
         self.in_keys = [in_key, state_key, _INIT]
         self.out_keys = [unravel_key(("next", state_key))]
-        self._state_shape = torch.Size([gru.hidden_size] if num_agents is None else [num_agents, gru.hidden_size])
+        self.state_shape = torch.Size([gru.hidden_size] if num_agents is None else [num_agents, gru.hidden_size])
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the state after each row's step, ``[*batch, *agents, hidden_size]``."""
@@ -176,13 +179,13 @@ class RecurrentModule(TensorDictModuleBase):
         if state is None:
             raise KeyError(
                 f"There is no {self.state_key!r}: act in with_recurrent_state(env, policy), or set it to zeros "
-                f"{(*batch, *self._state_shape)} at the start of an episode and carry {self.out_keys[0]!r} on."
+                f"{(*batch, *self.state_shape)} at the start of an episode and carry {self.out_keys[0]!r} on."
             )
         inputs = self.embedding(tensordict.get(self.in_keys[0]))
-        if state.shape != (*batch, *self._state_shape) or inputs.shape[:-1] != state.shape[:-1]:
+        if state.shape != (*batch, *self.state_shape) or inputs.shape[:-1] != state.shape[:-1]:
             raise ValueError(
                 f"{self.state_key!r} has shape {tuple(state.shape)} and the embedded {self.in_keys[0]!r} "
-                f"{tuple(inputs.shape)}, but the batch {tuple(batch)} asks for {(*batch, *self._state_shape)}."
+                f"{tuple(inputs.shape)}, but the batch {tuple(batch)} asks for {(*batch, *self.state_shape)}."
             )
         if recurrent_mode():
             after = self.gru.unroll(inputs, state, self._restart(tensordict), time_dim=len(batch) - 1)
@@ -193,7 +196,7 @@ class RecurrentModule(TensorDictModuleBase):
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Return the transform that adds the state to an environment, zero where episodes start."""
         *group, name = (self.state_key,) if isinstance(self.state_key, str) else self.state_key
-        spec = Composite({name: Unbounded(self._state_shape)}, shape=self._state_shape[:-1] if group else ())
+        spec = Composite({name: Unbounded(self.state_shape)}, shape=self.state_shape[:-1] if group else ())
         return TensorDictPrimer(Composite({group[0]: spec}) if group else spec, expand_specs=True)
 
     def _restart(self, tensordict: TensorDictBase) -> Tensor:
@@ -206,7 +209,7 @@ class RecurrentModule(TensorDictModuleBase):
         if restart is None or restart.shape != (*batch, 1):
             found = "is missing" if restart is None else f"has shape {tuple(restart.shape)}"
             raise ValueError(f"{_INIT!r}, which marks episode starts, must be {(*batch, 1)}, but {found}.")
-        return restart.reshape(*batch, *(1 for _ in self._state_shape))
+        return restart.reshape(*batch, *(1 for _ in self.state_shape))
 
 
 def make_recurrent_actor(

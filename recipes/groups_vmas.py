@@ -1,0 +1,100 @@
+"""Groups of agents with different spaces, against each other or together: each learns with all that is its own.
+
+    python recipes/groups_vmas.py env.scenario=simple_tag loss=mappo         # three pursuers against one evader
+    python recipes/groups_vmas.py env.scenario=simple_speaker_listener       # one sees the goal, the other one moves
+
+Checkpoints are scored by the mean return of all agents; evaluations also log that of each group.
+Every value of config/groups_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictSequential
+from torch import Tensor
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.data.replay_buffers import SamplerWithoutReplacement
+
+from torchrl_marl.collectors import split_into_chunks
+from torchrl_marl.config import recipe
+from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
+from torchrl_marl.objectives import standardize
+from torchrl_marl.training import Run
+
+
+class Learner:
+    """Networks, loss, buffer and optimiser of one group."""
+
+    def __init__(self, cfg: DictConfig, shape: GroupShape, device: str) -> None:
+        self.cfg, self.name = cfg, shape.name
+        self.actor = instantiate(cfg.actor, shape, device=device)
+        self.critic = instantiate(cfg.critic, shape, device=device)
+        self.loss = instantiate(cfg.loss, self.actor, self.critic)
+        self.loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
+        self.compute_loss = torch.compile(self.loss) if cfg.compile else self.loss
+        self.optimizer = instantiate(cfg.optimizer, self.loss.parameters())
+        steps = cfg.chunk_length or 1
+        self.buffer = ReplayBuffer(
+            storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // steps, device=device),  # rounded up
+            sampler=SamplerWithoutReplacement(),
+            batch_size=math.ceil(cfg.minibatch_size / steps),
+        )
+
+    def learn(self, batch: TensorDictBase) -> Iterator[dict[str, Tensor]]:
+        """Train on what the group has seen; yield what each minibatch measured."""
+        batch = batch.copy()  # all groups call their advantages so
+        with torch.no_grad():
+            self.loss.value_estimator(batch)
+            self.loss.update_value_norm(batch)
+            batch["advantage"] = standardize(batch["advantage"], batch.get((self.name, "mask")))
+        self.buffer.empty()
+        self.buffer.extend(split_into_chunks(batch.select(*self.loss.in_keys, strict=False), self.cfg.chunk_length))
+        for _ in range(self.cfg.epochs):
+            for minibatch in self.buffer:
+                losses = self.compute_loss(minibatch)
+                total = losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]
+                total.backward()
+                grad_norm = torch.nn.utils.clip_grad_norm_(self.loss.parameters(), self.cfg.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                yield {f"{self.name}/{name}": value for name, value in [*losses.items(), ("grad_norm", grad_norm)]}
+
+
+@recipe(Path(__file__).parent / "config", "groups_vmas")
+def main(cfg: DictConfig) -> float:
+    """Train one method in every group of one task with one seed; return the mean of the last fifth of evaluations."""
+    torch.set_num_threads(cfg.num_threads)
+    torch.manual_seed(cfg.seed)
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    make_env = partial(instantiate, cfg.env, device=device)
+    env = make_env(seed=cfg.seed)
+    shapes = [GroupShape.from_env(env, group) for group in env.group_map]
+    learners = [Learner(cfg, shape, device) for shape in shapes]
+
+    policy = TensorDictSequential([collection_policy(learner.actor, learner.critic) for learner in learners])
+    env = with_recurrent_state(env, policy)
+    collector = Collector(
+        env, policy, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
+    )
+
+    actor = TensorDictSequential([learner.actor for learner in learners])
+    own = {f"loss_{learner.name}": learner.loss for learner in learners}
+    own |= {f"optimizer_{learner.name}": learner.optimizer for learner in learners}
+    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shapes, **own)
+    for batch in run.batches(collector):
+        for learner in learners:
+            for metrics in learner.learn(batch):
+                run.record(metrics)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main()

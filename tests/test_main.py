@@ -1,0 +1,65 @@
+"""The commands `evaluate` and `export` on a run of a recipe."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.recipes.runs import run_folders, run_recipe
+from torchrl_marl.__main__ import main
+from torchrl_marl.checkpoints import load_policy
+from torchrl_marl.envs import make_coordsum
+from torchrl_marl.evaluation import evaluate
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        run_recipe(patch, folder, "env=coordsum", "env.scenario=CoordSum-2x5", "total_frames=80", "seed=3")
+    return run_folders(folder)[0]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["torchrl_marl", *map(str, arguments)])
+    main()
+
+
+def test_evaluate_prints_the_mean_return_of_the_best_policy_with_its_interval(run: Path, monkeypatch, capsys) -> None:
+    call(monkeypatch, "evaluate", run, "--episodes", 20)
+    printed = capsys.readouterr().out
+    seed = 4_000_012 + 3  # beyond those of training, its evaluations, the absolute metric and the run's film
+    env = make_coordsum("CoordSum-2x5", num_envs=20, max_steps=10, seed=seed)
+    returns = evaluate(env, load_policy(run), seed=seed, max_steps=10).returns
+    mean, low, high = map(float, re.findall(r"return (\S+), 95 % interval (\S+) to (\S+) over 20 episodes", printed)[0])
+    assert mean == pytest.approx(returns.mean().item(), abs=1e-3)
+    half = 1.96 * returns.std().item() / 20**0.5  # of the mean of many, by the central limit theorem
+    assert (high - low) / 2 == pytest.approx(half, rel=0.25)
+    assert low < mean < high
+
+
+def test_evaluate_films_and_export_writes_where_it_is_told(run: Path, tmp_path: Path, monkeypatch) -> None:
+    call(monkeypatch, "evaluate", run, "--episodes", 1, "--video", tmp_path / "film.gif")
+    assert (tmp_path / "film.gif").read_bytes().startswith(b"GIF")
+    call(monkeypatch, "export", run, "--format", "torch_export", "--output", tmp_path / "new" / "policy.pt2")
+    assert torch.export.load(tmp_path / "new" / "policy.pt2") is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--episodes", 0], "--episodes must be at least 1, got 0"),
+        (["--video", "film.avi"], r"path must end in \.gif or \.mp4, got film\.avi"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(arguments, message, run: Path, monkeypatch) -> None:
+    with pytest.raises(SystemExit, match=f"^torchrl_marl evaluate: {message}$"):
+        call(monkeypatch, "evaluate", run, *arguments)
+
+
+def test_a_folder_without_a_run_ends_with_one_line(tmp_path: Path, monkeypatch) -> None:
+    for command in ("evaluate", "export"):
+        with pytest.raises(SystemExit, match=f"^torchrl_marl {command}: No checkpoint at {tmp_path}"):
+            call(monkeypatch, command, tmp_path)

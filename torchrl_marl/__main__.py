@@ -1,0 +1,82 @@
+"""The command line: ``python -m torchrl_marl evaluate|export RUN``, and ``check my_module:make_env``."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from torchrl_marl.checkpoints import best_checkpoint, load_policy, read_metadata
+from torchrl_marl.envs import check_env, make_custom, render_episode
+from torchrl_marl.evaluation import evaluate, stratified_bootstrap_interval
+from torchrl_marl.export import export_policy
+
+
+def evaluate_run(run: Path, *, episodes: int, video: Path | None, seed: int | None, device: str) -> None:
+    """Play episodes with a run's best policy; print the mean return, and film one episode if asked to.
+
+    The environment is built as the run's configuration says, so evaluate runs that you trust.
+
+    Raises:
+        ValueError: if an argument is out of its range or the checkpoint does not fit.
+    """
+    if episodes < 1:
+        raise ValueError(f"--episodes must be at least 1, got {episodes}")
+    checkpoint = best_checkpoint(run)
+    policy, recorded = load_policy(checkpoint, device=device), read_metadata(checkpoint)
+    config = recorded["config"]
+    make_env = partial(instantiate, config["env"], device=device)
+    max_steps = config["env"]["max_steps"]
+    if seed is None:
+        seed = 4_000_012 + int(config["seed"])  # starts that neither training nor its evaluations saw
+    if video is not None:
+        print(render_episode(make_env(num_envs=1, seed=seed), policy, video, max_steps=max_steps))
+    played = evaluate(make_env(num_envs=episodes, seed=seed), policy, seed=seed, max_steps=max_steps)
+    low, high = stratified_bootstrap_interval(played.returns, np.mean)
+    print(
+        f"{config['method']} on {config['env']['scenario']} after {recorded['frames']:,} frames: mean return "
+        f"{played.returns.mean():.3f}, 95 % interval {low:.3f} to {high:.3f} over {episodes} episodes of this policy, "
+        f"mean length {played.lengths.float().mean():.1f}"
+    )
+    if len(played.groups) > 1:
+        for group, returns in played.groups.items():
+            low, high = stratified_bootstrap_interval(returns, np.mean)
+            print(f"  {group}: {returns.mean():.3f}, 95 % interval {low:.3f} to {high:.3f}")
+
+
+def main() -> None:
+    """Read the command line and do what it asks; end with one line where that is impossible."""
+    parser = argparse.ArgumentParser(prog="python -m torchrl_marl", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = argparse.ArgumentParser(add_help=False)
+    run.add_argument("run", metavar="RUN", type=Path, help="folder of a run (its best checkpoint), or a checkpoint")
+    played = commands.add_parser("evaluate", parents=[run], help="play episodes, print the return, film one")
+    played.add_argument("--episodes", type=int, default=100)
+    played.add_argument("--video", type=Path, metavar="FILE", help="film an episode: FILE.mp4 or FILE.gif")
+    played.add_argument("--seed", type=int, help="of the environment; by default one that the run has not used")
+    played.add_argument("--device", default="cpu")
+    exported = commands.add_parser("export", parents=[run], help="write the policy as one file")
+    exported.add_argument("--format", default="onnx", help="onnx (default) or torch_export")
+    exported.add_argument("--group", help="of several, which one")
+    exported.add_argument("--agent", type=int, help="the policy of one agent; by default of the whole group")
+    exported.add_argument("--output", type=Path, metavar="FILE", help="by default policy.onnx or .pt2 in the run")
+    checked = commands.add_parser("check", help="explain an environment of your own, and what it lacks")
+    checked.add_argument("factory", metavar="MODULE:CALLABLE", help="what env.factory=... of the recipes gets")
+    args = parser.parse_args()
+    try:
+        if args.command == "evaluate":
+            evaluate_run(args.run, episodes=args.episodes, video=args.video, seed=args.seed, device=args.device)
+        elif args.command == "check":
+            check_env(make_custom(args.factory, num_envs=2))
+        else:
+            export_policy(args.run, format=args.format, path=args.output, group=args.group, agent=args.agent)
+    except (FileNotFoundError, ImportError, InstantiationException, RuntimeError, ValueError) as error:
+        raise SystemExit(f"torchrl_marl {args.command}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

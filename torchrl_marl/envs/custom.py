@@ -1,0 +1,176 @@
+"""A user's own environment, of whichever kind, from the name of the function that makes it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrl.envs import Compose, EnvBase, RewardSum, SerialEnv, StepCounter, Transform, TransformedEnv
+
+from torchrl_marl.envs.bridge import with_time_limit
+from torchrl_marl.envs.check import missing_entries
+from torchrl_marl.envs.team_games import TeamGamesEnv, as_team_game
+from torchrl_marl.envs.vmas import make_env
+
+__all__ = ["make_custom"]
+
+_VMAS_SCENARIO = "vmas.simulator.scenario"
+
+
+def make_custom(
+    factory: str | Callable[..., Any] | None,
+    *,
+    num_envs: int,
+    scenario: str | None = None,
+    max_steps: int = 100,
+    shared_reward: bool = False,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+    factory_kwargs: Mapping[str, Any] | None = None,
+) -> EnvBase:
+    """Build a batch of environments of one's own.
+
+    The factory is any callable, such as a class, that returns
+
+    * a PettingZoo environment (parallel API), whose agents are alike and leave together;
+    * a Gymnasium environment of several agents, with ``Tuple`` spaces, or ``Dict`` spaces by agents' names;
+    * a VMAS scenario object;
+    * a TorchRL environment with a ``group_map`` and the entries of :mod:`torchrl_marl.keys`, one copy of it or a batch.
+
+    It is called once for each copy, or once for all where it returns a batch (VMAS and TorchRL). Of the settings below,
+    and of ``render_mode="rgb_array"``, it gets those that it has arguments for, ``seed`` plus the number of the copy.
+    What it does not take is done here: copies are made, seeded and cut after ``max_steps``. An environment that draws
+    itself (``render()`` of PettingZoo and Gymnasium, ``render(env_index)`` of TorchRL) is filmed.
+
+    Runs resume bit for bit if a game draws its random numbers from the seed of each ``reset``; a TorchRL environment's
+    own are no part of checkpoints.
+
+    Args:
+        factory: the callable, or ``"module:callable"``, where the module is looked for in the current folder first.
+        num_envs: number of environments.
+        scenario: name of the task, for those factories that make several.
+        max_steps: time limit of an episode, reported as truncation.
+        shared_reward: whether every agent gets the sum of all agents' rewards (PettingZoo and Gymnasium only).
+        seed: of the random numbers; ``None`` draws one.
+        device: where the tensors are.
+        factory_kwargs: further arguments of the factory.
+
+    Returns:
+        The environments, with batch size ``[num_envs]``; :func:`~torchrl_marl.envs.check_env` explains them.
+
+    Raises:
+        ValueError: if there is no such factory, it takes other arguments or returns something else, or its environment
+            lacks what training reads.
+
+    Example:
+        >>> from torchrl_marl.envs import make_coordsum
+        >>> def small(num_envs):
+        ...     return make_coordsum("CoordSum-2x5", num_envs=num_envs)
+        >>> make_custom(small, num_envs=4, max_steps=5).rollout(5)["next", "truncated"].sum()
+        tensor(4)
+    """
+    for limit, value in (("num_envs", num_envs), ("max_steps", max_steps)):
+        if value < 1:
+            raise ValueError(f"{limit} must be at least 1, got {value}")
+    build, name = _find(factory)
+    settings = {"num_envs": num_envs, "max_steps": max_steps, "device": device, "render_mode": "rgb_array"}
+    settings |= {} if scenario is None else {"scenario": scenario}
+    seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
+
+    def make(copy: int = 0) -> Any:
+        return build(**_arguments(build, name, {**settings, "seed": seed + copy}, factory_kwargs or {}))
+
+    made = make()
+    if isinstance(made, EnvBase):
+        return _batch(made, make, name, num_envs, max_steps, seed, device)
+    if _VMAS_SCENARIO in sys.modules and isinstance(made, sys.modules[_VMAS_SCENARIO].BaseScenario):
+        return make_env(made, num_envs=num_envs, max_steps=max_steps, seed=seed, device=device)
+    if not (hasattr(made, "reset") and hasattr(made, "step")):
+        raise ValueError(
+            f"{name} returned {type(made).__name__}; it must return an environment of TorchRL (EnvBase), PettingZoo "
+            "(parallel API) or Gymnasium, with reset and step, or a VMAS scenario object"
+        )
+    games = [as_team_game(made), *(as_team_game(make(copy)) for copy in range(1, num_envs))]
+    return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
+
+
+def _find(factory: str | Callable[..., Any] | None) -> tuple[Callable[..., Any], str]:
+    """Return the callable and its name."""
+    if callable(factory):
+        return factory, getattr(factory, "__name__", type(factory).__name__)
+    match = re.fullmatch(r"([\w.]+):(\w+)", factory or "")
+    if match is None:
+        raise ValueError(f"factory must be 'module:callable', such as my_module:make_env; got {factory!r}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it
+    try:
+        module = importlib.import_module(match[1])
+    except ModuleNotFoundError as error:
+        if not f"{match[1]}.".startswith(f"{error.name}."):
+            raise  # one that the module itself imports
+        raise ValueError(f"there is no module {match[1]!r} in {Path.cwd()}, nor is one installed") from None
+    build = getattr(module, match[2], None)
+    if not callable(build):
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        nearest = difflib.get_close_matches(match[2], known, n=3) or known
+        raise ValueError(f"{match[1]} has no callable {match[2]!r}; it has {', '.join(nearest) or 'none'}")
+    return build, str(factory)
+
+
+def _arguments(
+    build: Callable[..., Any], name: str, settings: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the user's own arguments and those of our settings that the factory has arguments for."""
+    parameters = inspect.signature(build).parameters
+    takes = [
+        key for key, value in parameters.items() if value.kind in (value.POSITIONAL_OR_KEYWORD, value.KEYWORD_ONLY)
+    ]
+    anything = any(value.kind == value.VAR_KEYWORD for value in parameters.values())
+    unknown = [key for key in chosen if key not in takes]
+    if unknown and not anything:
+        raise ValueError(f"{name} takes no {', '.join(unknown)}; it takes {', '.join(takes) or 'nothing'}")
+    arguments = {**{key: value for key, value in settings.items() if key in takes}, **chosen}
+    missing = [key for key in takes if parameters[key].default is inspect.Parameter.empty and key not in arguments]
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(missing)}: set env.factory_kwargs.{missing[0]}=..., or a default")
+    return arguments
+
+
+def _batch(
+    made: EnvBase,
+    make: Callable[[int], EnvBase],
+    name: str,
+    num_envs: int,
+    max_steps: int,
+    seed: int,
+    device: torch.device | str,
+) -> EnvBase:
+    """Make copies of a TorchRL environment if it is a single one, and add the time limit and the episodes' returns."""
+    if missing := missing_entries(made):
+        raise ValueError(f"{name}: {' '.join(missing)}")
+    if "done" not in made.done_keys:
+        raise ValueError(
+            f"{name}: 'done' must be [1] at the root, whether the episode ends; there are {made.done_keys}"
+        )
+    if list(made.batch_size) not in ([], [num_envs]):
+        raise ValueError(
+            f"{name} returned the batch size {list(made.batch_size)}, but {num_envs} environments are asked for: take "
+            "num_envs as an argument and return as many, or return a single one (batch size []), which is copied"
+        )
+    present = {type(module) for module in made.modules()}
+    env = made
+    if not made.batch_size:
+        env = SerialEnv(num_envs, [lambda copy=copy: make(copy) for copy in range(num_envs)], device=device)
+        env.group_map = made.group_map
+    added: list[Transform] = [] if StepCounter in present else [StepCounter(max_steps=max_steps)]
+    added += [] if RewardSum in present else [RewardSum()]
+    env = TransformedEnv(env, Compose(added)) if added else env
+    env.set_seed(seed)
+    return env.to(device)

@@ -1,0 +1,297 @@
+"""Trained policies as files that run without this library: ONNX, or a program of ``torch.export``."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torchrl.envs import ExplorationType, set_exploration_type
+from torchrl.modules import ProbabilisticActor
+
+from torchrl_marl.checkpoints import POLICY_BUILDERS, best_checkpoint, load_policy, read_metadata
+from torchrl_marl.envs.bridge import import_extra
+from torchrl_marl.modules import AgentNetworks, GroupShape, MultiAgentGRU, RecurrentModule
+from torchrl_marl.modules.layers import OneHotAgentID
+
+__all__ = ["export_policy"]
+
+_TOLERANCE = 1e-5
+Tensors = Mapping[str, Tensor]
+
+
+def export_policy(
+    run: str | Path,
+    *,
+    format: Literal["onnx", "torch_export"] = "onnx",
+    path: str | Path | None = None,
+    group: str | None = None,
+    agent: int | None = None,
+    num_observations: int = 1000,
+) -> Path:
+    """Write the decentralised policy of a run as one file, and print how far it is from the original.
+
+    The file takes any batch ``B`` and gives each agent's most likely action (of a squashed Gaussian: that of its
+    location), and what describes its distribution. Each agent's results follow from its own inputs alone.
+
+    =======================================  ===============  ==========================================================
+    input or output                          shape            where
+    =======================================  ===============  ==========================================================
+    ``observation``                          ``[B, N, O]``    always
+    ``action_mask``                          ``[B, N, C]``    in masked groups; bool, legal actions
+    ``recurrent_state``                      ``[B, N, H]``    with a memory; what the step before gave
+    ``is_init``                              ``[B, 1]``       with a memory; bool, an episode starts: state counts as 0
+    ``action``                               ``[B, N, A]``    always; of discrete actions an index, ``[B, N]``
+    ``loc`` and ``scale``, or ``logits``     ``[B, N, A|C]``  always; before squashing, or before the mask
+    ``next_recurrent_state``                 ``[B, N, H]``    with a memory; for the next step
+    =======================================  ===============  ==========================================================
+
+    With ``agent`` it is the policy of that agent, and all shapes are without ``N``. The file also holds, as JSON under
+    the name ``torchrl_marl``, the agents, sizes, action bounds, environment and training frames. Read it as
+    ``onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["torchrl_marl"]``, or with
+    ``extra_files={"torchrl_marl": ""}`` of ``torch.export.load``.
+
+    Args:
+        run: a run's folder (then its best checkpoint) or a checkpoint file.
+        format: ``"onnx"`` for ONNX Runtime and its kin, ``"torch_export"`` for ``torch.export.load(path).module()``.
+        path: file to write; ``None`` for ``policy[_group][_agent].onnx`` or ``.pt2`` in the run's folder, or beside the
+            checkpoint.
+        group: which group, if the run has several.
+        agent: index of one agent; ``None`` for the whole group.
+        num_observations: number of random inputs with which the written file is compared to the original.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ImportError: if the packages for ONNX are not installed.
+        RuntimeError: if the file's results differ from the original's by more than 1e-5 (relative above 1) or in an
+            action; it is deleted then.
+        ValueError: if the checkpoint is damaged or holds a policy of another builder, or an argument is out of range.
+    """
+    if format not in _FORMATS:
+        raise ValueError(f"format must be one of {', '.join(_FORMATS)}; got {format!r}")
+    if num_observations < 1:
+        raise ValueError(f"num_observations must be at least 1, got {num_observations}")
+    checkpoint = best_checkpoint(run)
+    recorded = read_metadata(checkpoint)
+    actor, shape = _policy_of(checkpoint, recorded["actor"], group)
+    if agent is not None and not 0 <= agent < shape.num_agents:
+        raise ValueError(f"there is no agent {agent}: {shape.name!r} has agents 0 to {shape.num_agents - 1}")
+    for package in _FORMATS[format].packages:
+        import_extra(package, "export")
+    path = _default_path(Path(run), checkpoint, format, group, agent) if path is None else Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    example = _random_inputs(actor, shape, 2)
+    program = _trace(actor, shape, agent, example)
+    metadata = _describe(recorded, shape, agent, example)
+    _FORMATS[format].write(program, path, json.dumps(metadata))
+
+    inputs = _random_inputs(actor, shape, num_observations)
+    expected = _of_agent(_original(actor, shape, inputs), agent)
+    difference, wrong = _compare(_FORMATS[format].run(path, _of_agent(inputs, agent)), expected)
+    if difference > _TOLERANCE or wrong:
+        path.unlink()
+        raise RuntimeError(
+            f"{format} computes something else than the policy of {checkpoint}: over {num_observations:,} observations "
+            f"it is off by {difference:.1e} and {wrong:,} discrete actions differ; nothing was written"
+        )
+    print(f"{path}: largest difference from the original over {num_observations:,} observations {difference:.1e}")
+    return path
+
+
+def _policy_of(checkpoint: Path, recorded: Any, group: str | None) -> tuple[Any, GroupShape]:
+    """Return the policy of a group and its shape."""
+    records = recorded if isinstance(recorded, list) else [recorded]
+    for builder in (record["builder"] for record in records):
+        if builder not in POLICY_BUILDERS:
+            raise ValueError(
+                f"{checkpoint} holds a policy built by {builder}; what can be exported are decentralised policies, "
+                f"built by {' or '.join(POLICY_BUILDERS)}"
+            )
+    names = [record["shape"]["name"] for record in records]
+    if group not in names and not (group is None and len(names) == 1):
+        raise ValueError(f"group must be one of {', '.join(names)}; got {group!r}")
+    index = 0 if group is None else names.index(group)
+    policy: Any = load_policy(checkpoint)
+    return policy[index] if isinstance(recorded, list) else policy, GroupShape(**records[index]["shape"])
+
+
+class _Policy(nn.Module):
+    """The deterministic policy with tensors by name, in place of a TensorDict."""
+
+    def __init__(self, actor: ProbabilisticActor, shape: GroupShape, *, alone: bool) -> None:
+        super().__init__()
+        self.actor, self._shape, self._alone = actor, shape, alone
+
+    def forward(
+        self,
+        observation: Tensor,
+        action_mask: Tensor | None = None,
+        recurrent_state: Tensor | None = None,
+        is_init: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        inputs = {"observation": observation, "action_mask": action_mask}
+        if recurrent_state is not None and is_init is not None:
+            fresh = is_init if self._alone else is_init.unsqueeze(-1)
+            inputs["recurrent_state"] = torch.where(fresh, 0.0, recurrent_state)
+        present = {name: value for name, value in inputs.items() if value is not None}
+        agents = {name: value.unsqueeze(1) if self._alone else value for name, value in present.items()}
+        data = TensorDict({self._shape.name: agents}, batch_size=observation.shape[:1])
+        distribution = self.actor.get_dist(data)
+        discrete = self._shape.num_actions is not None
+        action = distribution.mode if discrete else distribution.deterministic_sample
+        results = _results(data.set((self._shape.name, "action"), action), self._shape, "recurrent_state" in inputs)
+        return {name: value.squeeze(1) if self._alone else value for name, value in results.items()}
+
+
+def _trace(actor: ProbabilisticActor, shape: GroupShape, agent: int | None, example: Tensors) -> ExportedProgram:
+    """Record the policy as a program over tensors, of the group or of one agent, for any batch."""
+    actor = copy.deepcopy(actor).requires_grad_(False)
+    for name, module in list(actor.named_modules()):
+        if isinstance(module, AgentNetworks):
+            # Parameters that functional_call puts in place are no constants to torch.export.
+            own = _OneByOne(module.networks) if agent is None else module.networks[agent]
+            actor.set_submodule(name, own)
+        elif agent is not None and isinstance(module, OneHotAgentID):
+            module.ids = module.ids[agent : agent + 1].clone()
+        elif agent is not None and isinstance(module, MultiAgentGRU) and module.weight_ih.ndim == 3:
+            for parameter in module.parameters():
+                parameter.data = parameter.data[agent].clone()
+        elif agent is not None and isinstance(module, RecurrentModule):
+            module.state_shape = torch.Size([1, module.state_shape[-1]])
+    inputs = dict(_of_agent(example, agent))
+    policy = _Policy(actor, shape, alone=agent is not None)
+    return torch.export.export(policy, (), inputs, dynamic_shapes={name: {0: Dim("batch")} for name in inputs})
+
+
+class _OneByOne(nn.Module):
+    """What ``AgentNetworks`` computes, network after network."""
+
+    def __init__(self, networks: nn.ModuleList) -> None:
+        super().__init__()
+        self.networks = networks
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = [network(inputs[..., index, :]) for index, network in enumerate(self.networks)]
+        return torch.stack(outputs, -2)
+
+
+def _original(actor: ProbabilisticActor, shape: GroupShape, inputs: Tensors) -> dict[str, Tensor]:
+    """What the policy makes of inputs in an evaluation."""
+    agents = {name: value for name, value in inputs.items() if name != "is_init"}
+    if "is_init" in inputs:
+        agents["recurrent_state"] = agents["recurrent_state"] * ~inputs["is_init"].unsqueeze(-1)
+    data = TensorDict({shape.name: agents}, batch_size=inputs["observation"].shape[:1])
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        return _results(actor(data), shape, "is_init" in inputs)
+
+
+def _results(data: TensorDict, shape: GroupShape, recurrent: bool) -> dict[str, Tensor]:
+    names = ("action", "loc", "scale") if shape.num_actions is None else ("action", "logits")
+    results = {name: data[shape.name, name] for name in names}
+    return {**results, "next_recurrent_state": data["next", shape.name, "recurrent_state"]} if recurrent else results
+
+
+def _random_inputs(actor: ProbabilisticActor, shape: GroupShape, number: int) -> dict[str, Tensor]:
+    """Observations, masks with a legal action, memories and episode starts, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    rows = (number, shape.num_agents)
+    inputs = {"observation": torch.randn(*rows, shape.observation_size, generator=generator)}
+    if shape.masked and shape.num_actions is not None:
+        chance = torch.rand(*rows, shape.num_actions, generator=generator)
+        inputs["action_mask"] = (chance < 0.5) | (chance == chance.amin(-1, keepdim=True))
+    for memory in (module for module in actor.modules() if isinstance(module, RecurrentModule)):
+        inputs["recurrent_state"] = 2 * torch.rand(number, *memory.state_shape, generator=generator) - 1
+        inputs["is_init"] = torch.rand(number, 1, generator=generator) < 0.5
+    return inputs
+
+
+def _of_agent(tensors: Tensors, agent: int | None) -> Tensors:
+    if agent is None:
+        return tensors
+    return {name: value if name == "is_init" else value[:, agent] for name, value in tensors.items()}
+
+
+def _compare(actual: Tensors, expected: Tensors) -> tuple[float, int]:
+    """Largest difference, relative where values exceed 1, and the number of discrete actions that differ."""
+    if {name: value.shape for name, value in actual.items()} != {name: value.shape for name, value in expected.items()}:
+        raise RuntimeError(f"the file gives {list(actual)}, the policy {list(expected)}, or their shapes differ")
+    numbers = [name for name, value in expected.items() if value.is_floating_point()]
+    differences = [(actual[name] - expected[name]).abs() / expected[name].abs().clamp(min=1) for name in numbers]
+    wrong = [(actual[name] != expected[name]).sum().item() for name in expected if name not in numbers]
+    return max(difference.max().item() for difference in differences), int(sum(wrong))
+
+
+def _describe(recorded: Mapping[str, Any], shape: GroupShape, agent: int | None, example: Tensors) -> dict[str, Any]:
+    config = recorded["config"]
+    return {
+        "environment": config.get("environment"),
+        "env": config.get("env"),
+        "frames": recorded["frames"],
+        "group": shape.name,
+        "num_agents": shape.num_agents,
+        "agent": agent,
+        "inputs": {name: ["B", *value.shape[1:]] for name, value in _of_agent(example, agent).items()},
+        "num_actions": shape.num_actions,
+        "action_low": list(shape.action_low),
+        "action_high": list(shape.action_high),
+    }
+
+
+def _default_path(run: Path, checkpoint: Path, format: str, *parts: str | int | None) -> Path:
+    folder = run.expanduser() if run.expanduser().is_dir() else checkpoint.parent
+    name = "_".join(["policy", *(str(part) for part in parts if part is not None)])
+    return folder / f"{name}{_FORMATS[format].suffix}"
+
+
+def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it reports packages that a policy does not need
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own
+            names = [str(spec) for spec in program.module()(**program.example_inputs[1])]
+            converted = torch.onnx.export(program, output_names=names, external_data=False, verbose=False)
+    finally:
+        logger.setLevel(level)
+    converted.model.metadata_props["torchrl_marl"] = metadata
+    converted.save(path)
+
+
+def _run_onnx(path: Path, inputs: Tensors) -> dict[str, Tensor]:
+    session = import_extra("onnxruntime", "export").InferenceSession(path, providers=["CPUExecutionProvider"])
+    results = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return {output.name: torch.from_numpy(array) for output, array in zip(session.get_outputs(), results, strict=True)}
+
+
+def _write_program(program: ExportedProgram, path: Path, metadata: str) -> None:
+    torch.export.save(program, path, extra_files={"torchrl_marl": metadata})
+
+
+def _run_program(path: Path, inputs: Tensors) -> dict[str, Tensor]:
+    return torch.export.load(path).module()(**inputs)
+
+
+class _Format(NamedTuple):
+    suffix: str
+    packages: tuple[str, ...]
+    write: Callable[[ExportedProgram, Path, str], None]
+    run: Callable[[Path, Tensors], dict[str, Tensor]]
+
+
+_FORMATS = {
+    "onnx": _Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _run_onnx),
+    "torch_export": _Format(".pt2", (), _write_program, _run_program),
+}

@@ -64,13 +64,16 @@ def test_agents_that_share_parameters_are_refused(tmp_path: Path, monkeypatch: p
         run_recipe(monkeypatch, tmp_path, "actor.share_parameters=true", recipe="oappo_vmas")
 
 
-@pytest.mark.parametrize(
-    ("recipe", "config"), [("mars_vmas", "mappo_maze"), ("oappo_vmas", "oappo_maze"), ("oatrpo_vmas", "oatrpo_maze")]
-)
-def test_recipes_play_in_the_mazes(
-    recipe: str, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_recipe(monkeypatch, tmp_path, f"--config-name={config}", "total_frames=80", recipe=recipe)
+@pytest.mark.parametrize("recipe", ["mappo_maze", "oappo_maze", "oatrpo_maze"])
+def test_recipes_play_in_the_mazes(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "total_frames=80", recipe=recipe)
     (folder,) = run_folders(tmp_path)
-    assert folder.parts[-4:-1] == (config, "black_red", config.split("_")[0])
-    assert (folder / "reuse_matrix.png").exists() == (config != "mappo_maze")
+    assert folder.parts[-4:-1] == (recipe, "black_red", recipe.split("_")[0])
+    assert (folder / "reuse_matrix.png").exists() == (recipe != "mappo_maze")
+
+
+def test_a_recipes_loop_takes_the_values_of_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path / "script", "total_frames=80", recipe="oappo_maze")
+    run_recipe(monkeypatch, tmp_path / "name", "--config-name=oappo_maze", "total_frames=80", recipe="oappo_vmas")
+    script, name = (curves(run_folders(tmp_path / way)[0]) for way in ("script", "name"))
+    assert script == name

@@ -99,6 +99,19 @@ def test_a_centralised_policy_is_loaded_into_its_actor(tmp_path: Path, monkeypat
     assert any((new != old).any() for new, old in zip(actor.parameters(), before, strict=True))
 
 
+def test_what_the_guider_alone_sees_is_not_asked_of_the_learner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ["actor.recurrent_size=8", "actor.hidden_sizes=[8]", "guider.embed_dim=8", "epochs=1", "total_frames=80"]
+    monkeypatch.setattr("tests.recipes.runs.TINY", [*SMALL, *sizes])
+    options = ["guider.observes=observation_and_state", "loss=magpo_adaptive", "loss.adapt_ratio.target=0.5"]
+    run_recipe(monkeypatch, tmp_path, *options, recipe="magpo_coordsum")
+    (folder,) = run_folders(tmp_path)
+    assert set(load_policy(folder).in_keys) == {("agents", "observation"), ("agents", "recurrent_state"), "is_init"}
+    # a fresh learner is closer than that: the bound widens
+    assert last_value(folder, "train/agents/guider_learner_ratio") > 1.5
+
+
 @pytest.mark.parametrize("setting", ["light", "paper_3x10", "paper_5x20"])
 @pytest.mark.parametrize("method", ["magpo", "ctds"])
 def test_coordsum_trains_in_every_setting(

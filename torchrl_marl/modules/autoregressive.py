@@ -392,9 +392,7 @@ class _ParallelPass(TensorDictModuleBase):
         self.out_keys = [*self.parameter_keys, (self.group, "encoding")]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        encoding = self.encoder(
-            _observed(tensordict, self.observed_keys), _state(tensordict, self.encoder, self.group)
-        )
+        encoding = self.encoder(_observed(tensordict, self.observed_keys), _state(tensordict, self.encoder, self.group))
         tensordict.set((self.group, "encoding"), encoding)
         agents = encoding.ndim - 2
         action = self.space.decoder_input(tensordict.get((self.group, "action")))

@@ -116,7 +116,7 @@ class MAGPOLoss(RatioLoss):
         gain: another trust region of the guider, with the same bounds, see
             :func:`~torchrl_marl.objectives.surrogates.double_clip_gain`.
         learner_gain: another trust region of the learner's own objective, with the same bounds.
-        adapt_ratio: how delta follows the imitation gap, such as :func:`follow_imitation_gap`; ``None`` for a fixed one.
+        adapt_ratio: how delta follows the imitation gap, such as :func:`follow_imitation_gap`; ``None``: it stays.
         clip_value: see :class:`RatioLoss`. The authors' critic has ``clip_value=clip_epsilon``,
             ``loss_critic_type="l2"`` and, with a coefficient of a half before half the square, ``critic_coeff=0.25``.
         entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,

@@ -370,8 +370,9 @@ class AutoregressiveCritic(TensorDictModuleBase):
         Returns:
             The same TensorDict.
         """
-        observations = (_observed(rows, self.observed_keys) for rows in (tensordict, tensordict["next"]))
-        encoding, following = self.encoder.bootstrap(*observations, _state(tensordict, self.encoder, self.group))
+        observed, observed_next = (_observed(rows, self.observed_keys) for rows in (tensordict, tensordict["next"]))
+        state = _state(tensordict, self.encoder, self.group)
+        encoding, following = self.encoder.bootstrap(observed, observed_next, state)
         tensordict.set(("next", self.group, "state_value"), self.head(following))
         return tensordict.set((self.group, "state_value"), self.head(encoding))
 

@@ -16,9 +16,20 @@ from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, mask
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, double_clip_gain
 from torchrl_marl.objectives.trust_region import categorical_kl, gaussian_kl
 
-__all__ = ["CTDSLoss", "LearnerKL", "MAGPOLoss", "RatioRule", "divergence", "follow_imitation_gap"]
+__all__ = [
+    "GUIDER_LOSSES",
+    "LEARNER_LOSSES",
+    "CTDSLoss",
+    "LearnerKL",
+    "MAGPOLoss",
+    "RatioRule",
+    "divergence",
+    "follow_imitation_gap",
+]
 
 LearnerKL = Literal["forward", "reverse"]
+GUIDER_LOSSES = ("loss_objective", "loss_entropy", "loss_critic", "loss_guider_kl")
+LEARNER_LOSSES = ("loss_learner_kl", "loss_learner_objective")
 
 
 class RatioRule(Protocol):
@@ -83,7 +94,8 @@ class MAGPOLoss(RatioLoss):
     is executed in the end. In the first two losses ``pi`` is a constant, in the last two ``mu`` is. Divergences are
     exact and those of each agent's action given, for the guider, the actions before it. All losses are meant to be
     summed and back-propagated at once: guider and learner move together, each from the other's old parameters, as in
-    the authors' code.
+    the authors' code. In the paper the learner follows the guider that has been updated: a loop may train on the sum of
+    ``GUIDER_LOSSES`` first and then on that of ``LEARNER_LOSSES``.
 
     The guider may be any actor; those of :func:`~torchrl_marl.modules.make_mat` and
     :func:`~torchrl_marl.modules.make_sable` are autoregressive. The learner may be any actor of the same group and the

@@ -157,7 +157,7 @@ class RecurrentModule(TensorDictModuleBase):
         self.state_key = state_key
         self.in_keys = [in_key, state_key, _INIT]
         self.out_keys = [unravel_key(("next", state_key))]
-        self._state_shape = torch.Size(state_shape)
+        self.state_shape = torch.Size(state_shape)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the state after each row's step, ``[*batch, *agents, hidden_size]``."""
@@ -166,14 +166,14 @@ class RecurrentModule(TensorDictModuleBase):
         if state is None:
             raise KeyError(
                 f"There is no {self.state_key!r}: act in with_recurrent_state(env, policy), or set it to zeros "
-                f"{(*batch, *self._state_shape)} at the start of an episode and carry {self.out_keys[0]!r} on."
+                f"{(*batch, *self.state_shape)} at the start of an episode and carry {self.out_keys[0]!r} on."
             )
         inputs = self.embedding(tensordict.get(self.in_keys[0]))
         rows = inputs.shape[:-1]  # of all agents; in an agent's policy, of any number of slots
-        if state.shape != (*rows, self._state_shape[-1]) or len(rows) != len(batch) + len(self._state_shape) - 1:
+        if state.shape != (*rows, self.state_shape[-1]) or len(rows) != len(batch) + len(self.state_shape) - 1:
             raise ValueError(
                 f"{self.state_key!r} has shape {tuple(state.shape)} and the embedded {self.in_keys[0]!r} "
-                f"{tuple(inputs.shape)}, but the batch {tuple(batch)} asks for {(*batch, *self._state_shape)}."
+                f"{tuple(inputs.shape)}, but the batch {tuple(batch)} asks for {(*batch, *self.state_shape)}."
             )
         if recurrent_mode():
             time, restart = len(batch) - 1, self._restart(tensordict).expand(*rows, 1)
@@ -185,7 +185,7 @@ class RecurrentModule(TensorDictModuleBase):
     def make_tensordict_primer(self) -> TensorDictPrimer:
         """Return the transform that adds the state to an environment, zero where episodes start."""
         *group, name = (self.state_key,) if isinstance(self.state_key, str) else self.state_key
-        spec = Composite({name: Unbounded(self._state_shape)}, shape=self._state_shape[:-1] if group else ())
+        spec = Composite({name: Unbounded(self.state_shape)}, shape=self.state_shape[:-1] if group else ())
         return TensorDictPrimer(Composite({group[0]: spec}) if group else spec, expand_specs=True)
 
     def _restart(self, tensordict: TensorDictBase) -> Tensor:
@@ -198,7 +198,7 @@ class RecurrentModule(TensorDictModuleBase):
         if restart is None or restart.shape != (*batch, 1):
             found = "is missing" if restart is None else f"has shape {tuple(restart.shape)}"
             raise ValueError(f"{_INIT!r}, which marks episode starts, must be {(*batch, 1)}, but {found}.")
-        return restart.reshape(*batch, *(1 for _ in self._state_shape))
+        return restart.reshape(*batch, *(1 for _ in self.state_shape))
 
 
 def make_recurrent_actor(

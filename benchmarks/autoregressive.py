@@ -18,7 +18,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.objectives.value import MultiAgentGAE
 
-from torchrl_marl.collectors import SequenceCollector, sequence_minibatches
+from torchrl_marl.collectors import SequenceCollector, sequence_minibatches, split_into_chunks
 from torchrl_marl.envs import make_coordsum
 from torchrl_marl.modules import (
     GroupShape,
@@ -67,7 +67,9 @@ class Contender:
             collector = SequenceCollector(env, policy, frames_per_batch=frames, states=self.memory)
         self.data: Iterator = iter(collector)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=1e-5)
-        self.minibatch = arguments.envs // arguments.minibatches
+        # Sable's memory and the learner's start where the rollout does; recurrent MAPPO's networks start in every chunk
+        self.chunk = arguments.chunk if name == "MAPPO, recurrent" else arguments.steps
+        self.minibatch = frames // arguments.minibatches // self.chunk
 
     def __call__(self) -> tuple[float, float, float]:
         """Seconds of processor time: collection, values and advantages, one epoch."""
@@ -78,6 +80,8 @@ class Contender:
             self.loss.value_estimator(self.values(batch))
         valued = time.process_time()
         data = batch.select(*self.loss.in_keys, strict=False)
+        if self.chunk < data.shape[1]:
+            data = split_into_chunks(data, self.chunk)
         for minibatch in sequence_minibatches(data, self.minibatch, states=self.memory):
             losses = self.loss(minibatch)
             sum(losses[key] for key in losses.keys() if key.startswith("loss_")).backward()
@@ -107,8 +111,8 @@ def acting(builder: Callable, arguments: argparse.Namespace, agents: int) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="CoordSum-3x10")
-    sizes = {"envs": 16, "steps": 128, "epochs": 4, "minibatches": 4, "embed": 32, "heads": 1, "blocks": 1, "rounds": 5}
-    for name, default in sizes.items():
+    sizes = {"envs": 16, "steps": 128, "chunk": 32, "epochs": 4, "minibatches": 4, "embed": 32, "heads": 1, "blocks": 1}
+    for name, default in {**sizes, "rounds": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -3,73 +3,10 @@
     python recipes/magpo_coordsum.py loss.guider_learner_ratio=1.3 loss.rl_coeff=2    # a light setting, 1 M frames
     python recipes/magpo_coordsum.py setting=paper_5x20 loss=ctds                     # the paper's, 20 M frames
 
-What is evaluated and stored as the policy is the learner alone: each agent acts on what it has observed.
-Every value of config/magpo_coordsum.yaml and every argument of what it names can be overridden; -m runs grids.
+The loop is that of magpo_vmas.py, its values are those of config/magpo_coordsum.yaml.
 """
 
-from functools import partial
-from pathlib import Path
-
-import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig
-from torchrl.objectives.value import MultiAgentGAE
-
-from torchrl_marl.collectors import sequence_minibatches
-from torchrl_marl.config import recipe
-from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.objectives import standardize
-from torchrl_marl.training import Run
-
-
-@recipe(Path(__file__).parent / "config", "magpo_coordsum")
-def main(cfg: DictConfig) -> float:
-    """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
-    torch.set_num_threads(cfg.num_threads)
-    torch.manual_seed(cfg.seed)
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-    make_env = partial(instantiate, cfg.env, device=device)
-    env = make_env(seed=cfg.seed)
-    shape = GroupShape.from_env(env)
-    guider, critic = instantiate(cfg.guider, shape, device=device)
-    learner = instantiate(cfg.actor, shape, device=device)
-
-    loss = instantiate(cfg.loss, guider, critic, learner)
-    loss.make_value_estimator(MultiAgentGAE(gamma=cfg.gamma, lmbda=cfg.lmbda, value_network=None))
-    compute_loss = torch.compile(loss) if cfg.compile else loss
-    optimizer = instantiate(cfg.optimizer, loss.parameters())
-    guider_parameters = [*dict.fromkeys([*guider.parameters(), *critic.parameters()])]
-
-    policy = collection_policy(guider, learner)  # only the guider acts; a learner with a memory keeps it up to date
-    env, memory = with_recurrent_state(env, policy), guider.memory_keys
-    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch, states=memory)
-
-    run = Run(cfg, env=env, make_env=make_env, actor=learner, shape=shape, loss=loss, optimizer=optimizer)
-    for batch in run.batches(collector):
-        with torch.no_grad():
-            critic.bootstrap(batch)
-            loss.value_estimator(batch)
-            loss.update_value_norm(batch)
-            batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")))
-
-        data = batch.select(*loss.in_keys, strict=False)
-        for _ in range(cfg.epochs):
-            if cfg.shuffle_agents:
-                order = torch.randperm(shape.num_agents, device=device)
-                data[shape.name, "order"] = order.expand(*data.batch_size, -1)
-            for minibatch in sequence_minibatches(data, cfg.minibatch_size // collector.num_steps, states=memory):
-                losses = compute_loss(minibatch)
-                sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
-                norms = {
-                    "grad_norm": torch.nn.utils.clip_grad_norm_(guider_parameters, cfg.max_grad_norm),
-                    "learner_grad_norm": torch.nn.utils.clip_grad_norm_(learner.parameters(), cfg.max_grad_norm),
-                }
-                optimizer.step()
-                optimizer.zero_grad()
-                run.record({**losses, **norms})
-    return run.finish()
-
+from magpo_vmas import main
 
 if __name__ == "__main__":
-    main()
+    main("magpo_coordsum")

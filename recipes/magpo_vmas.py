@@ -19,6 +19,7 @@ from torchrl_marl.collectors import sequence_minibatches
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.objectives import standardize
+from torchrl_marl.objectives.magpo import GUIDER_LOSSES, LEARNER_LOSSES
 from torchrl_marl.training import Run
 
 
@@ -54,13 +55,14 @@ def main(cfg: DictConfig) -> float:
             batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")))
 
         data = batch.select(*loss.in_keys, strict=False)
-        for _ in range(cfg.epochs):
+        phases = (GUIDER_LOSSES, LEARNER_LOSSES) if cfg.guider_first else (GUIDER_LOSSES + LEARNER_LOSSES,)
+        for trained in (phase for phase in phases for _ in range(cfg.epochs)):
             if cfg.shuffle_agents:
                 order = torch.randperm(shape.num_agents, device=device)
                 data[shape.name, "order"] = order.expand(*data.batch_size, -1)
             for minibatch in sequence_minibatches(data, cfg.minibatch_size // collector.num_steps, states=memory):
                 losses = compute_loss(minibatch)
-                sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
+                sum(value for name, value in losses.items() if name in trained).backward()
                 norms = {
                     "grad_norm": torch.nn.utils.clip_grad_norm_(guider_parameters, cfg.max_grad_norm),
                     "learner_grad_norm": torch.nn.utils.clip_grad_norm_(learner.parameters(), cfg.max_grad_norm),

@@ -26,7 +26,7 @@ __all__ = ["recipe"]
 _RESUMABLE = {"total_frames", "evaluation", "logger", "device", "num_threads", "compile", "folder"}
 
 
-def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], float]], Callable[[], None]]:
+def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], float]], Callable[..., None]]:
     """Turn ``function(cfg)`` into the main function of a recipe script.
 
     The function gets ``config_folder/name.yaml`` composed with the command line's Hydra overrides (``-m`` runs grids).
@@ -40,7 +40,8 @@ def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], f
         name: file name without ``.yaml``.
 
     Returns:
-        Decorator; the decorated function takes no arguments and reads ``sys.argv``.
+        Decorator; the decorated function reads ``sys.argv``. Its one argument, another file's name, may be left out: a
+        script can be the loop of another one with values of its own.
     """
 
     def decorate(function: Callable[[DictConfig], float]) -> Callable[[], None]:
@@ -49,14 +50,15 @@ def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], f
             resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True))
             if resolved.resume is not None:
                 resolved = _stored_config(resolved.resume, HydraConfig.get().overrides.task)
-            known = DictConfig({**dict.fromkeys(_groups(config_folder)), **_load(config_folder, name)})
+            own = _load(config_folder, str(HydraConfig.get().job.config_name))
+            known = DictConfig({**dict.fromkeys(_groups(config_folder)), **own})
             check_keys(resolved, known)
             return function(resolved)
 
-        def main() -> None:
-            sys.argv[1:] = [_checked_override(argument, config_folder, name) for argument in sys.argv[1:]]
+        def main(config_name: str = name) -> None:
+            sys.argv[1:] = [_checked_override(argument, config_folder, config_name) for argument in sys.argv[1:]]
             logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notices would break the progress bar
-            hydra.main(version_base=None, config_path=str(config_folder), config_name=name)(run)()
+            hydra.main(version_base=None, config_path=str(config_folder), config_name=config_name)(run)()
 
         return main
 
@@ -131,6 +133,6 @@ def _load(folder: Path, name: str) -> DictConfig:
 
 
 def _fail(key: str, what: str, known: Iterable[str]) -> NoReturn:
-    known = list(known)
+    known = list(dict.fromkeys(known))
     nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
     raise SystemExit(f"{key} is not a {what}; nearest: {', '.join(nearest)}.")

@@ -10,11 +10,14 @@ from torchrl.modules.utils import get_primers_from_module
 
 from torchrl_marl.modules import GroupShape, make_mat, make_sable
 
-AGENTS, OBSERVATION, ACTIONS = 3, 5, 4
+AGENTS, OBSERVATION, ACTIONS, STATE = 3, 5, 4, 2
+ACTION_SPACES = {
+    "categorical": {"num_actions": ACTIONS},
+    "masked": {"num_actions": ACTIONS, "masked": True},
+    "continuous": {"action_low": (-1.0, -2.0), "action_high": (1.0, 3.0)},
+}
 SHAPES = {
-    "categorical": GroupShape("agents", AGENTS, OBSERVATION, num_actions=ACTIONS),
-    "masked": GroupShape("agents", AGENTS, OBSERVATION, num_actions=ACTIONS, masked=True),
-    "continuous": GroupShape("agents", AGENTS, OBSERVATION, action_low=(-1.0, -2.0), action_high=(1.0, 3.0)),
+    name: GroupShape("agents", AGENTS, OBSERVATION, state_size=STATE, **space) for name, space in ACTION_SPACES.items()
 }
 NETWORKS = {
     "mat": lambda shape, **options: make_mat(shape, embed_dim=16, num_heads=2, num_blocks=2, **options),
@@ -28,9 +31,9 @@ every_network = pytest.mark.parametrize("network", NETWORKS)
 every_space = pytest.mark.parametrize("space", SHAPES)
 
 
-def build(network, space, dtype=torch.float64):
+def build(network, space, dtype=torch.float64, **options):
     """Actor and critic that are far from their initial, almost uniform outputs; in float64 unless asked otherwise."""
-    actor, critic = NETWORKS[network](SHAPES[space])
+    actor, critic = NETWORKS[network](SHAPES[space], **options)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in dict.fromkeys([*actor.parameters(), *critic.parameters()]):
@@ -44,7 +47,8 @@ def observe(space, batch, seed, dtype=torch.float64):
     if space == "masked":
         group["action_mask"] = torch.rand(*batch, AGENTS, ACTIONS, generator=generator) < 0.6
         group["action_mask"][..., 1] = True
-    return TensorDict({"agents": group}, batch_size=batch)
+    state = torch.randn(*batch, STATE, generator=generator, dtype=dtype)  # most networks do not read it
+    return TensorDict({"agents": group, "state": state}, batch_size=batch)
 
 
 def no_memory(batch, dtype=torch.float64):
@@ -70,10 +74,13 @@ def play(actor, space, *, steps=9, sequences=4, dtype=torch.float64):
     data = torch.stack(data, 1).exclude("next")
     ends = resets.roll(-1, 1)
     ends[:, -1] = False
-    at_ends = observe(space, (sequences, steps), 77, dtype)["agents", "observation"]
-    following = torch.where(ends[..., None, None], at_ends, data["agents", "observation"].roll(-1, 1))
-    following[:, -1] = at_ends[:, -1]
-    data["next"] = TensorDict({"agents": {"observation": following}, "done": ends.unsqueeze(-1)}, data.batch_size)
+    at_ends = observe(space, (sequences, steps), 77, dtype)
+    data["next"] = TensorDict({"done": ends.unsqueeze(-1)}, data.batch_size)
+    for key in (("agents", "observation"), "state"):
+        end = ends.reshape(sequences, steps, *[1] * (data[key].ndim - 2))
+        following = torch.where(end, at_ends[key], data[key].roll(-1, 1))
+        following[:, -1] = at_ends[key][:, -1]
+        data["next"][key] = following
     return data
 
 
@@ -217,6 +224,39 @@ def test_values_depend_on_all_observations_so_far_and_on_no_action(network):
 
 @every_network
 @every_space
+def test_the_state_is_seen_by_those_who_may_and_by_nobody_else(network, space):
+    for observes, may in (("observation_and_state", True), ("observation", False)):
+        actor, critic = build(network, space, observes=observes)
+        data = play(actor, space)
+        assert [("state" in part.in_keys) for part in (actor, critic)] == [may, may]
+        assert_close(log_prob(actor, data), data["agents", "action_log_prob"], rtol=0, atol=1e-9)
+        other = data.clone()
+        other["state"][:, 4] += 1
+        values = [critic(x.copy())["agents", "state_value"].squeeze(-1) for x in (data, other)]
+        for before, after in (values, [log_prob(actor, x) for x in (data, other)]):
+            assert torch.equal(before[:, :4], after[:, :4])
+            assert (before[:, 4] != after[:, 4]).all() if may else torch.equal(before, after)
+
+
+@every_network
+def test_what_is_observed_next_has_a_state_of_its_own(network):
+    actor, critic = build(network, "categorical", observes="observation_and_state")
+    data = play(actor, "categorical")
+    values = critic.bootstrap(data.clone())
+    assert_close(values["agents", "state_value"], critic(data.copy())["agents", "state_value"].detach())
+    done = data["next", "done"].squeeze(-1)
+    goes_on = ~done[:, :-1]
+    following = values["next", "agents", "state_value"]
+    assert_close(following[:, :-1][goes_on], values["agents", "state_value"][:, 1:][goes_on])
+    other = data.clone()
+    other["next", "state"] += 1
+    moved = critic.bootstrap(other)
+    assert torch.equal(moved["agents", "state_value"], values["agents", "state_value"])
+    assert (moved["next", "agents", "state_value"] != following).all()
+
+
+@every_network
+@every_space
 def test_agents_can_be_decoded_in_another_order(network, space):
     actor, _ = build(network, space)
     data = play(actor, space).exclude("next")
@@ -345,11 +385,19 @@ def test_a_value_norm_ends_the_critic(network):
         (make_sable, {"embed_dim": 9, "num_heads": 3}, "must be even"),
         (make_sable, {"decay_scaling": 1.5}, r"decay_scaling must be in \(0, 1\], got 1.5"),
         (make_sable, {"chunk_size": 0}, "chunk_size must be at least 1"),
+        (make_mat, {"observes": "state"}, "must be one of observation, observation_and_state; got 'state'"),
     ],
 )
 def test_options_out_of_range_raise(builder, options, says):
     with pytest.raises(ValueError, match=says):
         builder(SHAPES["categorical"], **options)
+
+
+@every_network
+def test_a_state_that_is_not_there_cannot_be_seen(network):
+    shape = GroupShape("agents", AGENTS, OBSERVATION, num_actions=ACTIONS)
+    with pytest.raises(ValueError, match='observes="observation_and_state", but the environment has no "state"'):
+        NETWORKS[network](shape, observes="observation_and_state")
 
 
 def test_sable_needs_whole_sequences():

@@ -135,9 +135,9 @@ def test_without_restarts_it_is_torchs_gru_in_values_and_gradients():
     gru = stir(MultiAgentGRU(OBSERVATION, HIDDEN))
     reference = gru_like(gru)
     inputs, first = torch.randn(4, 6, OBSERVATION), torch.randn(4, HIDDEN)
-    states = torch.full((4, 6, HIDDEN), torch.nan)
-    states[:, 0] = first
-    after = gru.unroll(inputs, states, torch.zeros(4, 6, 1, dtype=torch.bool), time_dim=1)
+    states = torch.full((6, 4, HIDDEN), torch.nan)
+    states[0] = first
+    after = gru(inputs.transpose(0, 1), states, torch.zeros(6, 4, 1, dtype=torch.bool)).transpose(0, 1)
     expected, _ = reference(inputs, first.unsqueeze(0))
     assert_close(after, expected, **TOLERANCE)
     weights = torch.randn_like(after)
@@ -147,25 +147,23 @@ def test_without_restarts_it_is_torchs_gru_in_values_and_gradients():
 
 
 def test_weights_of_ones_own_are_one_gru_for_each_agent():
-    gru = stir(MultiAgentGRU(OBSERVATION, HIDDEN, num_agents=AGENTS))
-    inputs, state = torch.randn(4, 6, AGENTS, OBSERVATION), torch.zeros(4, 6, AGENTS, HIDDEN)
-    after = gru.unroll(inputs, state, torch.zeros(4, 6, 1, 1, dtype=torch.bool), time_dim=1)
-    for agent in range(AGENTS):
-        one = nn.GRU(OBSERVATION, HIDDEN, batch_first=True)
-        with torch.no_grad():
-            for (_, mine), theirs in zip(gru.named_parameters(), one.parameters(), strict=True):
-                theirs.copy_(mine[agent])
-        assert_close(after[:, :, agent], one(inputs[:, :, agent])[0], **TOLERANCE)
+    units = AgentNetworks([stir(MultiAgentGRU(OBSERVATION, HIDDEN)) for _ in range(AGENTS)])
+    inputs, state = torch.randn(6, 4, AGENTS, OBSERVATION), torch.randn(6, 4, AGENTS, HIDDEN)
+    restart = (torch.rand(6, 4, 1, 1) < 0.3).expand(6, 4, AGENTS, 1)
+    after, step = units(inputs, state, restart), units(inputs[0], state[0])
+    for agent, unit in enumerate(units.networks):
+        assert_close(after[:, :, agent], unit(inputs[:, :, agent], state[:, :, agent], restart[:, :, 0]), **TOLERANCE)
+        assert_close(step[:, agent], unit(inputs[0, :, agent], state[0, :, agent]), **TOLERANCE)
 
 
 def test_each_gates_matrices_begin_orthogonal_and_biases_zero():
-    for gru in (MultiAgentGRU(HIDDEN, HIDDEN), MultiAgentGRU(HIDDEN, HIDDEN, num_agents=AGENTS)):
-        for weight in (gru.weight_ih, gru.weight_hh):
-            for gate in weight.detach().reshape(-1, HIDDEN, HIDDEN):
-                assert_close(gate @ gate.T, torch.eye(HIDDEN), **TOLERANCE)
-        assert not gru.bias_ih.any()
-        assert not gru.bias_hh.any()
-    assert not torch.equal(gru.weight_hh[0], gru.weight_hh[1])
+    gru = MultiAgentGRU(HIDDEN, HIDDEN)
+    gates = torch.cat([gru.weight_ih, gru.weight_hh]).detach().reshape(6, HIDDEN, HIDDEN)
+    for gate in gates:
+        assert_close(gate @ gate.T, torch.eye(HIDDEN), **TOLERANCE)
+    assert len({gate.sum().item() for gate in gates}) == 6
+    assert not gru.bias_ih.any()
+    assert not gru.bias_hh.any()
 
 
 def test_the_actor_reproduces_the_vectors_of_magpos_learner():
@@ -311,11 +309,9 @@ def test_a_row_outside_of_recurrent_mode_starts_from_its_stored_state_alone():
 
 
 def weights_of_agents(network):
-    """Each weight of networks of agents' own, as the list of all agents' ones: parameters, or a stacked parameter."""
+    """Each weight of networks of agents' own, as the list of all agents' ones."""
     stacks = [module for module in network.modules() if isinstance(module, AgentNetworks)]
-    apart = [same for stack in stacks for same in zip(*(own.parameters() for own in stack.networks), strict=True)]
-    listed = {id(parameter) for same in apart for parameter in same}
-    return [*apart, *(parameter for parameter in network.parameters() if id(parameter) not in listed)]
+    return [same for stack in stacks for same in zip(*(own.parameters() for own in stack.networks), strict=True)]
 
 
 def test_gradients_of_one_agents_output_touch_only_its_own_weights():
@@ -323,11 +319,10 @@ def test_gradients_of_one_agents_output_touch_only_its_own_weights():
         data = sequences(network)
         with set_recurrent_mode(True):
             mine = output(network, data)[:, :, 1].square().sum()
+        assert sum(map(len, weights_of_agents(network))) == len(list(network.parameters()))
         for weights in weights_of_agents(network):
-            assert len(weights) == AGENTS
             gradients = torch.autograd.grad(mine, weights, retain_graph=True)
-            of_agents = gradients if isinstance(weights, tuple) else gradients[0]
-            assert [gradient.any().item() for gradient in of_agents] == [False, True, False]
+            assert [gradient.any().item() for gradient in gradients] == [False, True, False]
 
 
 def permuted(network, data, order, *, weights):

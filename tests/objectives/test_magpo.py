@@ -18,7 +18,7 @@ from tests.modules.test_autoregressive import NETWORKS, SHAPES, play
 from tests.objectives.loss_factories import gradients, make_networks
 from torchrl_marl.modules import Denormalize, make_actor, make_recurrent_actor
 from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, MAPPOLoss
-from torchrl_marl.objectives.magpo import divergence
+from torchrl_marl.objectives.magpo import divergence, follow_imitation_gap
 from torchrl_marl.objectives.surrogates import barrier_gain, clip_gain, double_clip_gain, quadratic_gain
 
 VECTORS = json.loads((Path(__file__).parent / "magpo_vectors.json").read_text())
@@ -297,9 +297,9 @@ def sequences(guider, space, *, live=None):
     return data
 
 
-def make(network, space, kind=MAGPOLoss, **options):
+def make(network, space, kind=MAGPOLoss, *, observes="observation", **options):
     """The loss, guider, critic and learner, which are far from their initial weights."""
-    guider, critic = NETWORKS[network](SHAPES[space])
+    guider, critic = NETWORKS[network](SHAPES[space], observes=observes)
     learner = make_actor(SHAPES[space], hidden_sizes=(8,))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -432,6 +432,97 @@ def test_a_learner_with_a_memory_is_trained_on_its_own_sequence():
     assert all(gradient.any() for gradient in gradients({"loss_learner_kl": output["loss_learner_kl"]}, learner))
 
 
+# --- beyond the paper: a guider that sees the global state, a bound that follows the imitation gap
+
+
+@every_network
+@every_space
+def test_a_state_that_only_the_guider_sees_moves_what_depends_on_the_guider_alone(network, space):
+    loss, guider, critic, learner = make(network, space, observes="observation_and_state")
+    assert "state" in loss.in_keys
+    assert "state" not in learner.in_keys
+    data = sequences(guider, space)
+    other = data.clone().set("state", data["state"] + 1)
+    before, after = run(loss, data), run(loss, other)
+    for key in loss.out_keys:
+        own = key in ("loss_learner_objective", "learner_min_ratio", "learner_max_ratio")
+        assert torch.equal(before[key], after[key]) == own
+    assert all(gradient.isfinite().all() for gradient in gradients(before, guider, critic, learner))
+
+
+@every_network
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_imitation_gap_is_the_divergence_that_the_learner_minimises(network, direction):
+    gaps = []
+
+    def keep(ratio, gap):
+        gaps.append(gap)
+        return ratio
+
+    loss, guider, *_ = make(network, "categorical", learner_kl=direction, adapt_ratio=keep)
+    output = loss(sequences(guider, "categorical", live=0.7))
+    (gap,) = gaps
+    assert not gap.requires_grad
+    assert torch.equal(gap, output["loss_learner_kl"].detach())
+
+
+@every_network
+@every_space
+@functional_or_not
+def test_a_rule_that_changes_nothing_is_magpo_bit_for_bit(network, space, functional):
+    fixed, *networks = make(network, space, functional=functional)
+    adaptive = MAGPOLoss(*networks, functional=functional, adapt_ratio=lambda ratio, gap: ratio)
+    data = sequences(networks[0], space, live=0.7)
+    outputs = [run(loss, data) for loss in (fixed, adaptive)]
+    assert outputs[1].pop("guider_learner_ratio") == 1.5
+    assert_close(*(dict(output.items()) for output in outputs), rtol=0, atol=0)
+    assert_close(*(gradients(output, *networks) for output in outputs), rtol=0, atol=0)
+
+
+def test_the_bound_follows_its_rule_in_training_mode_only_and_is_used_at_once():
+    loss, *networks = make("mat", "categorical", adapt_ratio=lambda ratio, gap: ratio + 10 * gap)
+    data = sequences(networks[0], "categorical")
+    gap = MAGPOLoss(*networks)(data)["loss_learner_kl"].item()
+    loss.eval()
+    assert loss(data)["guider_learner_ratio"] == 1.5
+    loss.train()
+    with torch.no_grad():
+        output = loss(data)
+    assert_close(output["guider_learner_ratio"].item(), 1.5 + 10 * gap)
+    at_once = MAGPOLoss(*networks, guider_learner_ratio=1.5 + 10 * gap)(data)
+    assert_close(output["double_clip_fraction"], at_once["double_clip_fraction"])
+    assert output["double_clip_fraction"] < MAGPOLoss(*networks)(data)["double_clip_fraction"]
+    assert_close(loss(data)["guider_learner_ratio"].item(), 1.5 + 20 * gap)
+    restored = MAGPOLoss(*networks, adapt_ratio=loss.adapt_ratio)
+    restored.load_state_dict(loss.state_dict())
+    assert_close(restored.guider_learner_ratio.item(), 1.5 + 20 * gap)
+
+
+# delta, gap, delta afterwards: target 0.02, rate 0.5, between 1.1 and 9, by hand
+@pytest.mark.parametrize(
+    ("ratio", "gap", "after"),
+    [
+        (4.0, 0.02, 4.0),  # on target
+        (4.0, 0.08, 2.0),  # four times too far: half the width ln 4
+        (2.0, 0.005, 4.0),  # four times too close: twice the width
+        (2.0, 0.0, 9.0),
+        (1.2, 2.0, 1.1),
+        (math.inf, 0.08, 9.0),
+        (2.0, math.nan, 2.0),
+        (2.0, math.inf, 2.0),
+    ],
+)
+def test_the_width_of_the_bound_follows_the_gap_to_its_target(ratio, gap, after):
+    options = {"target": 0.02, "rate": 0.5, "low": 1.1, "high": 9.0}
+    assert_close(follow_imitation_gap(double(ratio), double(gap), **options), double(after))
+
+
+@pytest.mark.parametrize("options", [{"target": 0.0}, {"rate": -1.0}, {"low": 1.0}, {"low": 3.0, "high": 2.0}], ids=str)
+def test_a_rule_out_of_its_range_raises(options):
+    with pytest.raises(ValueError, match="Needs target > 0, rate >= 0, 1 < low <= high; got"):
+        follow_imitation_gap(double(2.0), double(0.1), **options)
+
+
 @every_network
 def test_dead_agents_take_no_part(network):
     loss, guider, *_ = make(network, "categorical")
@@ -519,10 +610,14 @@ def test_options_out_of_range_raise(options, says):
 @pytest.mark.parametrize(("network", "space"), [("mat", "masked"), ("sable", "continuous")])
 def test_compiled_graph_equals_eager(network, space):
     torch.compiler.reset()
-    loss, *networks = make(network, space, functional=False)
+    loss, *networks = make(network, space, functional=False, adapt_ratio=follow_imitation_gap)
     data = sequences(networks[0], space, live=0.7)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    outputs = [run(module, data) for module in (compiled, loss)]
+    outputs = []
+    for module in (compiled, loss):
+        loss.guider_learner_ratio = 1.5
+        outputs.append(run(module, data))
+    assert loss.guider_learner_ratio < 1.5
     exact = {key for key in loss.out_keys if "entropy" not in key or space == "masked"}  # a sample's noise may differ
     assert_close(*({key: output[key] for key in exact} for output in outputs), rtol=1e-4, atol=1e-5)
     if space == "masked":

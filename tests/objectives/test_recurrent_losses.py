@@ -20,6 +20,7 @@ from torchrl_marl.collectors import NextStepKeys, split_into_chunks
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.modules import (
+    AgentNetworks,
     GroupShape,
     RecurrentModule,
     collection_policy,
@@ -193,11 +194,9 @@ def reference_values(critic, batch):
     agents = batch["agents", "observation"].shape[-2]
     cells = []  # one for each agent
     for agent in range(1 if team else agents):
-        weight = memory.gru.weight_ih if memory.gru.weight_ih.ndim == 2 else memory.gru.weight_ih[agent]
-        cell = nn.GRUCell(weight.shape[1], memory.gru.hidden_size)
-        for name, theirs in cell.named_parameters():
-            mine = getattr(memory.gru, name)
-            theirs.copy_(mine if mine.ndim == theirs.ndim else mine[agent])
+        gru = memory.gru.networks[agent] if isinstance(memory.gru, AgentNetworks) else memory.gru
+        cell = nn.GRUCell(gru.weight_ih.shape[1], gru.hidden_size)
+        cell.load_state_dict(gru.state_dict())
         cells.append(cell)
 
     def step(observation, states):

@@ -30,6 +30,7 @@ def run_recipe(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, r
     flags = [override for override in overrides if override.startswith("-")]  # Hydra wants them first
     rest = [override for override in overrides if not override.startswith("-")]
     monkeypatch.setattr(sys, "argv", [recipe, *flags, *TINY, f"folder={folder}", *rest])
+    monkeypatch.syspath_prepend(str(RECIPES))  # as Python does for a script
     runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
 
 

@@ -1,6 +1,8 @@
 """The recipes of MAT, Sable, MAGPO and CTDS, end to end on a tiny task."""
 
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from tests.recipes.runs import TINY, curves, run_folders, run_recipe
-from torchrl_marl.checkpoints import load_policy
+from torchrl_marl.checkpoints import find_checkpoint, load_policy
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.modules import make_sable
@@ -97,6 +99,36 @@ def test_a_centralised_policy_is_loaded_into_its_actor(tmp_path: Path, monkeypat
     before = [parameter.clone() for parameter in actor.parameters()]
     load_policy(folder, actor=actor)
     assert any((new != old).any() for new, old in zip(actor.parameters(), before, strict=True))
+
+
+def test_learners_can_follow_the_guider_of_after_its_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ["guider.embed_dim=8", "actor.hidden_sizes=[8]", "total_frames=80", "loss=ctds"]
+    monkeypatch.setattr("tests.recipes.runs.TINY", [*SMALL, *sizes])
+    parts = []
+    for first in ("false", "true"):
+        run_recipe(monkeypatch, tmp_path / first, f"guider_first={first}", recipe="magpo_vmas")
+        (folder,) = run_folders(tmp_path / first)
+        with zipfile.ZipFile(find_checkpoint(folder)) as checkpoint:
+            loss = torch.load(io.BytesIO(checkpoint.read("components/0001-loss/state.pt")))
+        parts.append([{k: v for k, v in loss.items() if k.startswith(part)} for part in ("actor", "critic", "learner")])
+    # the guider of CTDS never sees the learner: it goes the same way, the learner another one
+    (guider, critic, learner), (same_guider, same_critic, other) = parts
+    assert guider
+    torch.testing.assert_close((guider, critic), (same_guider, same_critic), rtol=0, atol=0)
+    assert any((learner[name] != other[name]).any() for name in learner)
+
+
+def test_what_the_guider_alone_sees_is_not_asked_of_the_learner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ["actor.recurrent_size=8", "actor.hidden_sizes=[8]", "guider.embed_dim=8", "epochs=1", "total_frames=80"]
+    monkeypatch.setattr("tests.recipes.runs.TINY", [*SMALL, *sizes])
+    options = ["guider.observes=observation_and_state", "loss=magpo_adaptive", "loss.adapt_ratio.target=0.5"]
+    run_recipe(monkeypatch, tmp_path, *options, recipe="magpo_coordsum")
+    (folder,) = run_folders(tmp_path)
+    assert set(load_policy(folder).in_keys) == {("agents", "observation"), ("agents", "recurrent_state"), "is_init"}
+    # a fresh learner is closer than that: the bound widens
+    assert last_value(folder, "train/agents/guider_learner_ratio") > 1.5
 
 
 @pytest.mark.parametrize("setting", ["light", "paper_3x10", "paper_5x20"])

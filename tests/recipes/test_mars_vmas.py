@@ -27,7 +27,7 @@ GRU = [
 METHODS = sorted(path.stem for path in (RECIPES / "config" / "loss").glob("*.yaml"))
 RECIPE_OF = {  # the others are mars_vmas.py's
     **dict.fromkeys(("marpo", "rpo"), "marpo_vmas"),
-    **dict.fromkeys(("magpo", "ctds"), "magpo_vmas"),
+    **dict.fromkeys(("magpo", "magpo_adaptive", "ctds"), "magpo_vmas"),
     **dict.fromkeys(("happo", "oappo"), "oappo_vmas"),
     **dict.fromkeys(("hatrpo", "oatrpo"), "oatrpo_vmas"),
 }
@@ -55,6 +55,7 @@ def test_the_methods_are_those_of_the_readme() -> None:
         "hatrpo",
         "ippo",
         "magpo",
+        "magpo_adaptive",
         "mappo",
         "mappo_asymmetric",
         "marpo",

@@ -6,6 +6,8 @@ import pytest
 
 from tests.recipes.runs import curves, run_folders, run_recipe
 
+GRU = ["actor=gru", "actor.recurrent_size=8", "actor.head_sizes=[]", "chunk_length=5"]
+
 
 def series(folder: Path, metric: str) -> list[float]:
     rows = (folder / "scalars/train/agents" / f"{metric}.csv").read_text().split()
@@ -22,9 +24,12 @@ def test_the_reuse_matrix_is_logged_and_drawn(tmp_path: Path, monkeypatch: pytes
     assert (folder / "reuse_matrix.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_reuse_a_whole_run_is_happos_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_recipe(monkeypatch, tmp_path / "off", "loss.own_weight=1", "total_frames=160", recipe="oappo_vmas")
-    run_recipe(monkeypatch, tmp_path / "own", "loss=happo", "total_frames=160", recipe="oappo_vmas")
+@pytest.mark.parametrize("memory", [[], GRU], ids=["mlp", "gru"])
+def test_without_reuse_a_whole_run_is_happos_bit_for_bit(
+    memory: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(monkeypatch, tmp_path / "off", "loss.own_weight=1", "total_frames=160", *memory, recipe="oappo_vmas")
+    run_recipe(monkeypatch, tmp_path / "own", "loss=happo", "total_frames=160", *memory, recipe="oappo_vmas")
     off, own = (curves(run_folders(tmp_path / name)[0]) for name in ("off", "own"))
     assert off == own
     assert len(off["scalars/train/agents/loss_objective.csv"].split()) == 2
@@ -51,11 +56,12 @@ def test_a_mapping_can_be_fixed_on_the_command_line(tmp_path: Path, monkeypatch:
     assert [series(folder, f"reuse_{i}_{j}") for i in (0, 1) for j in (0, 1)] == [[1.0], [0.0], [0.5], [0.5]]
 
 
-def test_the_critic_may_have_a_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = ["critic.recurrent_size=8", "critic.head_sizes=[]", "chunk_length=5", "total_frames=80"]
-    run_recipe(monkeypatch, tmp_path, "critic=gru", *sizes, recipe="oatrpo_vmas")
+def test_actors_and_critic_may_have_memories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ["critic=gru", "critic.recurrent_size=8", "critic.head_sizes=[]", "loss.reuse=sampled", "total_frames=80"]
+    run_recipe(monkeypatch, tmp_path, *sizes, *GRU, recipe="oatrpo_vmas")
     (folder,) = run_folders(tmp_path)
     assert series(folder, "loss_critic")[0] > 0
+    assert 0 < series(folder, "kl")[0] < 0.01
 
 
 def test_agents_that_share_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,13 +70,16 @@ def test_agents_that_share_parameters_are_refused(tmp_path: Path, monkeypatch: p
         run_recipe(monkeypatch, tmp_path, "actor.share_parameters=true", recipe="oappo_vmas")
 
 
-@pytest.mark.parametrize(
-    ("recipe", "config"), [("mars_vmas", "mappo_maze"), ("oappo_vmas", "oappo_maze"), ("oatrpo_vmas", "oatrpo_maze")]
-)
-def test_recipes_play_in_the_mazes(
-    recipe: str, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_recipe(monkeypatch, tmp_path, f"--config-name={config}", "total_frames=80", recipe=recipe)
+@pytest.mark.parametrize("recipe", ["mappo_maze", "oappo_maze", "oatrpo_maze"])
+def test_recipes_play_in_the_mazes(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "total_frames=80", recipe=recipe)
     (folder,) = run_folders(tmp_path)
-    assert folder.parts[-4:-1] == (config, "black_red", config.split("_")[0])
-    assert (folder / "reuse_matrix.png").exists() == (config != "mappo_maze")
+    assert folder.parts[-4:-1] == (recipe, "black_red", recipe.split("_")[0])
+    assert (folder / "reuse_matrix.png").exists() == (recipe != "mappo_maze")
+
+
+def test_a_recipes_loop_takes_the_values_of_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path / "script", "total_frames=80", recipe="oappo_maze")
+    run_recipe(monkeypatch, tmp_path / "name", "--config-name=oappo_maze", "total_frames=80", recipe="oappo_vmas")
+    script, name = (curves(run_folders(tmp_path / way)[0]) for way in ("script", "name"))
+    assert script == name

@@ -18,8 +18,10 @@ from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torchrl.modules import set_recurrent_mode
 
 from torchrl_marl.modules import agent_policy
+from torchrl_marl.modules.recurrent import recurrent_state_keys
 from torchrl_marl.objectives.trust_region import policy_kl
 
 __all__ = [
@@ -213,22 +215,28 @@ class ReuseMappingSampler(nn.Module):
         self.register_buffer("matrix", matrix)
 
     @torch.no_grad()
+    @set_recurrent_mode(True)
     def update(
         self, actor: ProbabilisticTensorDictSequential, tensordict: TensorDictBase, mask: Tensor | None = None
     ) -> None:
         """Measure how close the policies are and set ``matrix`` accordingly; a fixed one stays.
 
+        Policies with a memory are compared on sequences that all of them begin without any.
+
         Args:
             actor: the group's policy, a network for each agent, see :func:`torchrl_marl.modules.agent_policy`.
-            tensordict: holds what the actor reads, any batch shape ``[*B]``.
+            tensordict: holds what the actor reads, any batch shape ``[*B]``; with a memory, sequences ``[*B, time]``.
             mask: live agents (bool), ``[*B, N]``.
         """
         if self.fixed:
             return
-        rows = tensordict.select(*actor.in_keys, strict=False).reshape(-1)
-        mask = None if mask is None else mask.flatten(0, -2)
-        if len(rows) > self.num_rows:
-            chosen = torch.randperm(len(rows))[: self.num_rows]
+        states = recurrent_state_keys(actor)
+        row = tensordict.batch_size[-1:] if states else torch.Size()
+        rows = tensordict.select(*actor.in_keys, strict=False).reshape(-1, *row)
+        rows.update(rows.select(*states).apply(torch.zeros_like))
+        mask = None if mask is None else mask.reshape(-1, *row, mask.shape[-1])
+        if rows.numel() > self.num_rows:
+            chosen = torch.randperm(len(rows))[: max(1, self.num_rows // row.numel())]
             rows, mask = rows[chosen], None if mask is None else mask[chosen]
         others = [agent_policy(actor, agent).get_dist(rows.copy()) for agent in range(len(self.matrix))]
         kl = pairwise_kl(actor.get_dist(rows.copy()), others, mask, reduction=self.kl_reduction)

@@ -16,6 +16,8 @@ __all__ = ["AgentNetworks", "agent_policy"]
 class AgentNetworks(nn.Module):
     """Networks of one architecture, one for each agent: ``[..., N, I]`` to ``[..., N, O]``, slot i by network i.
 
+    Networks of several inputs, such as a recurrent unit, get as many, and all of these have agents' slots.
+
     A forward pass is one batched operation a layer, over parameters stacked for the occasion. The parameters themselves
     stay apart, as leaves of their own: an objective of agent i alone (see :func:`agent_policy`) leaves ``grad`` of all
     other agents at ``None``, and an optimiser skips what has no gradient, momentum included. Parameters that are stored
@@ -48,15 +50,16 @@ class AgentNetworks(nn.Module):
     def __len__(self) -> int:
         return len(self.networks)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Apply network i to ``inputs[..., i, :]``, for all agents at once."""
-        if inputs.shape[-2] != len(self):
-            raise ValueError(f"Inputs must be [..., {len(self)} agents, size], got {tuple(inputs.shape)}.")
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Apply network i to ``[..., i, :]`` of each input, for all agents at once."""
+        for tensor in inputs:
+            if tensor.shape[-2] != len(self):
+                raise ValueError(f"Inputs must be [..., {len(self)} agents, size], got {tuple(tensor.shape)}.")
         stacked = {name: torch.stack([_get(network, name) for network in self.networks]) for name in self._names}
-        return torch.vmap(self._apply_network, in_dims=(0, -2), out_dims=-2)(stacked, inputs)
+        return torch.vmap(self._apply_network, in_dims=(0, *(-2 for _ in inputs)), out_dims=-2)(stacked, *inputs)
 
-    def _apply_network(self, tensors: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        return functional_call(self.networks[0], tensors, (inputs,))
+    def _apply_network(self, tensors: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        return functional_call(self.networks[0], tensors, inputs)
 
 
 def agent_policy(actor: ProbabilisticTensorDictSequential, agent: int) -> ProbabilisticTensorDictSequential:

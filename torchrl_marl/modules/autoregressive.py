@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -34,8 +34,10 @@ from torchrl.modules import MaskedCategorical, ProbabilisticActor, TanhNormal, V
 from torchrl_marl.modules.group import GroupShape
 from torchrl_marl.modules.value_norm import Denormalize
 
-__all__ = ["AutoregressiveActor", "AutoregressiveCritic", "CategoricalActions", "TanhNormalActions"]
+__all__ = ["AutoregressiveActor", "AutoregressiveCritic", "CategoricalActions", "Observes", "TanhNormalActions"]
 
+Observes = Literal["observation", "observation_and_state"]
+"""What is known of each agent: its own observation, or the global ``"state"`` behind it, too."""
 State = Mapping[str, Tensor]
 Choose = Callable[[int, Tensor], Tensor]
 """``choose(agent, output_BK)`` samples that agent's action and returns it as the next agent's decoder input."""
@@ -176,6 +178,21 @@ class TanhNormalActions(nn.Module):
 ActionSpace = CategoricalActions | TanhNormalActions
 
 
+def input_size(shape: GroupShape, observes: Observes) -> int:
+    """Return the length of what the encoder reads of each agent: what is known of it, and its one-hot id.
+
+    Raises:
+        ValueError: if there is no such choice, or no state.
+    """
+    if observes not in get_args(Observes):
+        raise ValueError(f"observes must be one of {', '.join(get_args(Observes))}; got {observes!r}.")
+    if observes == "observation":
+        return shape.observation_size + shape.num_agents
+    if shape.state_size is None:
+        raise ValueError(f'observes="{observes}", but the environment has no "state" at the root; use "observation".')
+    return shape.observation_size + shape.state_size + shape.num_agents
+
+
 def action_space(shape: GroupShape, device: torch.device | str | None) -> ActionSpace:
     """Return what a group's decoder reads and writes."""
     if shape.num_actions is None:
@@ -214,15 +231,24 @@ class AutoregressiveActor(ProbabilisticActor):
         decoder: of actions.
         space: what the decoder reads and writes.
         shape: the group.
+        observes: what the encoder reads besides the ids.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, space: ActionSpace, shape: GroupShape) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        space: ActionSpace,
+        shape: GroupShape,
+        *,
+        observes: Observes = "observation",
+    ) -> None:
         name = shape.name
         in_keys: dict[str, NestedKey] = {key: (name, key) for key in space.parameter_names}
         if shape.masked:
             in_keys["mask"] = (name, "action_mask")
         super().__init__(
-            _ParallelPass(encoder, decoder, space, shape),  # pyright: ignore[reportArgumentType]
+            _ParallelPass(encoder, decoder, space, shape, observes),  # pyright: ignore[reportArgumentType]
             in_keys=in_keys,  # pyright: ignore[reportArgumentType]
             out_keys=[(name, "action")],
             distribution_class=space.distribution_class,
@@ -249,7 +275,7 @@ class AutoregressiveActor(ProbabilisticActor):
         networks = cast("_ParallelPass", self[0])
         group, space = networks.group, networks.space
         encoding, encoder_state = networks.encoder.act(
-            _observation(tensordict, group), _state(tensordict, networks.encoder, group)
+            _observed(tensordict, networks.observed_keys), _state(tensordict, networks.encoder, group)
         )
         noise = space.noise(encoding) if exploration_type() is ExplorationType.RANDOM else None
         mask = tensordict.get((group, "action_mask")) if networks.masked else None
@@ -302,21 +328,33 @@ class AutoregressiveCritic(TensorDictModuleBase):
         head: from encodings ``[*batch, N, E]`` to values ``[*batch, N, 1]``.
         shape: the group.
         value_norm: running statistics of values; the head then predicts normalised values.
+        observes: what the encoder reads besides agents' ids.
     """
 
-    def __init__(self, encoder: Encoder, head: nn.Module, shape: GroupShape, *, value_norm: ValueNorm | None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: nn.Module,
+        shape: GroupShape,
+        *,
+        value_norm: ValueNorm | None,
+        observes: Observes = "observation",
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head if value_norm is None else nn.Sequential(head, Denormalize(value_norm))
         self.group = shape.name
-        self.in_keys = [(self.group, "observation"), *_state_keys(encoder, self.group), (self.group, "encoding")]
+        self.observed_keys = _observed_keys(shape, observes)
+        self.in_keys = [*self.observed_keys, *_state_keys(encoder, self.group), (self.group, "encoding")]
         self.out_keys = [(self.group, "state_value")]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``state_value``, ``[*batch, N, 1]``; from ``encoding`` where the actor's pass has left it."""
         encoding = tensordict.get((self.group, "encoding"), None)
         if encoding is None:
-            encoding = self.encoder(_observation(tensordict, self.group), _state(tensordict, self.encoder, self.group))
+            encoding = self.encoder(
+                _observed(tensordict, self.observed_keys), _state(tensordict, self.encoder, self.group)
+            )
         return tensordict.set((self.group, "state_value"), self.head(encoding))
 
     @torch.no_grad()
@@ -332,8 +370,9 @@ class AutoregressiveCritic(TensorDictModuleBase):
         Returns:
             The same TensorDict.
         """
-        observations = _observation(tensordict, self.group), _observation(tensordict["next"], self.group)
-        encoding, following = self.encoder.bootstrap(*observations, _state(tensordict, self.encoder, self.group))
+        observed, observed_next = (_observed(rows, self.observed_keys) for rows in (tensordict, tensordict["next"]))
+        state = _state(tensordict, self.encoder, self.group)
+        encoding, following = self.encoder.bootstrap(observed, observed_next, state)
         tensordict.set(("next", self.group, "state_value"), self.head(following))
         return tensordict.set((self.group, "state_value"), self.head(encoding))
 
@@ -341,17 +380,20 @@ class AutoregressiveCritic(TensorDictModuleBase):
 class _ParallelPass(TensorDictModuleBase):
     """Parameters of all agents' distributions, given all observations and actions."""
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, space: ActionSpace, shape: GroupShape) -> None:
+    def __init__(
+        self, encoder: Encoder, decoder: Decoder, space: ActionSpace, shape: GroupShape, observes: Observes
+    ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.space = encoder, decoder, space
         self.group, self.masked = shape.name, shape.masked
+        self.observed_keys = _observed_keys(shape, observes)
         states = [*_state_keys(encoder, self.group), *_state_keys(decoder, self.group)]
-        self.in_keys = [(self.group, "observation"), (self.group, "action"), *dict.fromkeys(states)]
+        self.in_keys = [*self.observed_keys, (self.group, "action"), *dict.fromkeys(states)]
         self.parameter_keys = [(self.group, key) for key in space.parameter_names]
         self.out_keys = [*self.parameter_keys, (self.group, "encoding")]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        encoding = self.encoder(_observation(tensordict, self.group), _state(tensordict, self.encoder, self.group))
+        encoding = self.encoder(_observed(tensordict, self.observed_keys), _state(tensordict, self.encoder, self.group))
         tensordict.set((self.group, "encoding"), encoding)
         agents = encoding.ndim - 2
         action = self.space.decoder_input(tensordict.get((self.group, "action")))
@@ -369,12 +411,17 @@ class _ParallelPass(TensorDictModuleBase):
             tensordict.set(key, value)
 
 
-def _observation(tensordict: TensorDictBase, group: str) -> Tensor:
-    """Observations with one-hot agent ids behind them, ``[*batch, N, O + N]``."""
-    observation = tensordict.get((group, "observation"))
-    agents = observation.shape[-2]
-    ids = torch.eye(agents, dtype=observation.dtype, device=observation.device)
-    return torch.cat([observation, ids.expand(*observation.shape[:-1], agents)], -1)
+def _observed_keys(shape: GroupShape, observes: Observes) -> list[NestedKey]:
+    observation: NestedKey = (shape.name, "observation")
+    return [observation] if observes == "observation" else [observation, "state"]
+
+
+def _observed(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> Tensor:
+    """Each agent's observation, the state if it is among the keys, and a one-hot agent id, ``[*batch, N, O]``."""
+    observation, *states = (tensordict[key] for key in keys)
+    ids = torch.eye(observation.shape[-2], dtype=observation.dtype, device=observation.device)
+    common = [*(state.unsqueeze(-2) for state in states), ids]
+    return torch.cat([observation, *(x.expand(*observation.shape[:-1], x.shape[-1]) for x in common)], -1)
 
 
 def _take(values: Tensor, order: Tensor, dim: int) -> Tensor:

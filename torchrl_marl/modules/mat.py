@@ -23,8 +23,10 @@ from torchrl_marl.modules.autoregressive import (
     Choose,
     Decoder,
     Encoder,
+    Observes,
     State,
     action_space,
+    input_size,
     orthogonal,
     output_head,
 )
@@ -37,6 +39,7 @@ def make_mat(
     env: EnvBase | GroupShape,
     *,
     group: str | None = None,
+    observes: Observes = "observation",
     embed_dim: int = 64,
     num_heads: int = 1,
     num_blocks: int = 1,
@@ -53,6 +56,8 @@ def make_mat(
     Args:
         env: the environment, or the shape of a group.
         group: which group of the environment; may be left out if it has just one.
+        observes: ``"observation"``, the agents' own ones, or ``"observation_and_state"``: the global ``"state"`` behind
+            each, as a guider may see what no agent does.
         embed_dim: width E of all layers.
         num_heads: heads H of each attention layer; must divide E.
         num_blocks: blocks of the encoder, and of the decoder.
@@ -80,11 +85,11 @@ def make_mat(
         )
     shape = group_shape(env, group)
     space = action_space(shape, device)
-    encoder = MATEncoder(shape.observation_size + shape.num_agents, embed_dim, num_heads, num_blocks).to(device)
+    encoder = MATEncoder(input_size(shape, observes), embed_dim, num_heads, num_blocks).to(device)
     decoder = MATDecoder(space, embed_dim, num_heads, num_blocks).to(device)
     head = output_head(embed_dim, 1, _norm).to(device)
-    critic = AutoregressiveCritic(encoder, head, shape, value_norm=value_norm)
-    return AutoregressiveActor(encoder, decoder, space, shape), critic
+    critic = AutoregressiveCritic(encoder, head, shape, value_norm=value_norm, observes=observes)
+    return AutoregressiveActor(encoder, decoder, space, shape, observes=observes), critic
 
 
 class Attention(nn.Module):

@@ -28,6 +28,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, InitTracker, TensorDictPrimer, TransformedEnv
 from torchrl.modules import ProbabilisticActor, ValueNorm, recurrent_mode
 
+from torchrl_marl.modules.agent_networks import AgentNetworks
 from torchrl_marl.modules.autoregressive import AutoregressiveActor
 from torchrl_marl.modules.group import GroupShape, group_shape
 from torchrl_marl.modules.layers import (
@@ -48,6 +49,7 @@ __all__ = [
     "collection_policy",
     "make_recurrent_actor",
     "make_recurrent_critic",
+    "recurrent_state_keys",
     "with_recurrent_state",
 ]
 
@@ -55,22 +57,22 @@ _INIT = "is_init"
 
 
 class MultiAgentGRU(nn.Module):
-    """Gated recurrent unit with one set of weights for all rows, or one for each agent.
+    """Gated recurrent unit, one set of weights for all rows, that starts anew within a sequence.
 
         r, z = sigmoid(W_r x + U_r h), sigmoid(W_z x + U_z h),   n = tanh(W_n x + r U_n h),   h' = (1 - z) n + z h
 
-    with a bias in every product, as in :class:`torch.nn.GRU`, whose layout of weights it has too; those of several
-    agents are stacked. Each gate's matrices are initialised orthogonal, biases zero.
+    with a bias in every product, as in :class:`torch.nn.GRU`, whose layout of weights it has too. Each gate's matrices
+    are initialised orthogonal, biases zero. For weights of agents' own hold one unit for each in
+    :class:`~torchrl_marl.modules.AgentNetworks`.
 
     Sequences run in a loop over time with one matrix product for the inputs of all steps. On a CPU it takes the time of
-    ``torch.nn.GRU``, which cannot restart within a sequence nor have weights for each agent.
+    ``torch.nn.GRU``, which cannot restart within a sequence.
 
     Reference: Cho et al., 2014, https://arxiv.org/abs/1406.1078, in the variant of ``torch.nn.GRU``.
 
     Args:
         input_size: length of an input.
         hidden_size: length of the hidden state, which is the output too.
-        num_agents: number of agents with weights of their own; ``None`` to share one set.
 
     Example:
         >>> gru = MultiAgentGRU(3, 8)
@@ -78,54 +80,42 @@ class MultiAgentGRU(nn.Module):
         torch.Size([5, 2, 8])
     """
 
-    def __init__(self, input_size: int, hidden_size: int, *, num_agents: int | None = None) -> None:
+    def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        stack = () if num_agents is None else (num_agents,)
-        self.weight_ih = nn.Parameter(torch.empty(*stack, 3 * hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(*stack, 3 * hidden_size, hidden_size))
-        self.bias_ih = nn.Parameter(torch.zeros(*stack, 3 * hidden_size))
-        self.bias_hh = nn.Parameter(torch.zeros(*stack, 3 * hidden_size))
+        self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
+        self.bias_ih = nn.Parameter(torch.zeros(3 * hidden_size))
+        self.bias_hh = nn.Parameter(torch.zeros(3 * hidden_size))
         for weight in (self.weight_ih, self.weight_hh):
-            for gate in weight.detach().unflatten(-2, (3, hidden_size)).flatten(0, -3):
+            for gate in weight.detach().chunk(3):
                 nn.init.orthogonal_(gate)
 
-    def forward(self, inputs: Tensor, state: Tensor) -> Tensor:
-        """Take one step.
+    def forward(self, inputs: Tensor, state: Tensor, restart: Tensor | None = None) -> Tensor:
+        """Take one step or, if told where to restart, one after the other along the first dimension.
 
         Args:
-            inputs: ``[*rows, input_size]``; with weights of their own, the last of ``rows`` are the agents.
-            state: ``[*rows, hidden_size]``.
+            inputs: ``[*rows, input_size]``, or ``[time, *rows, input_size]``.
+            state: before each step, shaped alike; of a sequence, those of the first step and of restarts are read.
+            restart: bool, ``[time, *rows, 1]``: where a step starts from its entry of ``state``.
 
         Returns:
-            The next state, shaped as ``state``.
+            The state after each step, shaped as ``state``.
         """
-        return self._step(_affine(inputs, self.weight_ih, self.bias_ih), state)
-
-    def unroll(self, inputs: Tensor, states: Tensor, restart: Tensor, *, time_dim: int) -> Tensor:
-        """Run over a sequence.
-
-        Args:
-            inputs: ``[*batch, time, *agents, input_size]``.
-            states: ``[*batch, time, *agents, hidden_size]``; those of the first step and of restarts are read.
-            restart: bool, broadcasts with ``states``: where a step starts from its entry of ``states``.
-            time_dim: which dimension is time, counted from the front.
-
-        Returns:
-            The state after every step, shaped as ``states``.
-        """
-        projected = _affine(inputs, self.weight_ih, self.bias_ih)
-        state, after = states.select(time_dim, 0), []
-        steps = zip(*(tensor.unbind(time_dim) for tensor in (projected, states, restart)), strict=True)
-        for projected_now, stored, anew in steps:
-            state = self._step(projected_now, torch.where(anew, stored, state))
-            after.append(state)
-        return torch.stack(after, time_dim)
+        projected = functional.linear(inputs, self.weight_ih, self.bias_ih)
+        if restart is None:
+            return self._step(projected, state)
+        now, after = state[0], []
+        for projected_now, stored, anew in zip(projected.unbind(), state.unbind(), restart.unbind(), strict=True):
+            now = self._step(projected_now, torch.where(anew, stored, now))
+            after.append(now)
+        return torch.stack(after)
 
     def _step(self, projected: Tensor, state: Tensor) -> Tensor:
         gates = [2 * self.hidden_size, self.hidden_size]
         reset_update, candidate = projected.split(gates, -1)
-        recurrent_reset_update, recurrent_candidate = _affine(state, self.weight_hh, self.bias_hh).split(gates, -1)
+        recurrent = functional.linear(state, self.weight_hh, self.bias_hh)
+        recurrent_reset_update, recurrent_candidate = recurrent.split(gates, -1)
         reset, update = (reset_update + recurrent_reset_update).sigmoid().chunk(2, -1)
         return torch.lerp(torch.addcmul(candidate, reset, recurrent_candidate).tanh(), state, update)
 
@@ -142,10 +132,10 @@ class RecurrentModule(TensorDictModuleBase):
 
     Args:
         embedding: network from the input to ``[*batch, *agents, input_size]`` of the GRU.
-        gru: the recurrent unit.
+        gru: the recurrent unit, or one for each agent in :class:`~torchrl_marl.modules.AgentNetworks`.
         in_key: the input.
         state_key: the state; ``(group, name)`` with one state for each agent, ``name`` with one for the team.
-        num_agents: how many agents have a state of their own; ``None`` for the team's one.
+        state_shape: of one step, ``(agents, hidden_size)`` or, for the team's one, ``(hidden_size,)``.
 
     Attributes:
         state_shape: of one state, ``[*agents, hidden_size]``.
@@ -158,11 +148,11 @@ class RecurrentModule(TensorDictModuleBase):
     def __init__(
         self,
         embedding: nn.Module,
-        gru: MultiAgentGRU,
+        gru: MultiAgentGRU | AgentNetworks,
         *,
         in_key: NestedKey,
         state_key: NestedKey,
-        num_agents: int | None,
+        state_shape: Sequence[int],
     ) -> None:
         super().__init__()
         self.embedding = embedding
@@ -170,7 +160,7 @@ class RecurrentModule(TensorDictModuleBase):
         self.state_key = state_key
         self.in_keys = [in_key, state_key, _INIT]
         self.out_keys = [unravel_key(("next", state_key))]
-        self.state_shape = torch.Size([gru.hidden_size] if num_agents is None else [num_agents, gru.hidden_size])
+        self.state_shape = torch.Size(state_shape)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the state after each row's step, ``[*batch, *agents, hidden_size]``."""
@@ -182,13 +172,15 @@ class RecurrentModule(TensorDictModuleBase):
                 f"{(*batch, *self.state_shape)} at the start of an episode and carry {self.out_keys[0]!r} on."
             )
         inputs = self.embedding(tensordict.get(self.in_keys[0]))
-        if state.shape != (*batch, *self.state_shape) or inputs.shape[:-1] != state.shape[:-1]:
+        rows = inputs.shape[:-1]  # of all agents; in an agent's policy, of any number of slots
+        if state.shape != (*rows, self.state_shape[-1]) or len(rows) != len(batch) + len(self.state_shape) - 1:
             raise ValueError(
                 f"{self.state_key!r} has shape {tuple(state.shape)} and the embedded {self.in_keys[0]!r} "
                 f"{tuple(inputs.shape)}, but the batch {tuple(batch)} asks for {(*batch, *self.state_shape)}."
             )
         if recurrent_mode():
-            after = self.gru.unroll(inputs, state, self._restart(tensordict), time_dim=len(batch) - 1)
+            time, restart = len(batch) - 1, self._restart(tensordict).expand(*rows, 1)
+            after = self.gru(*(entry.movedim(time, 0) for entry in (inputs, state, restart))).movedim(0, time)
         else:
             after = self.gru(inputs, state)
         return tensordict.set(self.out_keys[0], after)
@@ -236,7 +228,7 @@ def make_recurrent_actor(
         recurrent_size: length of each agent's hidden state.
         head_sizes: widths of the hidden layers after the GRU.
         activation: of the hidden layers.
-        share_parameters: one network for all agents, or one for each (the GRU's parameters are stacked).
+        share_parameters: one network for all agents, or one for each.
         agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents
             with networks of their own need none and get none.
         device: where parameters live.
@@ -261,10 +253,10 @@ def make_recurrent_actor(
     embedding = _embedding(shape, shape.observation_size, hidden_sizes, activation, share_parameters, agent_id)
     memory = RecurrentModule(
         embedding,
-        MultiAgentGRU(hidden_sizes[-1], recurrent_size, num_agents=None if share_parameters else shape.num_agents),
+        _gru(shape, hidden_sizes[-1], recurrent_size, share_parameters),
         in_key=observation,
         state_key=(shape.name, "recurrent_state"),
-        num_agents=shape.num_agents,
+        state_shape=(shape.num_agents, recurrent_size),
     )
     head = agent_network(
         shape, recurrent_size, num_outputs(shape), head_sizes, activation, share_parameters, agent_id=False
@@ -331,10 +323,10 @@ def make_recurrent_critic(
     embedding = _embedding(shape, inputs, hidden_sizes, activation, share_parameters, agent_id)
     memory = RecurrentModule(
         nn.Sequential(*joined, embedding),
-        MultiAgentGRU(hidden_sizes[-1], recurrent_size, num_agents=None if share_parameters else shape.num_agents),
+        _gru(shape, hidden_sizes[-1], recurrent_size, share_parameters),
         in_key="state" if observes == "state" else (shape.name, "observation"),
         state_key=f"{shape.name}_critic_state" if team else (shape.name, "critic_state"),
-        num_agents=None if team else shape.num_agents,
+        state_shape=(recurrent_size,) if team else (shape.num_agents, recurrent_size),
     )
     head = nn.Sequential(*layers)
     initialize(head, activation, output_gain=1.0)
@@ -354,7 +346,7 @@ def collection_policy(actor: ProbabilisticActor, critic: TensorDictModuleBase) -
         actor: the policy.
         critic: the critic.
     """
-    memories = _recurrent_modules(critic)
+    memories = [module for module in critic.modules() if isinstance(module, RecurrentModule)]
     return TensorDictSequential([actor, *memories]) if memories else actor
 
 
@@ -383,8 +375,9 @@ def with_recurrent_state(env: EnvBase, policy: nn.Module) -> EnvBase:
     return TransformedEnv(env, Compose([InitTracker(), *primers]), auto_unwrap=False) if primers else env
 
 
-def _recurrent_modules(network: nn.Module) -> list[RecurrentModule]:
-    return [module for module in network.modules() if isinstance(module, RecurrentModule)]
+def recurrent_state_keys(network: nn.Module) -> list[NestedKey]:
+    """Return the entries that a network's recurrent modules carry from step to step."""
+    return [module.state_key for module in network.modules() if isinstance(module, RecurrentModule)]
 
 
 def _embedding(
@@ -403,8 +396,7 @@ def _embedding(
     return nn.Sequential(network, activation_class(activation)())
 
 
-def _affine(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``[..., N, D]`` through one matrix, or through each agent's own."""
-    if weight.ndim == 2:
-        return functional.linear(inputs, weight, bias)
-    return torch.einsum("...nd,nkd->...nk", inputs, weight) + bias
+def _gru(shape: GroupShape, input_size: int, hidden_size: int, share_parameters: bool) -> MultiAgentGRU | AgentNetworks:
+    if share_parameters:
+        return MultiAgentGRU(input_size, hidden_size)
+    return AgentNetworks([MultiAgentGRU(input_size, hidden_size) for _ in range(shape.num_agents)])

@@ -23,8 +23,10 @@ from torchrl_marl.modules.autoregressive import (
     Choose,
     Decoder,
     Encoder,
+    Observes,
     State,
     action_space,
+    input_size,
     orthogonal,
     output_head,
 )
@@ -478,6 +480,7 @@ def make_sable(
     env: EnvBase | GroupShape,
     *,
     group: str | None = None,
+    observes: Observes = "observation",
     embed_dim: int = 64,
     num_heads: int = 1,
     num_blocks: int = 1,
@@ -499,6 +502,8 @@ def make_sable(
     Args:
         env: the environment, or the shape of a group.
         group: which group of the environment; may be left out if it has just one.
+        observes: ``"observation"``, the agents' own ones, or ``"observation_and_state"``: the global ``"state"`` behind
+            each, as a guider may see what no agent does.
         embed_dim: width E of all layers.
         num_heads: heads H of each retention layer; H * H must divide E.
         num_blocks: blocks of the encoder, and of the decoder.
@@ -540,11 +545,11 @@ def make_sable(
     shape = group_shape(env, group)
     space = action_space(shape, device)
     sizes = _Sizes(embed_dim, num_heads, num_blocks, decay_scaling, feed_forward, chunk_size)
-    encoder = SableEncoder(shape.observation_size + shape.num_agents, sizes).to(device)
+    encoder = SableEncoder(input_size(shape, observes), sizes).to(device)
     decoder = SableDecoder(space, sizes).to(device)
     head = output_head(embed_dim, 1, _norm).to(device)
-    critic = AutoregressiveCritic(encoder, head, shape, value_norm=value_norm)
-    return AutoregressiveActor(encoder, decoder, space, shape), critic
+    critic = AutoregressiveCritic(encoder, head, shape, value_norm=value_norm, observes=observes)
+    return AutoregressiveActor(encoder, decoder, space, shape, observes=observes), critic
 
 
 def _norm(size: int) -> nn.Module:

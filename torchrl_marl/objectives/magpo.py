@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast, get_args
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -16,9 +16,69 @@ from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, mask
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, double_clip_gain
 from torchrl_marl.objectives.trust_region import categorical_kl, gaussian_kl
 
-__all__ = ["CTDSLoss", "LearnerKL", "MAGPOLoss", "divergence"]
+__all__ = [
+    "GUIDER_LOSSES",
+    "LEARNER_LOSSES",
+    "CTDSLoss",
+    "LearnerKL",
+    "MAGPOLoss",
+    "RatioRule",
+    "divergence",
+    "follow_imitation_gap",
+]
 
 LearnerKL = Literal["forward", "reverse"]
+GUIDER_LOSSES = ("loss_objective", "loss_entropy", "loss_critic", "loss_guider_kl")
+LEARNER_LOSSES = ("loss_learner_kl", "loss_learner_objective")
+
+
+class RatioRule(Protocol):
+    """How far the guider may be from the learner, given how far it was allowed to and how far it is."""
+
+    def __call__(self, guider_learner_ratio: Tensor, imitation_gap: Tensor) -> Tensor:
+        """Return the next bound; both arguments and the result are 0-dim tensors without gradient."""
+        ...
+
+
+def follow_imitation_gap(
+    guider_learner_ratio: Tensor,
+    imitation_gap: Tensor,
+    *,
+    target: float = 0.01,
+    rate: float = 0.01,
+    low: float = 1.05,
+    high: float = 3.0,
+) -> Tensor:
+    """Narrow the guider's bound while the learner is further away than it should be; widen it while it is closer.
+
+        ln delta <- clip(ln delta (target / gap)^rate, ln low, ln high)
+
+    The bound confines ``ln(mu / pi)`` to ``[-ln delta, ln delta]``, and a divergence grows with the square of that
+    width. A gap that is not finite changes nothing.
+
+    MAGPO's authors tune delta for each task, name small values as the remedy for wide imitation gaps, and adapting it
+    to the observed gap as an open direction (section 6); the rule is ours.
+
+    Args:
+        guider_learner_ratio: delta so far, 0-dim.
+        imitation_gap: mean divergence of learner and guider, 0-dim, in nats.
+        target: the gap to aim at.
+        rate: how fast; the width changes by this power of the relative error.
+        low: smallest delta, above 1.
+        high: largest delta.
+
+    Raises:
+        ValueError: if an option is out of its range.
+
+    Example:
+        >>> follow_imitation_gap(torch.tensor(4.0), torch.tensor(0.08), target=0.02, rate=0.5, high=9.0)  # half of ln 4
+        tensor(2.)
+    """
+    if not (target > 0 and rate >= 0 and 1 < low <= high):
+        raise ValueError(f"Needs target > 0, rate >= 0, 1 < low <= high; got {target}, {rate}, {low}, {high}.")
+    width = guider_learner_ratio.log() * (target / imitation_gap.clamp(min=1e-8)) ** rate
+    following = width.exp().clamp(low, high)
+    return torch.where(imitation_gap.isfinite(), following, guider_learner_ratio)
 
 
 class MAGPOLoss(RatioLoss):
@@ -34,7 +94,8 @@ class MAGPOLoss(RatioLoss):
     is executed in the end. In the first two losses ``pi`` is a constant, in the last two ``mu`` is. Divergences are
     exact and those of each agent's action given, for the guider, the actions before it. All losses are meant to be
     summed and back-propagated at once: guider and learner move together, each from the other's old parameters, as in
-    the authors' code.
+    the authors' code. In the paper the learner follows the guider that has been updated: a loop may train on the sum of
+    ``GUIDER_LOSSES`` first and then on that of ``LEARNER_LOSSES``.
 
     The guider may be any actor; those of :func:`~torchrl_marl.modules.make_mat` and
     :func:`~torchrl_marl.modules.make_sable` are autoregressive. The learner may be any actor of the same group and the
@@ -43,6 +104,10 @@ class MAGPOLoss(RatioLoss):
     Where this follows the authors' code and not the paper: the learner's divergence is ``KL(mu || pi)`` (Eq. 10 has the
     other one), both are updated at once, and the guider is not set back to the learner. With
     ``guider_learner_ratio=inf`` and ``rl_coeff=0`` this is :class:`CTDSLoss`.
+
+    Beyond the paper, ``adapt_ratio`` moves ``delta`` with the measured imitation gap ``KL(mu || pi)`` (or the other
+    one, as the learner has it), once by every ``forward`` in training mode, with or without gradients. The buffer
+    ``guider_learner_ratio`` is its state, which a checkpoint saves and restores; ``forward`` returns it, too.
 
     Reference: Li et al., Multi-Agent Guided Policy Optimization, 2025, https://arxiv.org/abs/2507.18059, Eqs. (8) to
     (11); code at https://github.com/liyheng/MAGPO.
@@ -63,6 +128,7 @@ class MAGPOLoss(RatioLoss):
         gain: another trust region of the guider, with the same bounds, see
             :func:`~torchrl_marl.objectives.surrogates.double_clip_gain`.
         learner_gain: another trust region of the learner's own objective, with the same bounds.
+        adapt_ratio: how delta follows the imitation gap, such as :func:`follow_imitation_gap`; ``None``: it stays.
         clip_value: see :class:`RatioLoss`. The authors' critic has ``clip_value=clip_epsilon``,
             ``loss_critic_type="l2"`` and, with a coefficient of a half before half the square, ``critic_coeff=0.25``.
         entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
@@ -79,15 +145,6 @@ class MAGPOLoss(RatioLoss):
         >>> sum(value for key, value in loss(data).items() if key.startswith("loss_")).backward()  # doctest: +SKIP
     """
 
-    out_keys = (  # pyright: ignore[reportAssignmentType]
-        *OUT_KEYS,
-        "loss_guider_kl",
-        "loss_learner_kl",
-        "loss_learner_objective",
-        "double_clip_fraction",
-        "learner_min_ratio",
-        "learner_max_ratio",
-    )
     _schedulable_buffers = RatioLoss._schedulable_buffers | {"guider_learner_ratio", "rl_coeff"}
 
     learner_network: ProbabilisticTensorDictSequential
@@ -108,6 +165,7 @@ class MAGPOLoss(RatioLoss):
         clip_epsilon: float | Sequence[float] = 0.2,
         gain: Gain = clip_gain,
         learner_gain: Gain = clip_gain,
+        adapt_ratio: RatioRule | None = None,
         entropy_coeff: float = 0.01,
         critic_coeff: float = 1.0,
         loss_critic_type: str = "smooth_l1",
@@ -139,10 +197,18 @@ class MAGPOLoss(RatioLoss):
             raise ValueError(f"rl_coeff must be at least 0, got {rl_coeff}.")
         self._hold("learner_network", learner_network)
         self.learner_gain = learner_gain
+        self.adapt_ratio = adapt_ratio
         self.learner_kl: LearnerKL = _checked(learner_kl)
         device = self.ratio_low.device
         self.register_coeff_buffer("guider_learner_ratio", float(guider_learner_ratio), device=device)
         self.register_coeff_buffer("rl_coeff", float(rl_coeff), device=device)
+
+    @property
+    def out_keys(self) -> list[str]:
+        """Entries that ``forward`` returns."""
+        losses = ["loss_guider_kl", "loss_learner_kl", "loss_learner_objective"]
+        diagnostics = ["double_clip_fraction", "learner_min_ratio", "learner_max_ratio"]
+        return [*OUT_KEYS, *losses, *diagnostics, *([] if self.adapt_ratio is None else ["guider_learner_ratio"])]
 
     def _own_keys(self) -> list[NestedKey]:
         return list(self.learner_network.in_keys)
@@ -158,6 +224,10 @@ class MAGPOLoss(RatioLoss):
         """Return ``loss_objective``, the other losses of guider and learner, and diagnostics."""
         with self._parameters_of("learner_network"):
             learner = self.learner_network.get_dist(tensordict.copy())
+        imitation, adapted = _imitation(distribution, learner, self.learner_kl), {}
+        if self.adapt_ratio is not None:
+            self._move_ratio(masked_mean(imitation.detach(), mask))
+            adapted = {"guider_learner_ratio": self.guider_learner_ratio.clone()}
         learner_log_ratio = self._learner_log_ratio(learner, tensordict, mask)
         gap = log_ratio - learner_log_ratio.detach()  # log mu - log pi: the old guider cancels
         bounds = {"low": self.ratio_low, "high": self.ratio_high}
@@ -169,12 +239,18 @@ class MAGPOLoss(RatioLoss):
         ratio = learner_log_ratio.detach().exp()
         return self._reduce(-gain, mask), {
             "loss_guider_kl": self._reduce(outside * divergence(distribution, learner, constant="second"), mask),
-            "loss_learner_kl": self._reduce(_imitation(distribution, learner, self.learner_kl), mask),
+            "loss_learner_kl": self._reduce(imitation, mask),
             "loss_learner_objective": -self.rl_coeff * self._reduce(learner_gain, mask),
             "double_clip_fraction": masked_mean(outside, mask),
             "learner_min_ratio": (ratio if mask is None else ratio.where(mask, torch.inf)).min(),
             "learner_max_ratio": (ratio if mask is None else ratio.where(mask, 0.0)).max(),
+            **adapted,
         }
+
+    @torch.no_grad()
+    def _move_ratio(self, imitation_gap: Tensor) -> None:
+        if self.training and self.adapt_ratio is not None:
+            self.guider_learner_ratio.copy_(self.adapt_ratio(self.guider_learner_ratio, imitation_gap))
 
     def _learner_log_ratio(self, learner: Distribution, tensordict: TensorDictBase, mask: Tensor | None) -> Tensor:
         """Log-ratio of the learner to the guider that collected the data, zero for dead agents."""

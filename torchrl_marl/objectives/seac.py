@@ -9,6 +9,7 @@ from torchrl.objectives import distance_loss
 
 from torchrl_marl.modules import agent_policy
 from torchrl_marl.modules.agent_networks import count_agents
+from torchrl_marl.modules.recurrent import recurrent_state_keys
 from torchrl_marl.objectives.ratio import RatioLoss, clip_bounds, masked_mean, policy_entropy
 from torchrl_marl.objectives.surrogates import ratio_gain
 
@@ -74,6 +75,8 @@ class SEACLoss(RatioLoss):
         agents, critics = count_agents(actor_network), count_agents(critic_network)
         if agents != critics:
             raise ValueError(f"Every agent needs a critic: there are {agents} agents, {critics} critics.")
+        if recurrent_state_keys(actor_network) or recurrent_state_keys(critic_network):
+            raise ValueError("SEACLoss takes networks without a memory: a state belongs to the network that wrote it.")
         if not sharing_coeff >= 0:
             raise ValueError(f"sharing_coeff must be at least 0, got {sharing_coeff!r}.")
         low, high = clip_bounds(0.2)  # of no effect: nothing is clipped

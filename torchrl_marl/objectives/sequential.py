@@ -11,9 +11,11 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torchrl.modules import set_recurrent_mode
 
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
+from torchrl_marl.modules.recurrent import recurrent_state_keys
 from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, masked_mean, per_agent, require
 from torchrl_marl.objectives.surrogates import Gain
 from torchrl_marl.objectives.trust_region import policy_kl, trust_region_step
@@ -58,6 +60,11 @@ class SequentialLoss(RatioLoss):
     ``turns`` writes into the batch what minibatches must carry: ``update_log_ratio`` ``[B, N]``, the log-ratio of the
     agents that have been updated, zero for the rest, hence for nobody before the first turn. Take minibatches from the
     batch as it is within the turn, not from an earlier copy.
+
+    Networks with a memory get sequences ``[*B, time]``, in ``turns`` and in ``forward``
+    (:func:`~torchrl_marl.collectors.split_into_chunks`). A learner's memory of its own sequence starts from the stored
+    state, that of another source's from zeros: the state stored there is the source's network's. Where sources are
+    drawn, one is drawn for each learner and sequence.
 
     In an agent's turn ``forward`` returns the objective and the entropy of this agent, in the critic's turn the
     critic's loss. Outside of any turn (``loss.turn`` is ``None``) it returns those of all agents at once, on their own
@@ -131,6 +138,7 @@ class SequentialLoss(RatioLoss):
         self.sampled = sampled
         # a plain list: these policies are other ways to run the actor's networks, with nothing of their own to register
         self._policies = [agent_policy(actor_network, agent) for agent in range(num_agents)]
+        self._state_keys = recurrent_state_keys(actor_network)
         self.turn = None
 
     @property
@@ -200,7 +208,8 @@ class SequentialLoss(RatioLoss):
             with self._parameters_of("actor_network"):
                 self.reuse.update(self.actor_network, tensordict, mask)
             if self.sampled:
-                tensordict.set(keys.reuse_source, self.reuse.sample(stored.shape[:-1]))
+                rows = (*stored.shape[:-2], 1) if self._state_keys else stored.shape[:-1]
+                tensordict.set(keys.reuse_source, self.reuse.sample(rows).expand(stored.shape))
         log_ratio = torch.zeros_like(stored)
         tensordict.set(keys.update_log_ratio, log_ratio)
         try:
@@ -264,6 +273,7 @@ class SequentialLoss(RatioLoss):
         keys = self.tensor_keys
         return [keys.update_log_ratio, keys.reuse_source] if self.sampled else [keys.update_log_ratio]
 
+    @set_recurrent_mode(True)
     def _trust_region_step(self, tensordict: TensorDictBase, *, max_kl: Tensor, **line_search: float) -> TensorDict:
         """Take a natural-gradient step of the agent whose turn it is, confirmed on the whole batch given."""
         if not isinstance(self.turn, int):
@@ -302,7 +312,7 @@ class SequentialLoss(RatioLoss):
             if len(self._sources) > 1:
                 slots = torch.arange(len(self._sources), device=stored.device)
                 own = (slots == self._sources.index(agent)).expand(*stored.shape[:-1], -1)
-        experience = self._observed(tensordict, take)
+        experience = self._observed(tensordict, take, own)
         for key in (keys.action, keys.sample_log_prob):
             experience.set(key, take(require(tensordict, key)))
         advantage = per_agent(tensordict.get(keys.advantage), stored.shape, keys.advantage)
@@ -315,6 +325,7 @@ class SequentialLoss(RatioLoss):
             own = None if own is None else own & take(mask)
         return experience, own
 
+    @set_recurrent_mode(True)
     def _update_log_ratio(self, tensordict: TensorDictBase, agent: int, mask: Tensor | None) -> Tensor:
         """``log pi_new - log pi_old`` of an agent that has had its turn, ``[*B]``, zero where it is dead."""
         keys = self.tensor_keys
@@ -325,8 +336,10 @@ class SequentialLoss(RatioLoss):
         log_ratio = (policy.log_prob(take(tensordict.get(keys.action))) - take(stored)).squeeze(-1)
         return log_ratio if mask is None else torch.where(mask[..., agent], log_ratio, 0.0)
 
-    def _observed(self, tensordict: TensorDictBase, take: Callable[[Tensor], Tensor]) -> TensorDict:
-        """What a policy reads, with some agents' slots of the group's entries."""
+    def _observed(
+        self, tensordict: TensorDictBase, take: Callable[[Tensor], Tensor], own: Tensor | None = None
+    ) -> TensorDict:
+        """What a policy reads, with some agents' slots of the group's entries, and a memory in its own ones only."""
         action = self.tensor_keys.action
         group = action[:-1] if isinstance(action, tuple) else ()
         entries = {}
@@ -334,6 +347,8 @@ class SequentialLoss(RatioLoss):
             value, path = tensordict.get(key, None), (key,) if isinstance(key, str) else key
             if value is not None:
                 entries[key] = take(value) if path[: len(group)] == group else value
+                if own is not None and key in self._state_keys:
+                    entries[key] = torch.where(own.unsqueeze(-1), entries[key], 0.0)
         # not the batch size of the data: it counts agents too if forward was given plain tensors
         return TensorDict(entries, batch_size=tensordict.get(self.tensor_keys.sample_log_prob).shape[:-1])
 

@@ -311,7 +311,7 @@ class RatioLoss(LossModule):
             "loss_objective": loss_objective,
             "loss_entropy": -self.entropy_coeff * self._reduce(entropy, entropy_mask),
             "entropy": masked_mean(entropy.detach(), entropy_mask),
-            **_ratio_diagnostics(log_ratio.detach(), mask, self.ratio_low, self.ratio_high),
+            **ratio_diagnostics(log_ratio.detach(), mask, self.ratio_low, self.ratio_high),
             **objective_diagnostics,
         }
         return losses, distribution
@@ -459,7 +459,8 @@ def clip_fraction(log_ratio: Tensor, mask: Tensor | None, low: float | Tensor, h
     return masked_mean(((ratio < low) | (ratio > high)).to(ratio.dtype), mask)
 
 
-def _ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+def ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """What ratio losses report of detached log-ratios, over live agents."""
     ratio = log_ratio.exp()
     smallest, largest = (ratio, ratio) if mask is None else (ratio.where(mask, torch.inf), ratio.where(mask, 0.0))
     return {

@@ -32,7 +32,7 @@ $(BIN)/python:
 	touch $@
 
 .venv/test: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable ".[vmas,wandb,plot,sweep,dev]"
+	$(PIP) --editable ".[vmas,wandb,plot,seps,sweep,dev]"
 	touch $@
 
 .venv/test-envs: pyproject.toml constraints.txt | $(BIN)/python

@@ -1,6 +1,7 @@
 """How batches are collected, and what happens to them before a loss gets them."""
 
 from torchrl_marl.collectors.chunks import split_into_chunks
+from torchrl_marl.collectors.clusters import AgentAutoencoder, cluster_agents, encode_agents
 from torchrl_marl.collectors.reflection import NextStepKeys
 from torchrl_marl.collectors.reuse import (
     ReuseMappingSampler,
@@ -12,10 +13,13 @@ from torchrl_marl.collectors.reuse import (
 from torchrl_marl.collectors.sequences import SequenceCollector, sequence_minibatches
 
 __all__ = [
+    "AgentAutoencoder",
     "NextStepKeys",
     "ReuseMappingSampler",
     "ReuseScheme",
     "SequenceCollector",
+    "cluster_agents",
+    "encode_agents",
     "fixed_reuse_matrix",
     "gated_reuse_matrix",
     "pairwise_kl",

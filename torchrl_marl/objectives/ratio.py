@@ -401,7 +401,7 @@ class RatioLoss(LossModule):
         for key in self._mask_keys():
             found = tensordict.get(key, None)
             if found is not None:
-                found = _expand_mask(found, shape, tensordict.batch_size, key)
+                found = expand_mask(found, shape, tensordict.batch_size, key)
                 mask = found if mask is None else mask & found
         return mask
 
@@ -521,7 +521,8 @@ def per_agent(advantage: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
     )
 
 
-def _expand_mask(mask: Tensor, shape: torch.Size, batch: torch.Size, key: NestedKey) -> Tensor:
+def expand_mask(mask: Tensor, shape: torch.Size, batch: torch.Size, key: NestedKey) -> Tensor:
+    """Bring what is known of each agent, or of a whole step, to each agent (or to the team, if ``shape`` is its)."""
     if mask.shape == (*shape, 1):
         return mask.squeeze(-1)
     if mask.shape == shape:

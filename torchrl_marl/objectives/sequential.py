@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -14,14 +15,14 @@ from torch.distributions import Distribution
 
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
-from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, masked_mean, per_agent, require
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, masked_mean, per_agent, require
 from torchrl_marl.objectives.surrogates import Gain
 from torchrl_marl.objectives.trust_region import policy_kl, trust_region_step
 
 if TYPE_CHECKING:
     from torchrl_marl.collectors import ReuseMappingSampler
 
-__all__ = ["SequentialLoss", "Turn"]
+__all__ = ["NaturalGradientLoss", "SequentialLoss", "Turn"]
 
 Turn = int | Literal["critic"]
 
@@ -264,28 +265,6 @@ class SequentialLoss(RatioLoss):
         keys = self.tensor_keys
         return [keys.update_log_ratio, keys.reuse_source] if self.sampled else [keys.update_log_ratio]
 
-    def _trust_region_step(self, tensordict: TensorDictBase, *, max_kl: Tensor, **line_search: float) -> TensorDict:
-        """Take a natural-gradient step of the agent whose turn it is, confirmed on the whole batch given."""
-        if not isinstance(self.turn, int):
-            raise ValueError(f"A step is an agent's, but the turn is {self.turn!r}: call it within turns(batch).")
-        if self.reduction != "mean":
-            raise ValueError(f"A step compares means: it needs reduction='mean', not {self.reduction!r}.")
-        policy = self._policies[self.turn]
-        experience, entropy_mask = self._experience(self._with_advantage(tensordict), self.turn)
-        with torch.no_grad(), self._parameters_of("actor_network"):
-            old = policy.get_dist(experience.copy())
-
-        def evaluate() -> tuple[Tensor, Tensor]:
-            losses, new = self._actor_losses(experience, policy, entropy_mask)
-            kl = policy_kl(old, new)
-            mask = self._mask(experience, kl.shape)
-            return -losses["loss_objective"] - losses["loss_entropy"], self._over_sources(kl, mask)
-
-        step = trust_region_step(self.agent_parameters(self.turn), evaluate, max_kl=max_kl, **line_search)  # pyright: ignore
-        with torch.no_grad():
-            losses, _ = self._actor_losses(experience, policy, entropy_mask)
-        return TensorDict({**losses, **step}).detach()
-
     def _experience(self, tensordict: TensorDictBase, agent: int) -> tuple[TensorDict, Tensor | None]:
         """What ``agent`` learns from, its sources' slots ``[*B, S]`` being the group, and where its entropy counts.
 
@@ -346,6 +325,124 @@ class SequentialLoss(RatioLoss):
             reduced = [weight * column for weight, column in zip(weights, reduced, strict=True)]
         columns = torch.stack(reduced, -1)
         return columns if self.reduction == "none" else columns.sum(-1)
+
+
+class NaturalGradientLoss(SequentialLoss):
+    """Sequential loss whose agents move by natural gradients; abstract: HATRPO and OATRPO are made of it.
+
+    An agent's turn is one call of :meth:`step` on the whole batch instead of epochs of minibatches; the critic's is as
+    for any loss::
+
+        for turn in loss.turns(batch):
+            if turn != "critic":
+                loss.step(batch)
+                continue
+            for minibatch in minibatches(batch): ...
+
+    Args:
+        max_kl: radius of the trust region (the papers' delta), in nats; a buffer, assign to it to schedule it.
+        damping: added to the diagonal of the Fisher matrix.
+        num_iterations: of the conjugate gradient.
+        backtrack, accept_ratio, num_backtracks: of the line search, see
+            :func:`~torchrl_marl.objectives.trust_region.backtracking_line_search`.
+        gain: what the surrogate is; all gains have one slope at ratio 1, others than the ratio itself act on the line
+            search.
+        clip_epsilon: the bounds that ``gain`` gets.
+        entropy_coeff: weight of an entropy bonus in the surrogate; the papers have none.
+        actor_network, critic_network, reuse, sampled, critic_coeff, loss_critic_type, normalize_advantage,
+            normalize_advantage_exclude_dims, functional, reduction: see :class:`SequentialLoss`.
+
+    Raises:
+        ValueError: if agents share parameters, or an option is out of its range.
+    """
+
+    max_kl: Tensor
+    _schedulable_buffers = SequentialLoss._schedulable_buffers | {"max_kl"}
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        *,
+        max_kl: float,
+        damping: float,
+        num_iterations: int,
+        backtrack: float,
+        accept_ratio: float,
+        num_backtracks: int,
+        gain: Gain,
+        clip_epsilon: float | Sequence[float],
+        reuse: ReuseMappingSampler | None,
+        sampled: bool,
+        entropy_coeff: float,
+        critic_coeff: float,
+        loss_critic_type: str,
+        normalize_advantage: bool,
+        normalize_advantage_exclude_dims: Sequence[int],
+        functional: bool,
+        reduction: str,
+    ) -> None:
+        if type(self) is NaturalGradientLoss:
+            raise TypeError("NaturalGradientLoss is abstract: use HATRPOLoss, OATRPOLoss or a subclass.")
+        low, high = clip_bounds(clip_epsilon)
+        super().__init__(
+            actor_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            reuse=reuse,
+            sampled=sampled,
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )
+        self._take_step = partial(
+            trust_region_step,
+            damping=damping,
+            num_iterations=num_iterations,
+            backtrack=backtrack,
+            accept_ratio=accept_ratio,
+            num_backtracks=num_backtracks,
+        )
+        self.register_coeff_buffer("max_kl", max_kl, device=self.ratio_low.device)
+
+    def step(self, tensordict: TensorDictBase) -> TensorDict:
+        """Move the actor of the agent whose turn it is, in place, by one confirmed natural-gradient step.
+
+        Args:
+            tensordict: the whole batch, any shape ``[B]``.
+
+        Returns:
+            What ``forward`` returns after the step and, of the step, ``step_fraction`` (0: none was good enough),
+            ``improvement``, ``expected_improvement``, ``kl`` and ``grad_norm``. All detached.
+
+        Raises:
+            ValueError: outside of an agent's turn, or if ``reduction`` is not ``"mean"``.
+        """
+        if not isinstance(self.turn, int):
+            raise ValueError(f"A step is an agent's, but the turn is {self.turn!r}: call it within turns(batch).")
+        if self.reduction != "mean":
+            raise ValueError(f"A step compares means: it needs reduction='mean', not {self.reduction!r}.")
+        policy = self._policies[self.turn]
+        experience, entropy_mask = self._experience(self._with_advantage(tensordict), self.turn)
+        with torch.no_grad(), self._parameters_of("actor_network"):
+            old = policy.get_dist(experience.copy())
+
+        def evaluate() -> tuple[Tensor, Tensor]:
+            losses, new = self._actor_losses(experience, policy, entropy_mask)
+            kl = policy_kl(old, new)
+            mask = self._mask(experience, kl.shape)
+            return -losses["loss_objective"] - losses["loss_entropy"], self._over_sources(kl, mask)
+
+        step = self._take_step(self.agent_parameters(self.turn), evaluate, max_kl=self.max_kl)
+        with torch.no_grad():
+            losses, _ = self._actor_losses(experience, policy, entropy_mask)
+        return TensorDict({**losses, **step}).detach()
 
 
 def _take_each(agents: Sequence[int], *, dim: int) -> Callable[[Tensor], Tensor]:

@@ -793,6 +793,24 @@ def test_compiled_turns_equal_eager_ones(cls):
         assert_close((dict(output.items()), gradients(output, actor, critic)), expected, **TOLERANCE)
 
 
+@one_of_each
+def test_what_is_compiled_for_one_agent_serves_all(cls):
+    torch.compiler.reset()
+    options = {"reuse_matrix": "AR"} if cls in OFF_AGENT else {}
+    loss, actor, _ = make(cls, agents=4, functional=False, **options)
+    data = make_batch(actor, "categorical", agents=4, live=0.8)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(loss, fullgraph=True, backend=count)
+    for _ in loss.turns(data):
+        compiled(data)
+    assert len(graphs) == 2  # an agent's and the critic's
+
+
 @pytest.mark.gpu
 @every_loss
 @every_space

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -152,9 +152,11 @@ class SequentialLoss(RatioLoss):
         if not (turn in (None, "critic") or (isinstance(turn, int) and 0 <= turn < self.num_agents)):
             raise ValueError(f"turn must be an agent from 0 to {self.num_agents - 1}, 'critic' or None; got {turn!r}.")
         self._turn: Turn | None = turn
-        self._sources: tuple[int, ...] = ()
+        self._learner: _Learner | None = None
         if isinstance(turn, int):
-            self._sources = (turn,) if self.reuse is None else self.reuse.sources(turn)
+            sources = (turn,) if self.reuse is None else self.reuse.sources(turn)
+            index = partial(torch.tensor, device=self.ratio_low.device)
+            self._learner = _Learner(self._policies[turn], index([turn]), index(sources))
 
     @property
     def out_keys(self) -> list[str]:
@@ -207,10 +209,11 @@ class SequentialLoss(RatioLoss):
         try:
             for agent in order:
                 self.turn = agent
-                if mask is None or mask[..., list(self._sources)].any():
+                learner = cast("_Learner", self._learner)
+                if mask is None or mask.index_select(-1, learner.sources).any():
                     yield agent
                     log_ratio = log_ratio.clone()
-                    log_ratio[..., agent] = self._update_log_ratio(tensordict, agent, mask)
+                    log_ratio[..., agent] = self._update_log_ratio(tensordict, learner, mask)
                     tensordict.set(keys.update_log_ratio, log_ratio)
             self.turn = "critic"
             yield "critic"
@@ -232,14 +235,13 @@ class SequentialLoss(RatioLoss):
             KeyError: if an entry is missing.
             ValueError: if shapes do not fit, or stored log-probabilities carry gradients.
         """
+        if self._learner is not None:  # not by its number: what is compiled for one agent then serves all
+            experience, entropy_mask = self._experience(self._with_advantage(tensordict), self._learner)
+            losses, _ = self._actor_losses(experience, self._learner.policy, entropy_mask)
+            return TensorDict(losses)
         if self.turn is None:
             return super().forward(tensordict)
-        tensordict = self._with_advantage(tensordict)
-        if self.turn == "critic":
-            return TensorDict(self._critic_losses(tensordict))
-        experience, entropy_mask = self._experience(tensordict, self.turn)
-        losses, _ = self._actor_losses(experience, self._policies[self.turn], entropy_mask)
-        return TensorDict(losses)
+        return TensorDict(self._critic_losses(self._with_advantage(tensordict)))
 
     def objective(
         self,
@@ -251,7 +253,7 @@ class SequentialLoss(RatioLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the learner's ``loss_objective`` over its sources ``[B, S]``, or all agents' outside of any turn."""
         gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
-        if self.turn is None:
+        if self._learner is None:
             return self._reduce(-gain, mask), {}
         compound = tensordict.get(self.tensor_keys.update_log_ratio).exp()
         diagnostics = {
@@ -265,8 +267,8 @@ class SequentialLoss(RatioLoss):
         keys = self.tensor_keys
         return [keys.update_log_ratio, keys.reuse_source] if self.sampled else [keys.update_log_ratio]
 
-    def _experience(self, tensordict: TensorDictBase, agent: int) -> tuple[TensorDict, Tensor | None]:
-        """What ``agent`` learns from, its sources' slots ``[*B, S]`` being the group, and where its entropy counts.
+    def _experience(self, tensordict: TensorDictBase, learner: _Learner) -> tuple[TensorDict, Tensor | None]:
+        """What ``learner`` learns from, its sources' slots ``[*B, S]`` being the group, and where its entropy counts.
 
         The compound log-ratio of each slot takes the place of the update log-ratio. The entropy is that on the
         learner's own observations.
@@ -274,13 +276,12 @@ class SequentialLoss(RatioLoss):
         keys = self.tensor_keys
         stored = require(tensordict, keys.sample_log_prob)
         if self.sampled:
-            source = require(tensordict, keys.reuse_source)[..., agent].unsqueeze(-1)
-            take, own = _take_along(source), source == agent
+            source = require(tensordict, keys.reuse_source).index_select(-1, learner.index)
+            take, own = _take_along(source), source == learner.index
         else:
-            take, own = _take_each(self._sources, dim=stored.ndim - 1), None
-            if len(self._sources) > 1:
-                slots = torch.arange(len(self._sources), device=stored.device)
-                own = (slots == self._sources.index(agent)).expand(*stored.shape[:-1], -1)
+            take, own = _take_each(learner.sources, dim=stored.ndim - 1), None
+            if len(learner.sources) > 1:
+                own = (learner.sources == learner.index).expand(*stored.shape[:-1], -1)
         experience = self._observed(tensordict, take)
         for key in (keys.action, keys.sample_log_prob):
             experience.set(key, take(require(tensordict, key)))
@@ -294,15 +295,15 @@ class SequentialLoss(RatioLoss):
             own = None if own is None else own & take(mask)
         return experience, own
 
-    def _update_log_ratio(self, tensordict: TensorDictBase, agent: int, mask: Tensor | None) -> Tensor:
+    def _update_log_ratio(self, tensordict: TensorDictBase, learner: _Learner, mask: Tensor | None) -> Tensor:
         """``log pi_new - log pi_old`` of an agent that has had its turn, ``[*B]``, zero where it is dead."""
         keys = self.tensor_keys
         stored = tensordict.get(keys.sample_log_prob)
-        take = _take_each((agent,), dim=stored.ndim - 1)
+        take = _take_each(learner.index, dim=stored.ndim - 1)
         with torch.no_grad(), self._parameters_of("actor_network"):
-            policy = self._policies[agent].get_dist(self._observed(tensordict, take))
-        log_ratio = (policy.log_prob(take(tensordict.get(keys.action))) - take(stored)).squeeze(-1)
-        return log_ratio if mask is None else torch.where(mask[..., agent], log_ratio, 0.0)
+            policy = learner.policy.get_dist(self._observed(tensordict, take))
+        log_ratio = policy.log_prob(take(tensordict.get(keys.action))) - take(stored)
+        return (log_ratio if mask is None else torch.where(take(mask), log_ratio, 0.0)).squeeze(-1)
 
     def _observed(self, tensordict: TensorDictBase, take: Callable[[Tensor], Tensor]) -> TensorDict:
         """What a policy reads, with some agents' slots of the group's entries."""
@@ -320,10 +321,10 @@ class SequentialLoss(RatioLoss):
         """Reduce ``[*B, S]`` source by source, weighted as the learner weights its sources."""
         masks = [None] * values.shape[-1] if mask is None else mask.unbind(-1)
         reduced = [self._reduce(*column) for column in zip(values.unbind(-1), masks, strict=True)]
-        if self.reuse is not None and not self.sampled:
-            weights = (self.reuse.matrix[cast("int", self.turn), source] for source in self._sources)
-            reduced = [weight * column for weight, column in zip(weights, reduced, strict=True)]
         columns = torch.stack(reduced, -1)
+        if self.reuse is not None and self._learner is not None and not self.sampled:
+            shares = self.reuse.matrix.index_select(0, self._learner.index).index_select(1, self._learner.sources)
+            columns = columns * shares.squeeze(0)
         return columns if self.reduction == "none" else columns.sum(-1)
 
 
@@ -428,8 +429,9 @@ class NaturalGradientLoss(SequentialLoss):
             raise ValueError(f"A step is an agent's, but the turn is {self.turn!r}: call it within turns(batch).")
         if self.reduction != "mean":
             raise ValueError(f"A step compares means: it needs reduction='mean', not {self.reduction!r}.")
-        policy = self._policies[self.turn]
-        experience, entropy_mask = self._experience(self._with_advantage(tensordict), self.turn)
+        learner = cast("_Learner", self._learner)
+        policy = learner.policy
+        experience, entropy_mask = self._experience(self._with_advantage(tensordict), learner)
         with torch.no_grad(), self._parameters_of("actor_network"):
             old = policy.get_dist(experience.copy())
 
@@ -445,9 +447,17 @@ class NaturalGradientLoss(SequentialLoss):
         return TensorDict({**losses, **step}).detach()
 
 
-def _take_each(agents: Sequence[int], *, dim: int) -> Callable[[Tensor], Tensor]:
+class _Learner(NamedTuple):
+    """Whose turn it is, without Python numbers, for which a compiler would start anew."""
+
+    policy: ProbabilisticTensorDictSequential
+    index: Tensor  # [1]
+    sources: Tensor  # [S], ascending
+
+
+def _take_each(agents: Tensor, *, dim: int) -> Callable[[Tensor], Tensor]:
     """Return the function that selects the slots of some agents, ``[*B, N, ...]`` to ``[*B, S, ...]``."""
-    return lambda values: torch.cat([values.narrow(dim, agent, 1) for agent in agents], dim)
+    return lambda values: values if len(agents) == values.shape[dim] else values.index_select(dim, agents)
 
 
 def _take_along(agents: Tensor) -> Callable[[Tensor], Tensor]:

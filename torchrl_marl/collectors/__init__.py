@@ -1,6 +1,6 @@
 """How batches are collected, and what happens to them before a loss gets them."""
 
-from torchrl_marl.collectors.chunks import split_into_chunks
+from torchrl_marl.collectors.chunks import minibatches, split_into_chunks
 from torchrl_marl.collectors.clusters import AgentAutoencoder, cluster_agents, encode_agents
 from torchrl_marl.collectors.reflection import NextStepKeys
 from torchrl_marl.collectors.reuse import (
@@ -22,6 +22,7 @@ __all__ = [
     "encode_agents",
     "fixed_reuse_matrix",
     "gated_reuse_matrix",
+    "minibatches",
     "pairwise_kl",
     "sequence_minibatches",
     "split_into_chunks",

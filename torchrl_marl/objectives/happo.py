@@ -39,7 +39,7 @@ class HAPPOLoss(SequentialLoss):
 
     Example:
         >>> for turn in loss.turns(batch):  # doctest: +SKIP
-        ...     for minibatch in buffer:  # filled from the batch within the turn
+        ...     for minibatch in minibatches(batch, 1000):
         ...         losses = loss(minibatch)
     """
 

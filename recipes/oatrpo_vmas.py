@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
-from torchrl_marl.collectors import split_into_chunks
+from torchrl_marl.collectors import minibatches, split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.evaluation import plot_reuse_matrix
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
@@ -45,12 +43,7 @@ def main(cfg: DictConfig) -> float:
     policy = collection_policy(actor, critic)
     env = with_recurrent_state(env, policy)
     collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
-    steps = cfg.chunk_length or 1
-    buffer = ReplayBuffer(
-        storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // steps, device=device),  # rounded up
-        sampler=SamplerWithoutReplacement(),
-        batch_size=math.ceil(cfg.minibatch_size / steps),
-    )
+    minibatch_rows = math.ceil(cfg.minibatch_size / (cfg.chunk_length or 1))
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
@@ -64,10 +57,8 @@ def main(cfg: DictConfig) -> float:
             if turn != "critic":
                 run.record(loss.step(rows))
                 continue
-            buffer.empty()
-            buffer.extend(rows)
             for _ in range(cfg.epochs):
-                for minibatch in buffer:
+                for minibatch in minibatches(rows, minibatch_rows):
                     losses = compute_loss(minibatch)
                     losses["loss_critic"].backward()
                     grad_norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), cfg.max_grad_norm)

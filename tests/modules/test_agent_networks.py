@@ -6,8 +6,9 @@ from tensordict import TensorDict, TensorDictParams
 from torch import nn
 from torch.testing import assert_close
 
-from tests.objectives.loss_factories import AGENTS, SPACES, make_batch, make_networks
-from torchrl_marl.modules import AgentNetworks, agent_policy
+from tests.objectives.loss_factories import AGENTS, SPACES, gradients, group_shape, make_batch, make_networks
+from torchrl_marl.modules import AgentNetworks, agent_policy, make_recurrent_actor
+from torchrl_marl.objectives import MAPPOLoss
 
 
 def linear_networks(agents=AGENTS):
@@ -77,10 +78,59 @@ def test_an_agents_policy_needs_networks_of_their_own():
     shared, _ = make_networks("categorical")
     with pytest.raises(ValueError, match=r"network of its own.*module.0.module"):
         agent_policy(shared, 0)
+    clusters, _ = make_networks("categorical", share_parameters=[0, 1, 0])
+    with pytest.raises(ValueError, match=r"network of its own.*networks.0.0.weight.*networks.0.2.bias.$"):
+        agent_policy(clusters, 1)
     own, _ = make_networks("categorical", share_parameters=False)
     for agent in (-1, AGENTS):
         with pytest.raises(ValueError, match=f"no agent {agent}.*0 to 2"):
             agent_policy(own, agent)
+
+
+def test_agents_of_a_cluster_share_their_network_and_its_gradients():
+    torch.manual_seed(0)
+    clusters = [0, 1, 0]
+    actor, critic = make_networks("categorical", share_parameters=clusters)
+    apart, _ = make_networks("categorical", share_parameters=False)
+    data = make_batch(actor, "categorical")
+    for network in (actor, critic):
+        (stack,) = (module for module in network.modules() if isinstance(module, AgentNetworks))
+        assert stack.networks[0] is stack.networks[2]
+        assert stack.networks[0] is not stack.networks[1]
+    (mine,), (theirs,) = ([m for m in net.modules() if isinstance(m, AgentNetworks)] for net in (actor, apart))
+    for agent, cluster in enumerate(clusters):
+        theirs.networks[agent].load_state_dict(mine.networks[clusters.index(cluster)].state_dict())
+    log_probs = [net.get_dist(data.clone()).log_prob(data["agents", "action"]) for net in (actor, apart)]
+    assert_close(*log_probs)
+    for log_prob in log_probs:
+        (log_prob * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+    for own, first, third in zip(*(net.parameters() for net in (mine.networks[0], *theirs.networks[::2])), strict=True):
+        assert_close(own.grad, first.grad + third.grad)
+    optimizer = torch.optim.Adam(actor.parameters(), lr=0.1)
+    optimizer.step()
+    assert_close(mine.networks[0].state_dict(), mine.networks[2].state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("functional", [True, False], ids=["functional", "stateful"])
+def test_clusters_train_with_any_loss_of_simultaneous_updates(functional):
+    actor, critic = make_networks("categorical", share_parameters=[1, 1, 0])
+    loss = MAPPOLoss(actor, critic, functional=functional)
+    data = make_batch(actor, "categorical")
+    expected = gradients(MAPPOLoss(actor, critic, functional=False)(data), actor, critic)
+    assert len(list(actor.parameters())) == 2 * 4
+    assert_close(gradients(loss(data), actor, critic), expected, rtol=0, atol=0)
+    assert all(gradient.any() for gradient in expected)
+
+
+@pytest.mark.parametrize("clusters", [[0, 1], [], [0, 0, 1, 1]], ids=str)
+def test_clusters_of_another_number_of_agents_raise(clusters):
+    with pytest.raises(ValueError, match=r"a cluster for each agent; got \["):
+        make_networks("categorical", share_parameters=clusters)
+
+
+def test_recurrent_networks_are_shared_by_all_or_none():
+    with pytest.raises(ValueError, match=r"or none does; got share_parameters=\[0, 1, 0\]"):
+        make_recurrent_actor(group_shape("categorical"), share_parameters=[0, 1, 0])
 
 
 def test_compiled_networks_equal_eager_ones():

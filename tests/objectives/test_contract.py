@@ -35,8 +35,9 @@ from torchrl_marl.objectives import (
     MASPOLoss,
     OAPPOLoss,
     RatioLoss,
+    SEACLoss,
 )
-from torchrl_marl.objectives.surrogates import quadratic_gain
+from torchrl_marl.objectives.surrogates import clip_gain, quadratic_gain
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Method:
     options: dict = field(default_factory=dict)
     observes: str = "joint_observation"
     own_networks: bool = False  # whether agents may not share parameters
+    reads_advantages: bool = True  # else it takes them from its critics, which are the agents' own
 
 
 def _clipped(low, high):
@@ -80,6 +82,15 @@ METHODS = {
     "HAPPO": Method(HAPPOLoss, _clipped(0.8, 1.2), own_networks=True),
     "OAPPO": Method(OAPPOLoss, _clipped(0.8, 1.2), {"reuse_matrix": "RR"}, own_networks=True),
     "MARPO": Method(MARPOLoss, _clipped(0.8, 1.2), {"reflection_coeff": 0.0, "ema_rate": 0.0}),
+    # Without the others' data, which have their tests in test_seac.py, and with a gain that has bounds.
+    "SEAC": Method(
+        SEACLoss,
+        _clipped(0.8, 1.2),
+        {"sharing_coeff": 0.0, "gain": clip_gain, "loss_critic_type": "smooth_l1", "critic_coeff": 1.0},
+        observes="observation",
+        own_networks=True,
+        reads_advantages=False,
+    ),
 }
 VARIANTS = {  # the same code with other numbers: only their equations need a test of their own
     "asymmetric-MAPPO": Method(MAPPOLoss, _clipped(0.9, 1.3), {"clip_epsilon": (0.1, 0.3)}),
@@ -93,7 +104,9 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # about ten roundings of float32: sums
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 SHARING = {name: method for name, method in METHODS.items() if not method.own_networks}
 every_method_of_alike_agents = pytest.mark.parametrize("method", SHARING.values(), ids=SHARING)
-every_variant = pytest.mark.parametrize("method", (METHODS | VARIANTS).values(), ids=METHODS | VARIANTS)
+WITH_ADVANTAGES = {name: method for name, method in METHODS.items() if method.reads_advantages}
+every_variant = pytest.mark.parametrize("method", (WITH_ADVANTAGES | VARIANTS).values(), ids=WITH_ADVANTAGES | VARIANTS)
+every_method_with_advantages = pytest.mark.parametrize("method", WITH_ADVANTAGES.values(), ids=WITH_ADVANTAGES)
 every_space = pytest.mark.parametrize("space", SPACES)
 functional_or_not = pytest.mark.parametrize("functional", [True, False], ids=["functional", "stateful"])
 
@@ -107,7 +120,7 @@ def networks_of(method, space, observes=None, **options):
 def make(method, space="categorical", *, networks=None, **options):
     """The loss and its two networks."""
     actor, critic = networks or networks_of(method, space)
-    return method.loss(actor, critic, **method.options, **options), actor, critic
+    return method.loss(actor, critic, **{**method.options, **options}), actor, critic
 
 
 def run(loss, data):
@@ -514,7 +527,7 @@ def test_garbage_of_dead_agents_changes_nothing(method, space, normalize, reduct
         assert_close(gradients(output, actor, critic), gradients(expected, actor, critic), **TOLERANCE)
 
 
-@every_method
+@every_method_with_advantages
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "plain"])
 def test_a_gain_sees_dead_agents_at_ratio_one_with_no_advantage(method, normalize):
     seen = []
@@ -533,7 +546,7 @@ def test_a_gain_sees_dead_agents_at_ratio_one_with_no_advantage(method, normaliz
         assert (tensor[~dead] != 0).all()
 
 
-@every_method
+@every_method_with_advantages
 @pytest.mark.parametrize(
     ("key", "losses"),
     [
@@ -684,7 +697,7 @@ def test_the_critic_may_observe_anything(method, observes, functional):
     assert all(g.any() for g in gradients(before, critic))
 
 
-@every_method
+@every_method_with_advantages
 @functional_or_not
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "plain"])
 def test_a_team_critic_gives_every_agent_the_teams_advantage(method, functional, normalize):
@@ -707,7 +720,7 @@ def test_a_team_critic_gives_every_agent_the_teams_advantage(method, functional,
     assert all(g.any() for g in gradients(output, actor, critic))
 
 
-@every_method
+@every_method_with_advantages
 def test_a_teams_value_counts_where_any_agent_lives(method):
     actor, _ = networks_of(method, "categorical")
     loss, *_ = make(method, networks=(actor, make_team_critic()))
@@ -726,6 +739,8 @@ def test_a_teams_value_counts_where_any_agent_lives(method):
 @pytest.mark.parametrize("team", [False, True], ids=["per-agent", "team"])
 @functional_or_not
 def test_a_missing_advantage_is_computed_by_the_value_estimator(method, space, team, functional):
+    if team and not method.reads_advantages:
+        pytest.skip("its critics are the agents' own")
     actor, critic = networks_of(method, space)
     critic = make_team_critic() if team else critic
     loss, *_ = make(method, networks=(actor, critic), functional=functional)
@@ -847,7 +862,7 @@ def test_bounds_and_coefficients_can_be_scheduled_by_assignment(method):
         assert name in loss.state_dict()
     bounds = (0.95, 1.1)
     options = {"target_ratios": bounds} if method.loss is MARSLoss else {"clip_epsilon": (0.05, 0.1)}
-    built = method.loss(actor, critic, entropy_coeff=0.02, critic_coeff=3.0, **method.options, **options)
+    built, *_ = make(method, networks=(actor, critic), entropy_coeff=0.02, critic_coeff=3.0, **options)
     after = loss(data)
     assert_close(values(after), values(built(data)), **TOLERANCE)
     assert after["loss_objective"] != before["loss_objective"]
@@ -855,7 +870,7 @@ def test_bounds_and_coefficients_can_be_scheduled_by_assignment(method):
     assert_close(after["loss_critic"], 3 * before["loss_critic"], **TOLERANCE)
 
 
-@every_method
+@every_method_with_advantages
 def test_any_gain_fits_any_method(method):
     calls = []
 
@@ -935,7 +950,7 @@ def test_losses_on_a_gpu_equal_those_on_the_cpu(method, space, functional):
 # --- errors
 
 
-@every_method
+@every_method_with_advantages
 @pytest.mark.parametrize(
     "shape", [(12, AGENTS), (12,), (12, AGENTS, 2), (12, 1, 1), (12, AGENTS, AGENTS), (1, AGENTS, 1)], ids=str
 )

@@ -3,13 +3,23 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from torchrl.modules import PopArtValueNorm
 
 from tests.objectives.loss_factories import AGENTS, add_transition, gradients, make_batch, make_networks, total
 from torchrl_marl.objectives import SEACLoss
+from torchrl_marl.objectives.surrogates import clip_gain
 
 
 def networks(space="categorical", **options):
     return make_networks(space, "observation", share_parameters=False, **options)
+
+
+def on_policy_batch(actor, space="categorical", **options):
+    """A batch whose actions are those of the current policies, as A2C needs it."""
+    data = make_batch(actor, space, **options)
+    with torch.no_grad():
+        data["agents", "action_log_prob"] = actor.get_dist(data.clone()).log_prob(data["agents", "action"])
+    return data
 
 
 def pairwise_losses(actor, critic, data, sharing_coeff):
@@ -35,14 +45,44 @@ def pairwise_losses(actor, critic, data, sharing_coeff):
 
 @pytest.mark.parametrize("space", ["categorical", "masked", "continuous"])
 @pytest.mark.parametrize("live", [None, 0.6], ids=["all-live", "some-dead"])
-def test_losses_and_gradients_are_the_papers_sums_over_pairs(space, live):
+def test_gradients_are_those_of_the_papers_sums_over_pairs(space, live):
     actor, critic = networks(space)
-    data = make_batch(actor, space, live=live)
+    data = on_policy_batch(actor, space, live=live)
     losses = SEACLoss(actor, critic, sharing_coeff=0.7, entropy_coeff=0.0, functional=False)(data)
     expected = pairwise_losses(actor, critic, data, 0.7)
-    for name, value in expected.items():
-        assert_close(losses[name], value)
+    assert_close(losses["loss_critic"], expected["loss_critic"])
     assert_close(gradients(losses, actor, critic), gradients(expected, actor, critic))
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalized"])
+def test_the_objective_is_the_sum_over_sources_of_any_gain_of_ratio_and_advantage(normalize):
+    actor, critic = networks()
+    data = make_batch(actor, "categorical")  # ratios away from 1, as in a second epoch
+    options = {"gain": clip_gain, "clip_epsilon": (0.1, 0.3), "normalize_advantage": normalize}
+    loss = SEACLoss(actor, critic, sharing_coeff=0.7, functional=False, **options)
+    expected = 0.0
+    for i, (policy, value) in enumerate(zip(loss._policies, loss._critics, strict=True)):
+        ratio = policy.get_dist(data.clone()).log_prob(data["agents", "action"]) - data["agents", "action_log_prob"]
+        advantage = (data["value_target"] - value(data.clone())["agents", "state_value"]).squeeze(-1).detach()
+        if normalize:  # over the rows of each pair
+            advantage = (advantage - advantage.mean(0)) / advantage.std(0)
+        ratio, weight = ratio.exp(), torch.full((AGENTS,), 0.7)
+        weight[i] = 1.0
+        gain = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.3) * advantage)
+        expected = expected - (weight * gain).mean(0).sum() / AGENTS
+    output = loss(data)
+    assert_close(output["loss_objective"], expected)
+    assert_close(gradients({"loss_objective": output["loss_objective"]}, actor), gradients({"loss_": expected}, actor))
+
+
+def test_values_are_compared_in_units_of_their_scale():
+    value_norm = PopArtValueNorm(shape=1)
+    actor, critic = networks(value_norm=value_norm)
+    value_norm.update(torch.tensor([[-30.0], [50.0]]))
+    data = make_batch(actor, "categorical")
+    output = SEACLoss(actor, critic, sharing_coeff=0.0, functional=False)(data)
+    error = data["value_target"] - critic(data.clone())["agents", "state_value"]
+    assert_close(output["loss_critic"], 0.5 * (error / value_norm.scale()).square().mean())
 
 
 def test_without_sharing_agents_are_independent():
@@ -58,20 +98,6 @@ def test_without_sharing_agents_are_independent():
     for offset in (0, len(before) // 2):  # the first agent's actor and critic
         assert_close(before[offset : offset + per_network], after[offset : offset + per_network])
     assert not torch.allclose(before[per_network], after[per_network])
-
-
-def test_policies_follow_the_gradient_of_the_importance_weighted_advantage():
-    actor, critic = networks()
-    data = make_batch(actor, "categorical")
-    with torch.no_grad():  # on policy
-        data["agents", "action_log_prob"] = actor.get_dist(data.clone()).log_prob(data["agents", "action"])
-    loss = SEACLoss(actor, critic, entropy_coeff=0.0, critic_coeff=0.0, functional=False)
-    surrogate = 0.0
-    for policy, value in zip(loss._policies, loss._critics, strict=True):
-        ratio = policy.get_dist(data.clone()).log_prob(data["agents", "action"]) - data["agents", "action_log_prob"]
-        advantage = data["value_target"] - value(data.clone())["agents", "state_value"]
-        surrogate = surrogate - (ratio.exp() * advantage.squeeze(-1).detach()).mean()
-    assert_close(gradients(loss(data), actor), gradients({"loss_surrogate": surrogate}, actor))
 
 
 def test_what_the_dead_have_stored_changes_nothing():

@@ -1,6 +1,7 @@
 """Sequential methods: whose turn it is, what a turn touches, and the methods that they reduce to."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -17,7 +18,16 @@ from tests.objectives.loss_factories import (
     total,
 )
 from torchrl_marl.modules import AgentNetworks, agent_policy
-from torchrl_marl.objectives import HAPPOLoss, HATRPOLoss, MAPPOLoss, MARSLoss, OAPPOLoss, OATRPOLoss, SequentialLoss
+from torchrl_marl.objectives import (
+    HAPPOLoss,
+    HATRPOLoss,
+    MAPPOLoss,
+    MARSLoss,
+    NaturalGradientLoss,
+    OAPPOLoss,
+    OATRPOLoss,
+    SequentialLoss,
+)
 from torchrl_marl.objectives.surrogates import barrier_gain
 from torchrl_marl.objectives.trust_region import policy_kl
 
@@ -783,6 +793,24 @@ def test_compiled_turns_equal_eager_ones(cls):
         assert_close((dict(output.items()), gradients(output, actor, critic)), expected, **TOLERANCE)
 
 
+@one_of_each
+def test_what_is_compiled_for_one_agent_serves_all(cls):
+    torch.compiler.reset()
+    options = {"reuse_matrix": "AR"} if cls in OFF_AGENT else {}
+    loss, actor, _ = make(cls, agents=4, functional=False, **options)
+    data = make_batch(actor, "categorical", agents=4, live=0.8)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(loss, fullgraph=True, backend=count)
+    for _ in loss.turns(data):
+        compiled(data)
+    assert len(graphs) == 2  # an agent's and the critic's
+
+
 @pytest.mark.gpu
 @every_loss
 @every_space
@@ -806,25 +834,21 @@ def test_agents_that_share_parameters_raise(cls):
         cls(*make_networks("categorical"))
 
 
-def test_the_base_class_is_abstract():
-    loss, actor, critic = make(HAPPOLoss)
+@pytest.mark.parametrize("cls", [SequentialLoss, NaturalGradientLoss])
+def test_base_classes_are_abstract(cls):
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(HATRPOLoss).parameters.items()
+        if name in inspect.signature(cls).parameters
+    }
+    given = {**known, "gain": barrier_gain, "reuse": None, "sampled": False}
+    given |= {"low": 0.8, "high": 1.2} if cls is SequentialLoss else {}
+    given |= dict(
+        zip(("actor_network", "critic_network"), make_networks("categorical", share_parameters=False), strict=True)
+    )
     with pytest.raises(TypeError, match="abstract"):
-        SequentialLoss(
-            actor,
-            critic,
-            gain=loss.gain,
-            low=0.8,
-            high=1.2,
-            reuse=None,
-            sampled=False,
-            entropy_coeff=0.0,
-            critic_coeff=1.0,
-            loss_critic_type="l2",
-            normalize_advantage=True,
-            normalize_advantage_exclude_dims=(-2,),
-            functional=True,
-            reduction="mean",
-        )
+        cls(**given)
+    assert isinstance(type("Own", (cls,), {})(**given), cls)
 
 
 @one_of_each

@@ -67,6 +67,7 @@ def test_the_methods_are_those_of_the_readme() -> None:
         "oappo",
         "oatrpo",
         "rpo",
+        "seac",
     ]
 
 

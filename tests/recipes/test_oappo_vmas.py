@@ -70,6 +70,19 @@ def test_agents_that_share_parameters_are_refused(tmp_path: Path, monkeypatch: p
         run_recipe(monkeypatch, tmp_path, "actor.share_parameters=true", recipe="oappo_vmas")
 
 
+def test_who_is_alike_is_printed_as_an_override_that_recipes_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    run_recipe(monkeypatch, tmp_path, "encode.num_epochs=1", recipe="seps")
+    override = capsys.readouterr().out.strip()
+    assert override in [f"actor.share_parameters=[0,{one},{two}]" for one, two in ((0, 1), (1, 0), (1, 1))]
+    env = ["env=maze", "env.scenario=black_blue_red"]
+    run_recipe(monkeypatch, tmp_path, *env, override, "loss=mappo", "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    assert (folder / "summary.json").exists()
+
+
 @pytest.mark.parametrize("recipe", ["mappo_maze", "oappo_maze", "oatrpo_maze"])
 def test_recipes_play_in_the_mazes(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(monkeypatch, tmp_path, "total_frames=80", recipe=recipe)

@@ -1,10 +1,13 @@
-"""Chunks of steps in a row, for recurrent networks."""
+"""Rows of a batch, or chunks of steps in a row for recurrent networks, and minibatches of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from tensordict import TensorDictBase
 
-__all__ = ["split_into_chunks"]
+__all__ = ["minibatches", "split_into_chunks"]
 
 
 def split_into_chunks(batch: TensorDictBase, chunk_length: int | None) -> TensorDictBase:
@@ -39,3 +42,33 @@ def split_into_chunks(batch: TensorDictBase, chunk_length: int | None) -> Tensor
     if chunk_length < 1 or steps % chunk_length:
         raise ValueError(f"chunk_length must divide the {steps} steps that each environment takes, got {chunk_length}.")
     return batch.reshape(-1, chunk_length)
+
+
+def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
+    """Yield rows, or chunks, ``[B, ...]`` once, in random order, ``size`` at a time.
+
+    If one minibatch holds all, the rows come as they are, in order and not copied: copying costs as much as a forward
+    pass of small networks.
+
+    Args:
+        rows: such as :func:`split_into_chunks` returns.
+        size: rows of a minibatch; the last one may have fewer.
+
+    Raises:
+        ValueError: if a minibatch would have no rows.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> rows = TensorDict({"row": torch.arange(5)}, batch_size=5)
+        >>> [len(minibatch) for minibatch in minibatches(rows, 2)]
+        [2, 2, 1]
+        >>> next(minibatches(rows, 5)) is rows
+        True
+    """
+    if size < 1:
+        raise ValueError(f"A minibatch must have at least one row, got size={size}.")
+    if size >= len(rows):
+        yield rows
+        return
+    for chosen in torch.randperm(len(rows), device=rows.device).split(size):
+        yield rows[chosen]

@@ -8,6 +8,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from torchrl_marl.keys import sibling
+from torchrl_marl.objectives.ratio import expand_mask, per_agent
 
 __all__ = ["NextStepKeys"]
 
@@ -96,15 +97,16 @@ class NextStepKeys(TensorDictModuleBase):
         """Write the keys onto ``tensordict``, a batch with a time dimension, and return it."""
         time = self._time(tensordict)
         log_prob = tensordict[self.log_prob]
-        shape = log_prob.shape
+        shape, batch = log_prob.shape, tensordict.batch_size
         live = torch.ones_like(log_prob, dtype=torch.bool)
         for key in (self.mask, ("collector", "mask")):
             mask = tensordict.get(key, None)
-            live = live if mask is None else live & _fit(mask, shape, key)
-        has_pair = live & live.roll(-1, time) & ~_fit(tensordict["next", self.done], shape, self.done)
+            live = live if mask is None else live & expand_mask(mask, shape, batch, key)
+        done = expand_mask(tensordict["next", self.done], shape, batch, self.done)
+        has_pair = live & live.roll(-1, time) & ~done
         trajectory = tensordict.get(("collector", "traj_ids"), None)
         if trajectory is not None:
-            has_pair &= _fit(trajectory == trajectory.roll(-1, time), shape, ("collector", "traj_ids"))
+            has_pair &= expand_mask(trajectory == trajectory.roll(-1, time), shape, batch, ("collector", "traj_ids"))
         has_pair.select(time, -1).fill_(False)
 
         following = tensordict.get("next")
@@ -114,7 +116,7 @@ class NextStepKeys(TensorDictModuleBase):
                 following.set(key, torch.where(_like(has_pair, own), own.roll(-1, time), own))
         advantage = tensordict.get(self.advantage, None)
         if advantage is not None:
-            advantage = _fit(advantage, shape, self.advantage).roll(-1, time)
+            advantage = per_agent(advantage, shape, self.advantage).roll(-1, time)
             following.set(sibling(self.action, "advantage"), torch.where(has_pair, advantage, 0.0).unsqueeze(-1))
         following.set(self.reflection_mask, has_pair)
         return tensordict
@@ -134,14 +136,3 @@ class NextStepKeys(TensorDictModuleBase):
 
 def _like(mask: Tensor, values: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *(1,) * (values.ndim - mask.ndim))
-
-
-def _fit(values: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
-    """Bring what is known of each agent (``[*B, N]``, ``[*B, N, 1]``) or of all (``[*B]``, ``[*B, 1]``) to each."""
-    if values.shape == (*shape, 1):
-        return values.squeeze(-1)
-    if values.shape == shape[:-1]:
-        return values.unsqueeze(-1).expand(shape)
-    if values.shape in (shape, (*shape[:-1], 1)):
-        return values.expand(shape)
-    raise ValueError(f"{key!r} has shape {tuple(values.shape)}, which does not fit log-probabilities {tuple(shape)}.")

@@ -32,7 +32,7 @@ def make_actor(
     group: str | None = None,
     hidden_sizes: Sequence[int] = (256, 256),
     activation: Activation = "tanh",
-    share_parameters: bool = True,
+    share_parameters: bool | Sequence[int] = True,
     agent_id: bool = True,
     device: torch.device | str | None = None,
 ) -> ProbabilisticActor:
@@ -47,9 +47,10 @@ def make_actor(
         hidden_sizes: widths of the hidden layers.
         activation: of the hidden layers.
         share_parameters: one network for all agents, or one for each
-            (:class:`~torchrl_marl.modules.AgentNetworks`).
+            (:class:`~torchrl_marl.modules.AgentNetworks`); or the cluster of each agent, such as ``[0, 1, 0]``, with
+            one for each cluster (:func:`~torchrl_marl.collectors.cluster_agents` finds some).
         agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents
-            with networks of their own need none and get none.
+            with networks of their own, or of their clusters, get none.
         device: where parameters live.
 
     Returns:
@@ -80,7 +81,7 @@ def make_critic(
     observes: Literal["joint_observation", "state", "observation"] = "joint_observation",
     hidden_sizes: Sequence[int] = (256, 256),
     activation: Activation = "tanh",
-    share_parameters: bool = True,
+    share_parameters: bool | Sequence[int] = True,
     agent_id: bool = True,
     value_norm: ValueNorm | None = None,
     device: torch.device | str | None = None,
@@ -97,7 +98,7 @@ def make_critic(
             ``"observation"``, each agent's own (IPPO).
         hidden_sizes: widths of the hidden layers.
         activation: of the hidden layers.
-        share_parameters: one network for all agents, or one for each.
+        share_parameters: one network for all agents, one for each, or one for each cluster, as for actors.
         agent_id: append a one-hot agent id to an agent's own observation (shared ``"observation"`` critics only; a
             centralised critic knows agents by its outputs).
         value_norm: running statistics of values; the network then predicts normalised values, see

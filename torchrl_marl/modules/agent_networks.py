@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ class AgentNetworks(nn.Module):
     """Networks of one architecture, one for each agent: ``[..., N, I]`` to ``[..., N, O]``, slot i by network i.
 
     Networks of several inputs, such as a recurrent unit, get as many, and all of these have agents' slots.
+    Agents share what stands in both their places: ``AgentNetworks([a, b, a])``.
 
     A forward pass is one batched operation a layer, over parameters stacked for the occasion. The parameters themselves
     stay apart, as leaves of their own: an objective of agent i alone (see :func:`agent_policy`) leaves ``grad`` of all
@@ -103,12 +105,13 @@ def count_agents(actor: nn.Module) -> int:
         ValueError: if any parameter is shared by agents, or there are no networks of their own.
     """
     stacks = [module for module in actor.modules() if isinstance(module, AgentNetworks)]
-    own = {id(parameter) for stack in stacks for parameter in stack.parameters()}
-    shared = [name for name, parameter in actor.named_parameters() if id(parameter) not in own]
+    networks = [network for stack in stacks for network in stack.networks]
+    owners = Counter(id(parameter) for network in networks for parameter in network.parameters())
+    shared = [name for name, parameter in actor.named_parameters() if owners[id(parameter)] != 1]
     if shared or len({len(stack) for stack in stacks}) != 1:
         raise ValueError(
             "Every agent needs a network of its own: build the actor with make_actor(..., share_parameters=False), or "
-            f"hold the agents' networks in AgentNetworks. Parameters outside of any: {', '.join(shared) or 'none'}."
+            f"hold the agents' networks in AgentNetworks. Parameters that agents share: {', '.join(shared) or 'none'}."
         )
     return len(stacks[0])
 

@@ -85,19 +85,28 @@ def agent_network(
     outputs: int,
     hidden_sizes: Sequence[int],
     activation: Activation,
-    share_parameters: bool,
+    share_parameters: bool | Sequence[int],
     agent_id: bool,
 ) -> nn.Module:
     """Network applied to each agent's own input, ``[..., N, inputs]`` to ``[..., N, outputs]``."""
-    if not share_parameters:
-        return AgentNetworks([_mlp(inputs, outputs, hidden_sizes, activation) for _ in range(shape.num_agents)])
+    if share_parameters is not True:
+        clusters = list(range(shape.num_agents) if share_parameters is False else share_parameters)
+        if len(clusters) != shape.num_agents:
+            raise ValueError(
+                "share_parameters must be True, False or a cluster for each agent; "
+                f"got {clusters} for {shape.num_agents} agents."
+            )
+        networks = {cluster: _mlp(inputs, outputs, hidden_sizes, activation) for cluster in dict.fromkeys(clusters)}
+        return AgentNetworks([networks[cluster] for cluster in clusters])
     if not agent_id:
         return _mlp(inputs, outputs, hidden_sizes, activation)
     network = _mlp(inputs + shape.num_agents, outputs, hidden_sizes, activation)
     return nn.Sequential(OneHotAgentID(shape.num_agents), network)
 
 
-def joint_input(shape: GroupShape, observes: str, share_parameters: bool) -> tuple[int, list[nn.Module]]:
+def joint_input(
+    shape: GroupShape, observes: str, share_parameters: bool | Sequence[int]
+) -> tuple[int, list[nn.Module]]:
     """Return the size of what all agents see together, and the layers that put it side by side.
 
     They give ``[..., size]`` for a network that all agents share, ``[..., N, size]`` for networks of their own.
@@ -110,14 +119,18 @@ def joint_input(shape: GroupShape, observes: str, share_parameters: bool) -> tup
         raise ValueError('observes="state", but the environment has no "state" at the root; use "joint_observation".')
     else:
         size, joined = shape.state_size, nn.Identity()
-    return size, [joined] if share_parameters else [joined, _ExpandToAgents(shape.num_agents)]
+    return size, [joined] if share_parameters is True else [joined, _ExpandToAgents(shape.num_agents)]
 
 
 def value_layers(
-    shape: GroupShape, inputs: int, hidden_sizes: Sequence[int], activation: Activation, share_parameters: bool
+    shape: GroupShape,
+    inputs: int,
+    hidden_sizes: Sequence[int],
+    activation: Activation,
+    share_parameters: bool | Sequence[int],
 ) -> list[nn.Module]:
     """Layers from ``[..., inputs]`` (shared: one body, an output for each agent) or ``[..., N, inputs]`` to values."""
-    if not share_parameters:
+    if share_parameters is not True:
         return [agent_network(shape, inputs, 1, hidden_sizes, activation, share_parameters, agent_id=False)]
     network = _mlp(inputs, shape.num_agents, hidden_sizes, activation)
     return [network, nn.Unflatten(-1, (shape.num_agents, 1))]

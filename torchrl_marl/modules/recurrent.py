@@ -388,6 +388,10 @@ def _embedding(
     share_parameters: bool,
     agent_id: bool,
 ) -> nn.Module:
+    if not isinstance(share_parameters, bool):
+        raise ValueError(
+            f"All agents share a recurrent network, or none does; got share_parameters={share_parameters}."
+        )
     if not hidden_sizes:
         raise ValueError(f"hidden_sizes must name at least one layer before the GRU, got {hidden_sizes!r}.")
     *widths, last = hidden_sizes

@@ -9,7 +9,7 @@ from torchrl_marl.objectives.off_agent import OAPPOLoss, OATRPOLoss
 from torchrl_marl.objectives.ppo import IPPOLoss, MAPPOLoss
 from torchrl_marl.objectives.ratio import RatioLoss, standardize
 from torchrl_marl.objectives.seac import SEACLoss
-from torchrl_marl.objectives.sequential import SequentialLoss
+from torchrl_marl.objectives.sequential import NaturalGradientLoss, SequentialLoss
 
 __all__ = [
     "CTDSLoss",
@@ -21,6 +21,7 @@ __all__ = [
     "MARPOLoss",
     "MARSLoss",
     "MASPOLoss",
+    "NaturalGradientLoss",
     "OAPPOLoss",
     "OATRPOLoss",
     "RatioLoss",

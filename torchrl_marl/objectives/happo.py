@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
-from torch import Tensor
 
 from torchrl_marl.objectives.ratio import clip_bounds
-from torchrl_marl.objectives.sequential import SequentialLoss
+from torchrl_marl.objectives.sequential import NaturalGradientLoss, SequentialLoss
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, ratio_gain
 
 __all__ = ["HAPPOLoss", "HATRPOLoss"]
@@ -41,7 +39,7 @@ class HAPPOLoss(SequentialLoss):
 
     Example:
         >>> for turn in loss.turns(batch):  # doctest: +SKIP
-        ...     for minibatch in buffer:  # filled from the batch within the turn
+        ...     for minibatch in minibatches(batch, 1000):
         ...         losses = loss(minibatch)
     """
 
@@ -79,45 +77,29 @@ class HAPPOLoss(SequentialLoss):
         )
 
 
-class HATRPOLoss(SequentialLoss):
+class HATRPOLoss(NaturalGradientLoss):
     """Heterogeneous-agent TRPO: one natural-gradient step for each agent, within a trust region of the exact KL.
 
-    An agent's turn is one call of :meth:`step` on the whole batch instead of epochs of minibatches; the critic's is as
-    for any loss::
-
-        for turn in loss.turns(batch):
-            if turn != "critic":
-                loss.step(batch)
-                continue
-            for minibatch in minibatches(batch): ...
+    An agent's turn is one call of :meth:`step` on the whole batch.
 
     Reference: Kuba et al., ICLR 2022, https://arxiv.org/abs/2109.11251, HATRPO. The authors' code, and
     HARL's, sums an unweighted ``r - 1 - ln r`` over all actions in place of the KL of categorical policies, which
     tightens the bound by about the number of actions; here it is exact, and over live agents only. Defaults are HARL's.
 
-    The loop, keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.
+    The loop: :class:`~torchrl_marl.objectives.sequential.NaturalGradientLoss`; keys, shapes, outputs and errors:
+    :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.
 
     Args:
         actor_network: decentralised policy with a network for each agent.
         critic_network: sees the joint observations or the state.
-        max_kl: radius of the trust region (the paper's delta), in nats; a buffer, assign to it to schedule it.
-        damping: added to the diagonal of the Fisher matrix.
-        num_iterations: of the conjugate gradient.
-        backtrack, accept_ratio, num_backtracks: of the line search, see
-            :func:`~torchrl_marl.objectives.trust_region.backtracking_line_search`.
-        gain: what the surrogate is; all gains have one slope at ratio 1, others than the ratio itself act on the line
-            search.
-        clip_epsilon: the bounds that ``gain`` gets.
-        entropy_coeff: weight of an entropy bonus in the surrogate; the paper has none.
+        max_kl, damping, num_iterations, backtrack, accept_ratio, num_backtracks, gain, clip_epsilon, entropy_coeff: see
+            :class:`~torchrl_marl.objectives.sequential.NaturalGradientLoss`.
         critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims, functional, reduction: as
             for every ratio loss, see there.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
     """
-
-    max_kl: Tensor
-    _schedulable_buffers = SequentialLoss._schedulable_buffers | {"max_kl"}
 
     def __init__(
         self,
@@ -140,13 +122,17 @@ class HATRPOLoss(SequentialLoss):
         functional: bool = True,
         reduction: str = "mean",
     ) -> None:
-        low, high = clip_bounds(clip_epsilon)
         super().__init__(
             actor_network,
             critic_network,
+            max_kl=max_kl,
+            damping=damping,
+            num_iterations=num_iterations,
+            backtrack=backtrack,
+            accept_ratio=accept_ratio,
+            num_backtracks=num_backtracks,
             gain=gain,
-            low=low,
-            high=high,
+            clip_epsilon=clip_epsilon,
             reuse=None,
             sampled=False,
             entropy_coeff=entropy_coeff,
@@ -157,26 +143,3 @@ class HATRPOLoss(SequentialLoss):
             functional=functional,
             reduction=reduction,
         )
-        self._line_search = {
-            "damping": damping,
-            "num_iterations": num_iterations,
-            "backtrack": backtrack,
-            "accept_ratio": accept_ratio,
-            "num_backtracks": num_backtracks,
-        }
-        self.register_coeff_buffer("max_kl", max_kl, device=self.ratio_low.device)
-
-    def step(self, tensordict: TensorDictBase) -> TensorDict:
-        """Move the actor of the agent whose turn it is, in place, by one confirmed natural-gradient step.
-
-        Args:
-            tensordict: the whole batch, any shape ``[B]``.
-
-        Returns:
-            What ``forward`` returns after the step and, of the step, ``step_fraction`` (0: none was good enough),
-            ``improvement``, ``expected_improvement``, ``kl`` and ``grad_norm``. All detached.
-
-        Raises:
-            ValueError: outside of an agent's turn, or if ``reduction`` is not ``"mean"``.
-        """
-        return self._trust_region_step(tensordict, max_kl=self.max_kl, **self._line_search)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from torch import Tensor
 
 from torchrl_marl import collectors  # the module: its own modules import from this package
 from torchrl_marl.modules.agent_networks import count_agents
 from torchrl_marl.objectives.ratio import clip_bounds
-from torchrl_marl.objectives.sequential import SequentialLoss
+from torchrl_marl.objectives.sequential import NaturalGradientLoss, SequentialLoss
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, ratio_gain
 
 __all__ = ["OAPPOLoss", "OATRPOLoss"]
@@ -22,7 +21,9 @@ class OAPPOLoss(SequentialLoss):
     """Off-agent PPO: HAPPO in which agents learn from each other's experience as well.
 
     With ``own_weight=1`` it is HAPPO, bit for bit. ``turns`` decides anew for each batch how much of whose experience
-    an agent uses; ``loss.reuse.matrix`` shows it (:class:`~torchrl_marl.collectors.ReuseMappingSampler`).
+    an agent uses; ``loss.reuse.matrix`` shows it (:class:`~torchrl_marl.collectors.ReuseMappingSampler`). It decides
+    once, on policies as they collected the batch: a pair that drifts apart while agents update is not looked at again,
+    for by then each of its rows leaves the clip, or the step OATRPO's trust region, by itself.
 
     Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, Eqs. (8), (9), Algorithm 1. Where
     the paper leaves a choice: an agent judges a source's observations and legal actions with its own network, and takes
@@ -97,19 +98,20 @@ class OAPPOLoss(SequentialLoss):
         )
 
 
-class OATRPOLoss(SequentialLoss):
+class OATRPOLoss(NaturalGradientLoss):
     """Off-agent TRPO: HATRPO in which agents learn from each other's experience as well.
 
     With ``own_weight=1`` it is HATRPO, bit for bit. The trust region is one of the learner around itself, on what it
     learns from: ``sum_j M[i, j] mean(KL(pi_i_old(.|o_j) || pi_i(.|o_j))) < max_kl``. (Around the source, as Eq. (7) has
     it, it could be violated before any step.)
 
-    An agent's turn is one call of :meth:`step`, see :class:`~torchrl_marl.objectives.HATRPOLoss`.
+    An agent's turn is one call of :meth:`step` on the whole batch.
 
     Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, Eqs. (7), (9), Algorithm 1; choices
     as for :class:`OAPPOLoss`.
 
-    The loop, keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.
+    The loop: :class:`~torchrl_marl.objectives.sequential.NaturalGradientLoss`; keys, shapes, outputs and errors:
+    :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.
 
     Args:
         actor_network: decentralised policy with a network for each agent, which does not see an agent id.
@@ -121,24 +123,14 @@ class OATRPOLoss(SequentialLoss):
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
         kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
-        max_kl: radius of the trust region (the paper's delta), in nats; a buffer, assign to it to schedule it.
-        damping: added to the diagonal of the Fisher matrix.
-        num_iterations: of the conjugate gradient.
-        backtrack, accept_ratio, num_backtracks: of the line search, see
-            :func:`~torchrl_marl.objectives.trust_region.backtracking_line_search`.
-        gain: what the surrogate is; all gains have one slope at ratio 1, others than the ratio itself act on the line
-            search.
-        clip_epsilon: the bounds that ``gain`` gets.
-        entropy_coeff: weight of an entropy bonus in the surrogate; the paper has none.
+        max_kl, damping, num_iterations, backtrack, accept_ratio, num_backtracks, gain, clip_epsilon, entropy_coeff: see
+            :class:`~torchrl_marl.objectives.sequential.NaturalGradientLoss`.
         critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims, functional, reduction: as
             for every ratio loss, see there.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
     """
-
-    max_kl: Tensor
-    _schedulable_buffers = SequentialLoss._schedulable_buffers | {"max_kl"}
 
     def __init__(
         self,
@@ -166,7 +158,6 @@ class OATRPOLoss(SequentialLoss):
         functional: bool = True,
         reduction: str = "mean",
     ) -> None:
-        low, high = clip_bounds(clip_epsilon)
         sampler = collectors.ReuseMappingSampler(
             count_agents(actor_network),
             own_weight=own_weight,
@@ -177,9 +168,14 @@ class OATRPOLoss(SequentialLoss):
         super().__init__(
             actor_network,
             critic_network,
+            max_kl=max_kl,
+            damping=damping,
+            num_iterations=num_iterations,
+            backtrack=backtrack,
+            accept_ratio=accept_ratio,
+            num_backtracks=num_backtracks,
             gain=gain,
-            low=low,
-            high=high,
+            clip_epsilon=clip_epsilon,
             reuse=sampler,
             sampled=_is_sampled(reuse),
             entropy_coeff=entropy_coeff,
@@ -190,29 +186,6 @@ class OATRPOLoss(SequentialLoss):
             functional=functional,
             reduction=reduction,
         )
-        self._line_search = {
-            "damping": damping,
-            "num_iterations": num_iterations,
-            "backtrack": backtrack,
-            "accept_ratio": accept_ratio,
-            "num_backtracks": num_backtracks,
-        }
-        self.register_coeff_buffer("max_kl", max_kl, device=self.ratio_low.device)
-
-    def step(self, tensordict: TensorDictBase) -> TensorDict:
-        """Move the actor of the agent whose turn it is, in place, by one confirmed natural-gradient step.
-
-        Args:
-            tensordict: the whole batch, any shape ``[B]``.
-
-        Returns:
-            What ``forward`` returns after the step and, of the step, ``step_fraction`` (0: none was good enough),
-            ``improvement``, ``expected_improvement``, ``kl`` and ``grad_norm``. All detached.
-
-        Raises:
-            ValueError: outside of an agent's turn, or if ``reduction`` is not ``"mean"``.
-        """
-        return self._trust_region_step(tensordict, max_kl=self.max_kl, **self._line_search)
 
 
 def _is_sampled(reuse: str) -> bool:

@@ -318,7 +318,7 @@ class RatioLoss(LossModule):
             "loss_objective": loss_objective,
             "loss_entropy": -self.entropy_coeff * self._reduce(entropy, entropy_mask),
             "entropy": masked_mean(entropy.detach(), entropy_mask),
-            **_ratio_diagnostics(log_ratio.detach(), mask, self.ratio_low, self.ratio_high),
+            **ratio_diagnostics(log_ratio.detach(), mask, self.ratio_low, self.ratio_high),
             **objective_diagnostics,
         }
         return losses, distribution
@@ -408,7 +408,7 @@ class RatioLoss(LossModule):
         for key in self._mask_keys():
             found = tensordict.get(key, None)
             if found is not None:
-                found = _expand_mask(found, shape, tensordict.batch_size, key)
+                found = expand_mask(found, shape, tensordict.batch_size, key)
                 mask = found if mask is None else mask & found
         return mask
 
@@ -469,7 +469,8 @@ def clip_fraction(log_ratio: Tensor, mask: Tensor | None, low: float | Tensor, h
     return masked_mean(((ratio < low) | (ratio > high)).to(ratio.dtype), mask)
 
 
-def _ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+def ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """What ratio losses report of detached log-ratios, over live agents."""
     ratio = log_ratio.exp()
     smallest, largest = (ratio, ratio) if mask is None else (ratio.where(mask, torch.inf), ratio.where(mask, 0.0))
     return {
@@ -530,7 +531,8 @@ def per_agent(advantage: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
     )
 
 
-def _expand_mask(mask: Tensor, shape: torch.Size, batch: torch.Size, key: NestedKey) -> Tensor:
+def expand_mask(mask: Tensor, shape: torch.Size, batch: torch.Size, key: NestedKey) -> Tensor:
+    """Bring what is known of each agent, or of a whole step, to each agent (or to the team, if ``shape`` is its)."""
     if mask.shape == (*shape, 1):
         return mask.squeeze(-1)
     if mask.shape == shape:

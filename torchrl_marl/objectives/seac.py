@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 from torchrl.objectives import distance_loss
 
 from torchrl_marl.modules import agent_policy
 from torchrl_marl.modules.agent_networks import count_agents
 from torchrl_marl.modules.recurrent import recurrent_state_keys
-from torchrl_marl.objectives.ratio import RatioLoss, clip_bounds, masked_mean, policy_entropy
-from torchrl_marl.objectives.surrogates import ratio_gain
+from torchrl_marl.objectives.ratio import (
+    OUT_KEYS,
+    RatioLoss,
+    clip_bounds,
+    masked_mean,
+    policy_entropy,
+    ratio_diagnostics,
+    require,
+    standardize,
+)
+from torchrl_marl.objectives.surrogates import Gain, ratio_gain
 
 __all__ = ["SEACLoss"]
 
@@ -19,12 +30,15 @@ __all__ = ["SEACLoss"]
 class SEACLoss(RatioLoss):
     """Shared experience actor-critic: A2C for each agent, on its own experience and, reweighted, on all others'.
 
-        loss_objective = -mean_i sum_k w_ik mean(log pi_i(a_k|o_k) (R_k - V_i(o_k)))
+        loss_objective = -mean_i sum_k c_ik mean(r_ik A_ik),   A_ik = R_k - V_i(o_k), no gradient
         loss_critic    =  critic_coeff mean_i sum_k w_ik mean(distance(V_i(o_k), R_k))
-        w_ii = 1,   w_ik = sharing_coeff pi_i(a_k|o_k) / pi_k_old(a_k|o_k)
+        r_ik = pi_i(a_k|o_k) / pi_k_old(a_k|o_k)
+        c_ii = 1, c_ik = sharing_coeff;   w_ii = 1, w_ik = sharing_coeff r_ik, no gradient
 
-    for each learner i and source k, where nothing flows back through ``w`` and ``R_k - V_i(o_k)``. Other agents are
-    summed, not averaged. Means run over steps and live sources. Data are for one update: take new ones after each.
+    for each learner i and source k. Other agents are summed, not averaged. Means run over steps and live sources. The
+    gradient is that of the paper's ``c_ik r_ik log pi_i(a_k|o_k) A_ik`` with no gradient through its weight, and on
+    an agent's own data, which are of its current policy, that of A2C. Written as a ratio, it takes any gain: with
+    ``gain=clip_gain`` it is shared experience PPO, fit for several epochs. Without one take new data after each update.
 
     ``value_target`` is the return ``R``, bootstrapped with its own agent's critic. The paper's, of ``t`` steps, is that
     of a batch ``[B, t]`` and ``loss.make_value_estimator(gamma=0.99, lmbda=1)``. An ``advantage`` is not read.
@@ -38,7 +52,10 @@ class SEACLoss(RatioLoss):
         critic_network: one for each agent as well, of its own observation:
             ``make_critic(env, observes="observation", share_parameters=False)``.
         sharing_coeff: weight of others' experience (the paper's lambda); 0 is independent A2C.
+        gain: a trust region in place of the ratio itself.
+        clip_epsilon: the bounds that ``gain`` gets.
         entropy_coeff: weight of the entropy bonus, on own observations.
+        normalize_advantage: standardise ``A_ik``, for each learner and source; the paper does not.
         critic_coeff, loss_critic_type, functional, reduction: as for every ratio loss, see
             :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
 
@@ -58,7 +75,7 @@ class SEACLoss(RatioLoss):
         ['loss_critic', 'loss_entropy', 'loss_objective']
     """
 
-    out_keys = ("loss_objective", "loss_entropy", "loss_critic", "entropy", "mean_ratio", "max_ratio")  # pyright: ignore
+    out_keys = tuple(key for key in OUT_KEYS if key != "explained_variance")  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -66,9 +83,12 @@ class SEACLoss(RatioLoss):
         critic_network: TensorDictModuleBase,
         *,
         sharing_coeff: float = 1.0,
+        gain: Gain = ratio_gain,
+        clip_epsilon: float | Sequence[float] = 0.2,
         entropy_coeff: float = 0.01,
         critic_coeff: float = 0.5,
         loss_critic_type: str = "l2",
+        normalize_advantage: bool = False,
         functional: bool = True,
         reduction: str = "mean",
     ) -> None:
@@ -79,18 +99,18 @@ class SEACLoss(RatioLoss):
             raise ValueError("SEACLoss takes networks without a memory: a state belongs to the network that wrote it.")
         if not sharing_coeff >= 0:
             raise ValueError(f"sharing_coeff must be at least 0, got {sharing_coeff!r}.")
-        low, high = clip_bounds(0.2)  # of no effect: nothing is clipped
+        low, high = clip_bounds(clip_epsilon)
         super().__init__(
             actor_network,
             critic_network,
-            gain=ratio_gain,
+            gain=gain,
             low=low,
             high=high,
             entropy_coeff=entropy_coeff,
             critic_coeff=critic_coeff,
             loss_critic_type=loss_critic_type,
-            normalize_advantage=False,
-            normalize_advantage_exclude_dims=(),
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=(-2, -1),
             functional=functional,
             reduction=reduction,
         )
@@ -98,11 +118,6 @@ class SEACLoss(RatioLoss):
         # plain lists: other ways to run the networks, with nothing of their own to register
         self._policies = [agent_policy(actor_network, agent) for agent in range(agents)]
         self._critics = [agent_policy(critic_network, agent) for agent in range(agents)]  # pyright: ignore
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Entries that ``forward`` reads."""
-        return [key for key in super().in_keys if key != self.tensor_keys.advantage]
 
     @dispatch  # pyright: ignore[reportArgumentType]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -113,47 +128,50 @@ class SEACLoss(RatioLoss):
 
         Returns:
             A TensorDict with ``loss_objective``, ``loss_entropy`` and ``loss_critic`` (back-propagate their sum) and,
-            detached, ``entropy`` and the mean and largest of the ratios of learners to other sources.
+            detached, ``entropy`` and, of the ratios of all learners to all sources, ``kl_approx`` (how far apart
+            agents are), ``clip_fraction``, ``min_ratio`` and ``max_ratio``.
 
         Raises:
             KeyError: if an entry is missing.
             ValueError: if shapes do not fit, or stored log-probabilities carry gradients.
         """
         keys = self.tensor_keys
-        if keys.value_target not in tensordict.keys(True):
-            tensordict = self._with_advantage(tensordict)
-        target = tensordict.get(keys.value_target)
-        log_ratio = torch.stack([self._log_ratio(tensordict, policy)[1] for policy in self._policies], -2)
+        known = keys.value_target in tensordict.keys(True)
+        tensordict = tensordict.copy() if known else self._with_advantage(tensordict)
+        returns = require(tensordict, keys.value_target)
+        policies, log_ratios = zip(*(self._log_ratio(tensordict, policy) for policy in self._policies), strict=True)
+        log_ratio = torch.stack(log_ratios, -2)  # [*B, learners, sources]
+        shape = log_ratios[0].shape
+        if returns.shape != (*shape, 1):
+            raise ValueError(
+                f"{keys.value_target!r} has shape {tuple(returns.shape)}: it must be a return for each agent, "
+                f"{(*shape, 1)}."
+            )
         with self._parameters_of("critic_network"):
             values = [critic(tensordict.copy()).get(keys.value).squeeze(-1) for critic in self._critics]
-        value = torch.stack(values, -2)  # [*B, learners, sources], as log_ratio
-        shape = (*log_ratio.shape[:-2], log_ratio.shape[-1])
-        if target.shape != (*shape, 1):
-            raise ValueError(
-                f"{keys.value_target!r} must be a return for each agent, {(*shape, 1)}, got {target.shape}."
-            )
-        mask = self._mask(tensordict, torch.Size(shape))
-        pairs = (
-            torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask.unsqueeze(-2).expand_as(log_ratio)
-        )
-        log_prob = log_ratio + tensordict.get(keys.sample_log_prob).unsqueeze(-2)
-        log_prob, log_ratio, value = (torch.where(pairs, x, 0.0) for x in (log_prob, log_ratio, value))
-        returns = torch.where(pairs, target.squeeze(-1).unsqueeze(-2), 0.0)
+            value_norm = self._value_norm()
+            scale = 1.0 if value_norm is None else value_norm.scale()
+        value, returns = torch.stack(values, -2), returns.squeeze(-1).unsqueeze(-2).expand_as(log_ratio)
 
-        same = torch.eye(len(self._policies), dtype=torch.bool, device=log_ratio.device)
-        ratio = log_ratio.detach().exp()
-        weight = torch.where(same, 1.0, self.sharing_coeff * ratio)
-        gain = weight * log_prob * (returns - value).detach()
-        distance = weight * distance_loss(value, returns, self.loss_critic_type)
-        entropy = policy_entropy(self._log_ratio(tensordict)[0])
-        others = pairs & ~same
+        mask, pairs = self._mask(tensordict, shape), torch.ones_like(log_ratio, dtype=torch.bool)
+        if mask is not None:
+            pairs = mask.unsqueeze(-2).expand_as(log_ratio)
+            log_ratio, value, returns = (torch.where(pairs, x, 0.0) for x in (log_ratio, value, returns))
+        own = torch.eye(len(self._policies), dtype=torch.bool, device=log_ratio.device)
+        advantage = (returns - value).detach()
+        if self.normalize_advantage:
+            advantage = standardize(advantage, pairs, exclude_dims=self.normalize_advantage_exclude_dims)
+        gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
+        distance = distance_loss(value / scale, returns / scale, self.loss_critic_type)
+        gain = torch.where(own, gain, self.sharing_coeff * gain)
+        distance = torch.where(own, distance, self.sharing_coeff * log_ratio.detach().exp() * distance)
+        entropy = torch.stack([policy_entropy(policy) for policy in policies], -2).diagonal(dim1=-2, dim2=-1)
         return TensorDict(
             {
                 "loss_objective": self._reduce(-gain.sum(-2), mask),
                 "loss_entropy": -self.entropy_coeff * self._reduce(entropy, mask),
                 "loss_critic": self.critic_coeff * self._reduce(distance.sum(-2), mask),
                 "entropy": masked_mean(entropy.detach(), mask),
-                "mean_ratio": masked_mean(ratio, others),
-                "max_ratio": ratio.where(others, 0.0).max(),
+                **ratio_diagnostics(log_ratio.detach(), pairs, self.ratio_low, self.ratio_high),
             }
         )

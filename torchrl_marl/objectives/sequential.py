@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -16,14 +17,14 @@ from torchrl.modules import set_recurrent_mode
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
 from torchrl_marl.modules.recurrent import recurrent_state_keys
-from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, masked_mean, per_agent, require
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, masked_mean, per_agent, require
 from torchrl_marl.objectives.surrogates import Gain
 from torchrl_marl.objectives.trust_region import policy_kl, trust_region_step
 
 if TYPE_CHECKING:
     from torchrl_marl.collectors import ReuseMappingSampler
 
-__all__ = ["SequentialLoss", "Turn"]
+__all__ = ["NaturalGradientLoss", "SequentialLoss", "Turn"]
 
 Turn = int | Literal["critic"]
 
@@ -159,9 +160,11 @@ class SequentialLoss(RatioLoss):
         if not (turn in (None, "critic") or (isinstance(turn, int) and 0 <= turn < self.num_agents)):
             raise ValueError(f"turn must be an agent from 0 to {self.num_agents - 1}, 'critic' or None; got {turn!r}.")
         self._turn: Turn | None = turn
-        self._sources: tuple[int, ...] = ()
+        self._learner: _Learner | None = None
         if isinstance(turn, int):
-            self._sources = (turn,) if self.reuse is None else self.reuse.sources(turn)
+            sources = (turn,) if self.reuse is None else self.reuse.sources(turn)
+            index = partial(torch.tensor, device=self.ratio_low.device)
+            self._learner = _Learner(self._policies[turn], index([turn]), index(sources))
 
     @property
     def out_keys(self) -> list[str]:
@@ -215,10 +218,11 @@ class SequentialLoss(RatioLoss):
         try:
             for agent in order:
                 self.turn = agent
-                if mask is None or mask[..., list(self._sources)].any():
+                learner = cast("_Learner", self._learner)
+                if mask is None or mask.index_select(-1, learner.sources).any():
                     yield agent
                     log_ratio = log_ratio.clone()
-                    log_ratio[..., agent] = self._update_log_ratio(tensordict, agent, mask)
+                    log_ratio[..., agent] = self._update_log_ratio(tensordict, learner, mask)
                     tensordict.set(keys.update_log_ratio, log_ratio)
             self.turn = "critic"
             yield "critic"
@@ -240,14 +244,13 @@ class SequentialLoss(RatioLoss):
             KeyError: if an entry is missing.
             ValueError: if shapes do not fit, or stored log-probabilities carry gradients.
         """
+        if self._learner is not None:  # not by its number: what is compiled for one agent then serves all
+            experience, entropy_mask = self._experience(self._with_advantage(tensordict), self._learner)
+            losses, _ = self._actor_losses(experience, self._learner.policy, entropy_mask)
+            return TensorDict(losses)
         if self.turn is None:
             return super().forward(tensordict)
-        tensordict = self._with_advantage(tensordict)
-        if self.turn == "critic":
-            return TensorDict(self._critic_losses(tensordict))
-        experience, entropy_mask = self._experience(tensordict, self.turn)
-        losses, _ = self._actor_losses(experience, self._policies[self.turn], entropy_mask)
-        return TensorDict(losses)
+        return TensorDict(self._critic_losses(self._with_advantage(tensordict)))
 
     def objective(
         self,
@@ -259,7 +262,7 @@ class SequentialLoss(RatioLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the learner's ``loss_objective`` over its sources ``[B, S]``, or all agents' outside of any turn."""
         gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
-        if self.turn is None:
+        if self._learner is None:
             return self._reduce(-gain, mask), {}
         compound = tensordict.get(self.tensor_keys.update_log_ratio).exp()
         diagnostics = {
@@ -273,31 +276,8 @@ class SequentialLoss(RatioLoss):
         keys = self.tensor_keys
         return [keys.update_log_ratio, keys.reuse_source] if self.sampled else [keys.update_log_ratio]
 
-    @set_recurrent_mode(True)
-    def _trust_region_step(self, tensordict: TensorDictBase, *, max_kl: Tensor, **line_search: float) -> TensorDict:
-        """Take a natural-gradient step of the agent whose turn it is, confirmed on the whole batch given."""
-        if not isinstance(self.turn, int):
-            raise ValueError(f"A step is an agent's, but the turn is {self.turn!r}: call it within turns(batch).")
-        if self.reduction != "mean":
-            raise ValueError(f"A step compares means: it needs reduction='mean', not {self.reduction!r}.")
-        policy = self._policies[self.turn]
-        experience, entropy_mask = self._experience(self._with_advantage(tensordict), self.turn)
-        with torch.no_grad(), self._parameters_of("actor_network"):
-            old = policy.get_dist(experience.copy())
-
-        def evaluate() -> tuple[Tensor, Tensor]:
-            losses, new = self._actor_losses(experience, policy, entropy_mask)
-            kl = policy_kl(old, new)
-            mask = self._mask(experience, kl.shape)
-            return -losses["loss_objective"] - losses["loss_entropy"], self._over_sources(kl, mask)
-
-        step = trust_region_step(self.agent_parameters(self.turn), evaluate, max_kl=max_kl, **line_search)  # pyright: ignore
-        with torch.no_grad():
-            losses, _ = self._actor_losses(experience, policy, entropy_mask)
-        return TensorDict({**losses, **step}).detach()
-
-    def _experience(self, tensordict: TensorDictBase, agent: int) -> tuple[TensorDict, Tensor | None]:
-        """What ``agent`` learns from, its sources' slots ``[*B, S]`` being the group, and where its entropy counts.
+    def _experience(self, tensordict: TensorDictBase, learner: _Learner) -> tuple[TensorDict, Tensor | None]:
+        """What ``learner`` learns from, its sources' slots ``[*B, S]`` being the group, and where its entropy counts.
 
         The compound log-ratio of each slot takes the place of the update log-ratio. The entropy is that on the
         learner's own observations.
@@ -305,13 +285,12 @@ class SequentialLoss(RatioLoss):
         keys = self.tensor_keys
         stored = require(tensordict, keys.sample_log_prob)
         if self.sampled:
-            source = require(tensordict, keys.reuse_source)[..., agent].unsqueeze(-1)
-            take, own = _take_along(source), source == agent
+            source = require(tensordict, keys.reuse_source).index_select(-1, learner.index)
+            take, own = _take_along(source), source == learner.index
         else:
-            take, own = _take_each(self._sources, dim=stored.ndim - 1), None
-            if len(self._sources) > 1:
-                slots = torch.arange(len(self._sources), device=stored.device)
-                own = (slots == self._sources.index(agent)).expand(*stored.shape[:-1], -1)
+            take, own = _take_each(learner.sources, dim=stored.ndim - 1), None
+            if len(learner.sources) > 1:
+                own = (learner.sources == learner.index).expand(*stored.shape[:-1], -1)
         experience = self._observed(tensordict, take, own)
         for key in (keys.action, keys.sample_log_prob):
             experience.set(key, take(require(tensordict, key)))
@@ -326,15 +305,15 @@ class SequentialLoss(RatioLoss):
         return experience, own
 
     @set_recurrent_mode(True)
-    def _update_log_ratio(self, tensordict: TensorDictBase, agent: int, mask: Tensor | None) -> Tensor:
+    def _update_log_ratio(self, tensordict: TensorDictBase, learner: _Learner, mask: Tensor | None) -> Tensor:
         """``log pi_new - log pi_old`` of an agent that has had its turn, ``[*B]``, zero where it is dead."""
         keys = self.tensor_keys
         stored = tensordict.get(keys.sample_log_prob)
-        take = _take_each((agent,), dim=stored.ndim - 1)
+        take = _take_each(learner.index, dim=stored.ndim - 1)
         with torch.no_grad(), self._parameters_of("actor_network"):
-            policy = self._policies[agent].get_dist(self._observed(tensordict, take))
-        log_ratio = (policy.log_prob(take(tensordict.get(keys.action))) - take(stored)).squeeze(-1)
-        return log_ratio if mask is None else torch.where(mask[..., agent], log_ratio, 0.0)
+            policy = learner.policy.get_dist(self._observed(tensordict, take))
+        log_ratio = policy.log_prob(take(tensordict.get(keys.action))) - take(stored)
+        return (log_ratio if mask is None else torch.where(take(mask), log_ratio, 0.0)).squeeze(-1)
 
     def _observed(
         self, tensordict: TensorDictBase, take: Callable[[Tensor], Tensor], own: Tensor | None = None
@@ -356,16 +335,144 @@ class SequentialLoss(RatioLoss):
         """Reduce ``[*B, S]`` source by source, weighted as the learner weights its sources."""
         masks = [None] * values.shape[-1] if mask is None else mask.unbind(-1)
         reduced = [self._reduce(*column) for column in zip(values.unbind(-1), masks, strict=True)]
-        if self.reuse is not None and not self.sampled:
-            weights = (self.reuse.matrix[cast("int", self.turn), source] for source in self._sources)
-            reduced = [weight * column for weight, column in zip(weights, reduced, strict=True)]
         columns = torch.stack(reduced, -1)
+        if self.reuse is not None and self._learner is not None and not self.sampled:
+            shares = self.reuse.matrix.index_select(0, self._learner.index).index_select(1, self._learner.sources)
+            columns = columns * shares.squeeze(0)
         return columns if self.reduction == "none" else columns.sum(-1)
 
 
-def _take_each(agents: Sequence[int], *, dim: int) -> Callable[[Tensor], Tensor]:
+class NaturalGradientLoss(SequentialLoss):
+    """Sequential loss whose agents move by natural gradients; abstract: HATRPO and OATRPO are made of it.
+
+    An agent's turn is one call of :meth:`step` on the whole batch instead of epochs of minibatches; the critic's is as
+    for any loss::
+
+        for turn in loss.turns(batch):
+            if turn != "critic":
+                loss.step(batch)
+                continue
+            for minibatch in minibatches(batch): ...
+
+    Args:
+        max_kl: radius of the trust region (the papers' delta), in nats; a buffer, assign to it to schedule it.
+        damping: added to the diagonal of the Fisher matrix.
+        num_iterations: of the conjugate gradient.
+        backtrack, accept_ratio, num_backtracks: of the line search, see
+            :func:`~torchrl_marl.objectives.trust_region.backtracking_line_search`.
+        gain: what the surrogate is; all gains have one slope at ratio 1, others than the ratio itself act on the line
+            search.
+        clip_epsilon: the bounds that ``gain`` gets.
+        entropy_coeff: weight of an entropy bonus in the surrogate; the papers have none.
+        actor_network, critic_network, reuse, sampled, critic_coeff, loss_critic_type, normalize_advantage,
+            normalize_advantage_exclude_dims, functional, reduction: see :class:`SequentialLoss`.
+
+    Raises:
+        ValueError: if agents share parameters, or an option is out of its range.
+    """
+
+    max_kl: Tensor
+    _schedulable_buffers = SequentialLoss._schedulable_buffers | {"max_kl"}
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        *,
+        max_kl: float,
+        damping: float,
+        num_iterations: int,
+        backtrack: float,
+        accept_ratio: float,
+        num_backtracks: int,
+        gain: Gain,
+        clip_epsilon: float | Sequence[float],
+        reuse: ReuseMappingSampler | None,
+        sampled: bool,
+        entropy_coeff: float,
+        critic_coeff: float,
+        loss_critic_type: str,
+        normalize_advantage: bool,
+        normalize_advantage_exclude_dims: Sequence[int],
+        functional: bool,
+        reduction: str,
+    ) -> None:
+        if type(self) is NaturalGradientLoss:
+            raise TypeError("NaturalGradientLoss is abstract: use HATRPOLoss, OATRPOLoss or a subclass.")
+        low, high = clip_bounds(clip_epsilon)
+        super().__init__(
+            actor_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            reuse=reuse,
+            sampled=sampled,
+            entropy_coeff=entropy_coeff,
+            critic_coeff=critic_coeff,
+            loss_critic_type=loss_critic_type,
+            normalize_advantage=normalize_advantage,
+            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
+            functional=functional,
+            reduction=reduction,
+        )
+        self._take_step = partial(
+            trust_region_step,
+            damping=damping,
+            num_iterations=num_iterations,
+            backtrack=backtrack,
+            accept_ratio=accept_ratio,
+            num_backtracks=num_backtracks,
+        )
+        self.register_coeff_buffer("max_kl", max_kl, device=self.ratio_low.device)
+
+    @set_recurrent_mode(True)
+    def step(self, tensordict: TensorDictBase) -> TensorDict:
+        """Move the actor of the agent whose turn it is, in place, by one confirmed natural-gradient step.
+
+        Args:
+            tensordict: the whole batch, any shape ``[B]``.
+
+        Returns:
+            What ``forward`` returns after the step and, of the step, ``step_fraction`` (0: none was good enough),
+            ``improvement``, ``expected_improvement``, ``kl`` and ``grad_norm``. All detached.
+
+        Raises:
+            ValueError: outside of an agent's turn, or if ``reduction`` is not ``"mean"``.
+        """
+        if not isinstance(self.turn, int):
+            raise ValueError(f"A step is an agent's, but the turn is {self.turn!r}: call it within turns(batch).")
+        if self.reduction != "mean":
+            raise ValueError(f"A step compares means: it needs reduction='mean', not {self.reduction!r}.")
+        learner = cast("_Learner", self._learner)
+        policy = learner.policy
+        experience, entropy_mask = self._experience(self._with_advantage(tensordict), learner)
+        with torch.no_grad(), self._parameters_of("actor_network"):
+            old = policy.get_dist(experience.copy())
+
+        def evaluate() -> tuple[Tensor, Tensor]:
+            losses, new = self._actor_losses(experience, policy, entropy_mask)
+            kl = policy_kl(old, new)
+            mask = self._mask(experience, kl.shape)
+            return -losses["loss_objective"] - losses["loss_entropy"], self._over_sources(kl, mask)
+
+        step = self._take_step(self.agent_parameters(self.turn), evaluate, max_kl=self.max_kl)
+        with torch.no_grad():
+            losses, _ = self._actor_losses(experience, policy, entropy_mask)
+        return TensorDict({**losses, **step}).detach()
+
+
+class _Learner(NamedTuple):
+    """Whose turn it is, without Python numbers, for which a compiler would start anew."""
+
+    policy: ProbabilisticTensorDictSequential
+    index: Tensor  # [1]
+    sources: Tensor  # [S], ascending
+
+
+def _take_each(agents: Tensor, *, dim: int) -> Callable[[Tensor], Tensor]:
     """Return the function that selects the slots of some agents, ``[*B, N, ...]`` to ``[*B, S, ...]``."""
-    return lambda values: torch.cat([values.narrow(dim, agent, 1) for agent in agents], dim)
+    return lambda values: values if len(agents) == values.shape[dim] else values.index_select(dim, agents)
 
 
 def _take_along(agents: Tensor) -> Callable[[Tensor], Tensor]:

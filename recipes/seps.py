@@ -1,0 +1,40 @@
+"""Selective parameter sharing: which agents of a task are alike, told from what a fresh policy for all brings about.
+
+    python recipes/seps.py                                            # prints actor.share_parameters=[0,1,0]
+    python recipes/seps.py env=vmas env.scenario=transport cluster.num_clusters=2
+
+Give what it prints to a recipe, such as recipes/mars_vmas.py. Every value of config/seps.yaml and every argument of
+what it names can be overridden.
+"""
+
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torchrl.envs import ExplorationType, set_exploration_type
+
+from torchrl_marl.config import recipe
+from torchrl_marl.modules import GroupShape
+
+
+@recipe(Path(__file__).parent / "config", "seps")
+def main(cfg: DictConfig) -> float:
+    """Collect transitions, encode and cluster the agents, print who shares; return the number of clusters."""
+    torch.set_num_threads(cfg.num_threads)
+    torch.manual_seed(cfg.seed)
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    env = instantiate(cfg.env, device=device, seed=cfg.seed)
+    shape = GroupShape.from_env(env)
+    actor = instantiate(cfg.actor, shape, device=device)
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        batch = env.rollout(cfg.frames_per_batch // cfg.env.num_envs, actor, break_when_any_done=False)
+
+    clusters = instantiate(cfg.cluster)(instantiate(cfg.encode)(batch, shape))
+    print(f"actor.share_parameters=[{','.join(map(str, clusters))}]")
+    return len(set(clusters))
+
+
+if __name__ == "__main__":
+    main()

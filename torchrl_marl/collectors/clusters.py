@@ -1,0 +1,185 @@
+"""Which agents are alike: an encoding of agents by what their actions bring about, and clusters of these.
+
+Selective parameter sharing (SePS): collect transitions while everybody acts by one policy, encode the agents, cluster
+them, and let the agents of a cluster share networks, as in ``make_actor(env, share_parameters=clusters)``.
+
+Reference: Christianos et al., Scaling Multi-Agent Reinforcement Learning with Selective Parameter Sharing, ICML 2021,
+https://arxiv.org/abs/2102.07475.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.nn import functional
+from torchrl.modules import MLP
+
+from torchrl_marl.modules import GroupShape
+from torchrl_marl.objectives.ratio import require
+from torchrl_marl.objectives.trust_region import gaussian_kl
+
+__all__ = ["AgentAutoencoder", "cluster_agents", "encode_agents"]
+
+
+class AgentAutoencoder(nn.Module):
+    """Variational autoencoder of agents: who acts, as far as it shows in what an action brings about.
+
+        q(z|i) = N(mean_i, diag(scale_i^2)),   outcome = decoder(z, situation)
+        loss = |outcome - (o', r)|^2 + kl_coeff KL(q(z|i) || N(0, I)),   situation = (o, a)
+
+    The encoder sees nothing but the agent's one-hot index, so agents whose outcomes need no telling apart have no
+    reason to lie apart.
+
+    Reference: SePS, section 4 and Fig. 2, with the authors' sum of squared errors as likelihood.
+
+    Args:
+        num_agents: N.
+        situation_size: numbers that describe observation and action.
+        outcome_size: numbers that describe the next observation and the reward.
+        latent_size: dimensions of the encoding.
+        encoder_sizes: widths of the encoder's hidden layers.
+        decoder_sizes: widths of the decoder's hidden layers.
+        kl_coeff: weight of the divergence from the prior.
+
+    Example:
+        >>> autoencoder = AgentAutoencoder(num_agents=3, situation_size=6, outcome_size=5)
+        >>> autoencoder(torch.tensor([0, 2]), torch.zeros(2, 6), torch.zeros(2, 5)).shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        num_agents: int,
+        situation_size: int,
+        outcome_size: int,
+        *,
+        latent_size: int = 10,
+        encoder_sizes: Sequence[int] = (64,),
+        decoder_sizes: Sequence[int] = (64, 64),
+        kl_coeff: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.num_agents, self.kl_coeff = num_agents, kl_coeff
+        self.encoder = MLP(num_agents, 2 * latent_size, num_cells=list(encoder_sizes), activation_class=nn.ReLU)
+        sizes = latent_size + situation_size, outcome_size
+        self.decoder = MLP(*sizes, num_cells=list(decoder_sizes), activation_class=nn.ReLU)
+
+    def encode(self, agent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and scale of the encodings of agents given by index, ``[*B]`` to ``[*B, latent_size]``."""
+        one_hot = functional.one_hot(agent, self.num_agents).to(torch.get_default_dtype())
+        mean, log_variance = self.encoder(one_hot).chunk(2, -1)
+        return mean, (log_variance / 2).exp()
+
+    def forward(self, agent: Tensor, situation: Tensor, outcome: Tensor) -> Tensor:
+        """Return the loss of each row, ``[*B]``, with one sample of its agent's encoding."""
+        mean, scale = self.encode(agent)
+        latent = mean + scale * torch.randn_like(mean)
+        predicted = self.decoder(torch.cat([latent, situation], -1))
+        divergence = gaussian_kl(mean, scale, torch.zeros_like(mean), torch.ones_like(scale))
+        return (predicted - outcome).square().sum(-1) + self.kl_coeff * divergence
+
+
+@torch.enable_grad()
+def encode_agents(
+    tensordict: TensorDictBase,
+    shape: GroupShape,
+    *,
+    latent_size: int = 10,
+    kl_coeff: float = 1e-4,
+    num_epochs: int = 10,
+    minibatch_size: int = 128,
+    lr: float = 3e-4,
+) -> Tensor:
+    """Train an autoencoder on transitions and return where it puts the agents, the means of their encodings.
+
+    Defaults are the authors'. They collect 200,000 steps.
+
+    Args:
+        tensordict: transitions, any batch shape ``[*B]``, with the group's observations, actions and ``"mask"`` (live
+            agents; if missing all live) and, under ``"next"``, observations and rewards.
+        shape: of the group.
+        latent_size: see :class:`AgentAutoencoder`.
+        kl_coeff: see there.
+        num_epochs: passes over the data.
+        minibatch_size: transitions of single agents in a minibatch.
+        lr: of Adam.
+
+    Returns:
+        ``[N, latent_size]``
+
+    Raises:
+        KeyError: if an entry is missing.
+    """
+    name = shape.name
+    observation, action = (require(tensordict, (name, key)) for key in ("observation", "action"))
+    action = action if shape.num_actions is None else functional.one_hot(action, shape.num_actions).to(observation)
+    outcome = [require(tensordict, ("next", name, key)) for key in ("observation", "reward")]
+    agents = torch.arange(shape.num_agents, device=observation.device)
+    live = tensordict.get((name, "mask"), torch.ones_like(observation[..., 0], dtype=torch.bool))
+    columns = agents.expand(live.shape), torch.cat([observation, action], -1), torch.cat(outcome, -1)
+    rows = [column[live] for column in columns]
+    sizes = [column.shape[-1] for column in columns[1:]]
+    autoencoder = AgentAutoencoder(shape.num_agents, *sizes, latent_size=latent_size, kl_coeff=kl_coeff)
+    autoencoder.to(observation.device)
+    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=lr)
+    for _ in range(num_epochs):
+        for chosen in torch.randperm(len(rows[0])).split(minibatch_size):
+            autoencoder(*(column[chosen] for column in rows)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return autoencoder.encode(agents)[0].detach()
+
+
+def cluster_agents(
+    encodings: Tensor,
+    *,
+    num_clusters: int | None = None,
+    index: Literal["silhouette", "davies_bouldin"] = "silhouette",
+    seed: int = 0,
+) -> list[int]:
+    """Group agents by k-means on their encodings.
+
+    Left open, the number of clusters is that between 2 and N - 1 with the best index; neither index knows what to say
+    of a single cluster, or of clusters of one agent each throughout. SePS takes the lowest Davies-Bouldin index, the
+    width of clusters over the distance between them. A cluster of one agent has no width, so in small teams this index
+    parts agents that are alike; the silhouette, to which such a cluster is worth nothing, does not.
+
+    Args:
+        encodings: ``[N, latent_size]``
+        num_clusters: how many, from 1 to N; ``None`` to let the index choose.
+        index: what chooses.
+        seed: of k-means' starts, the best of ten.
+
+    Returns:
+        The cluster of each agent, numbered from 0 in the order of agents.
+
+    Raises:
+        ValueError: if there cannot be so many clusters, the number is left open with fewer than three agents, or there
+            is no such index.
+        ModuleNotFoundError: without scikit-learn (``pip install "torchrl_marl[seps]"``).
+
+    Example:
+        >>> cluster_agents(torch.tensor([[0.0, 0.1], [5.0, 5.0], [0.1, 0.0], [5.1, 5.0]]))  # doctest: +SKIP
+        [0, 1, 0, 1]
+    """
+    from sklearn.cluster import KMeans  # pyright: ignore[reportMissingImports]
+    from sklearn.metrics import davies_bouldin_score, silhouette_score  # pyright: ignore[reportMissingImports]
+
+    costs = {"silhouette": lambda *found: -silhouette_score(*found), "davies_bouldin": davies_bouldin_score}
+    if index not in costs:
+        raise ValueError(f"index must be one of {', '.join(costs)}; got {index!r}.")
+    num_agents = len(encodings)
+    if num_clusters is not None and not 1 <= num_clusters <= num_agents:
+        raise ValueError(f"num_clusters must be from 1 to {num_agents}, the number of agents; got {num_clusters}.")
+    if num_clusters is None and num_agents < 3:
+        raise ValueError(f"With {num_agents} agents there is nothing to choose from: give num_clusters.")
+    points = encodings.cpu().numpy()
+    numbers = range(2, num_agents) if num_clusters is None else [num_clusters]
+    candidates = [KMeans(number, n_init=10, random_state=seed).fit_predict(points) for number in numbers]
+    best = min(candidates, key=lambda labels: costs[index](points, labels)) if len(candidates) > 1 else candidates[0]
+    order = list(dict.fromkeys(best.tolist()))
+    return [order.index(label) for label in best.tolist()]

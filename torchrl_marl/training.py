@@ -9,7 +9,7 @@ import shlex
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -29,13 +29,13 @@ from tqdm import tqdm
 from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
 from torchrl_marl.collectors import SequenceCollector
 from torchrl_marl.envs import RandomState, preserve_random_state, render_episode
-from torchrl_marl.evaluation import evaluate, plot_learning_curve
+from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve
 from torchrl_marl.evaluation.episodes import ended_episode_returns
 from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.loggers import MetricLog, git_commit, run_group
 from torchrl_marl.modules import GroupShape
 
-__all__ = ["LAST_FIFTH", "Run"]
+__all__ = ["LAST_FIFTH", "Run", "reduce_records", "stop_signals"]
 
 LAST_FIFTH = "eval/reward/last_fifth"
 """Metric that a finished run logs and a sweep maximises: mean evaluation return over the last fifth of evaluations."""
@@ -135,7 +135,7 @@ class Run:
         self._records: list[Mapping[str, Tensor]] = []
         self._interrupted = False
         with preserve_random_state():
-            self._evaluation_env = make_env(num_envs=cfg.evaluation.episodes, seed=self._seed(1))
+            self._evaluation_env = make_env(num_envs=cfg.evaluation.episodes, seed=self.seed(1))
 
     def batches(self, collector: Collector | SequenceCollector) -> Iterator[TensorDictBase]:
         """Yield batches until ``total_frames``; what the loop's body does with one ends its iteration.
@@ -145,19 +145,19 @@ class Run:
         """
         progress, total = self._progress, self.cfg.total_frames
         if not progress["evaluations"]:
-            self._evaluate_and_save()
+            self.evaluate_and_save()
         data = iter(collector)
         collector.reset()
         bar = tqdm(total=total, initial=progress["frames"], unit=" frames", unit_scale=True, desc=self.cfg.method)
-        with bar, _signals(self._interrupt):
-            while progress["frames"] < total and not self._interrupted:
+        with bar, stop_signals(self.interrupt):
+            while not self.is_over:
                 start = time.perf_counter()
                 batch = next(data)
                 collected = time.perf_counter()
                 yield batch
-                self._finish_iteration(batch, collected - start, time.perf_counter() - collected, bar)
-                if self._evaluation_is_due(batch.numel()):
-                    self._evaluate_and_save()
+                self.finish_iteration(batch, collected - start, time.perf_counter() - collected, bar)
+                if self.evaluation_is_due(batch.numel()):
+                    self.evaluate_and_save()
                     collector.reset()
         collector.shutdown()
 
@@ -208,12 +208,19 @@ class Run:
         )
         return objective
 
-    def _finish_iteration(self, batch: TensorDictBase, collecting: float, training: float, bar: tqdm) -> None:
+    @property
+    def is_over(self) -> bool:
+        """Whether the frames are used up, or someone has interrupted."""
+        return self._interrupted or self._progress["frames"] >= self.cfg.total_frames
+
+    def finish_iteration(self, batch: TensorDictBase, collecting: float, training: float, bar: tqdm) -> None:
+        """Log an iteration: its batch, what was recorded, and the seconds that its two halves took."""
         progress = self._progress
         progress["frames"] += batch.numel()
         progress["iteration"] += 1
         progress["seconds"] += collecting + training
-        metrics = {f"train/{self._shape.name}/{name}": value for name, value in _reduced(self._records).items()}
+        recorded = reduce_records(self._records)
+        metrics = {f"train/{self._shape.name}/{name}": value.item() for name, value in recorded.items()}
         self._records.clear()
         returns = ended_episode_returns(batch)
         if returns.numel():
@@ -232,20 +239,23 @@ class Run:
         self._check_finite(metrics)
         bar.update(batch.numel())
 
-    def _evaluation_is_due(self, frames_per_batch: int) -> bool:
+    def evaluation_is_due(self, frames_per_batch: int) -> bool:
+        """Whether the iteration that has just finished, of so many frames, ends with an evaluation."""
         frames, interval = self._progress["frames"], self.cfg.evaluation.interval
         passed = frames // interval > (frames - frames_per_batch) // interval
-        return passed or self._interrupted or frames >= self.cfg.total_frames
+        return passed or self.is_over
 
-    def _evaluate_and_save(self) -> None:
+    def evaluate_and_save(self, episodes: Episodes | None = None) -> None:
+        """Evaluate the policy and write a checkpoint; ``episodes`` are given where someone else has played them."""
         for name, parameter in self._actor.named_parameters():
             if not parameter.isfinite().all():
                 self._stop(f"the policy's {name}", "NaN or infinite")
         frames = self._progress["frames"]
         start = time.perf_counter()
-        with preserve_random_state():
-            seed, horizon = self._seed(1), self.cfg.env.max_steps
-            episodes = evaluate(self._evaluation_env, self._actor, seed=seed, max_steps=horizon)
+        if episodes is None:
+            with preserve_random_state():
+                seed, horizon = self.seed(1), self.cfg.env.max_steps
+                episodes = evaluate(self._evaluation_env, self._actor, seed=seed, max_steps=horizon)
         metrics = _statistics("eval/reward/episode_reward", episodes.returns)
         metrics["eval/reward/episode_len_mean"] = episodes.lengths.float().mean().item()
         metrics["timers/evaluation_time"] = time.perf_counter() - start
@@ -262,8 +272,8 @@ class Run:
     def _absolute_metric(self) -> float:
         """Return of the best parameters over ten times as many episodes, on starts that no evaluation has used."""
         with preserve_random_state():
-            env = self._make_env(num_envs=10 * self.cfg.evaluation.episodes, seed=self._seed(2))
-            episodes = evaluate(env, self._best_policy(), seed=self._seed(2), max_steps=self.cfg.env.max_steps)
+            env = self._make_env(num_envs=10 * self.cfg.evaluation.episodes, seed=self.seed(2))
+            episodes = evaluate(env, self._best_policy(), seed=self.seed(2), max_steps=self.cfg.env.max_steps)
         self._evaluations.add_absolute(episodes.metrics())
         self._log.log(_statistics("eval/absolute/episode_reward", episodes.returns), self._progress["frames"])
         return episodes.returns.mean().item()
@@ -281,7 +291,7 @@ class Run:
             plot_learning_curve(self._progress["evaluations"], self.folder / "learning_curve.png", title=title)
         with _as_warning("video"), preserve_random_state():
             if self.cfg.evaluation.video:
-                env, path = self._make_env(num_envs=1, seed=self._seed(3)), self.folder / "episode.gif"
+                env, path = self._make_env(num_envs=1, seed=self.seed(3)), self.folder / "episode.gif"
                 render_episode(env, self._best_policy(), path, max_steps=self.cfg.env.max_steps)
                 self._log.video(path, self._progress["frames"])
 
@@ -297,12 +307,21 @@ class Run:
             f"Last good checkpoint: {self._checkpoints.latest}"
         )
 
-    def _interrupt(self) -> None:
+    def interrupt(self) -> None:
+        """End the run after the iteration under way, with a checkpoint."""
         self._interrupted = True
 
-    def _seed(self, purpose: int) -> int:
+    def seed(self, purpose: int) -> int:
         """Seed for evaluation (1), the absolute metric (2) and the video (3), away from that of training."""
         return 1_000_003 * purpose + self.cfg.seed
+
+
+def reduce_records(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each name's values, of ``min_*`` and ``max_*`` the extreme, elementwise."""
+    names = dict.fromkeys(name for record in records for name in record)  # not every record has every name
+    stacked = {name: torch.stack([record[name] for record in records if name in record]) for name in names}
+    reduce = {"min": torch.amin, "max": torch.amax}
+    return {name: reduce.get(name[:3], torch.mean)(values, 0) for name, values in stacked.items()}
 
 
 def _new_folder(cfg: DictConfig) -> Path:
@@ -329,13 +348,6 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in cast("dict", OmegaConf.to_container(cfg)).items()}
 
 
-def _reduced(records: list[Mapping[str, Tensor]]) -> dict[str, float]:
-    names = dict.fromkeys(name for record in records for name in record)  # not every record has every name
-    stacked = {name: torch.stack([record[name] for record in records if name in record]) for name in names}
-    reduce = {"min": torch.amin, "max": torch.amax}
-    return {name: reduce.get(name[:3], torch.mean)(values).item() for name, values in stacked.items()}
-
-
 def _statistics(name: str, values: Tensor) -> dict[str, float]:
     spread = values.std(correction=0)
     return {
@@ -355,7 +367,7 @@ def _as_warning(picture: str) -> Iterator[None]:
 
 
 @contextmanager
-def _signals(interrupt: Callable[[], None]) -> Iterator[None]:
+def stop_signals(interrupt: Callable[[], None]) -> Iterator[None]:
     """Turn the first Ctrl-C or SIGTERM into a request to stop; a second one ends the program at once."""
 
     def handle(number: int, frame: object) -> None:

@@ -29,7 +29,7 @@ class Episodes(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps: int) -> Episodes:
+def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int | None, max_steps: int) -> Episodes:
     """Play one episode in every copy of an environment with the policy's deterministic actions.
 
     It draws random numbers; enclose it in :func:`torchrl_marl.envs.preserve_random_state` during training.
@@ -37,7 +37,7 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps
     Args:
         env: batch of environments that count ``(group, "episode_reward")``, as ``make_env`` makes them.
         policy: the policy; if it is recurrent, every episode starts from states of zero.
-        seed: of the environments; the same seed gives the same starts.
+        seed: of the environments; the same seed gives the same starts. ``None`` leaves their random streams alone.
         max_steps: the longest that an episode can be.
 
     Returns:
@@ -47,7 +47,8 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps
         ValueError: if an episode does not end within ``max_steps``.
     """
     env = with_recurrent_state(env, policy)
-    env.set_seed(seed)
+    if seed is not None:
+        env.set_seed(seed)
     following, steps = env.reset(), []
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         for _ in range(max_steps):  # not env.rollout, which would keep a policy's memory of every step

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.func import functional_call
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.overrides import TorchFunctionMode
 from torchrl.collectors import Collector
+from torchrl.modules import MaskedCategorical, TanhNormal
 from tqdm import tqdm
 
 from torchrl_marl.envs import TensorEnv, preserve_random_state
@@ -36,6 +38,8 @@ __all__ = ["Seed", "SeedGroup"]
 
 _LOSSES = (MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss)  # their forward changes nothing
 _OPTIMIZERS = (Adam, AdamW, RMSprop, SGD)  # they treat every element alike
+_DISTRIBUTIONS = (Categorical, MaskedCategorical, TanhNormal)
+_DRAWS = (torch.multinomial, torch.Tensor.normal_)  # what these draw with
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class SeedGroup:
         }
         stacked_of = {own: self._stacked[name] for name, own in self._members[0].items()}
         self._loss = _Functional(losses[0])
-        self.policy = _GroupPolicy(losses[0], stacked_of, _SeedNoise([seed.generator for seed in seeds]))
+        self._generators = [seed.generator for seed in seeds]
+        self.policy = _GroupPolicy(losses[0], stacked_of, self._generators)
         self._game = make_env(num_envs=len(seeds) * first.run.cfg.env.num_envs, seed=0)
         self._game.set_extra_state(torch.cat([seed.env.get_extra_state() for seed in seeds]))
         self.env = with_recurrent_state(self._game, self.policy)
@@ -175,7 +180,16 @@ class SeedGroup:
 
     def losses_of(self, minibatch: TensorDictBase) -> TensorDictBase:
         """Return what each seed's loss makes of its rows of ``[S, B]``; all entries are ``[S]``."""
-        return torch.vmap(self._loss.call)(self._tensors, minibatch)
+        action = minibatch.get(self.seeds[0].loss.tensor_keys.action)
+        if not action.is_floating_point():
+            return torch.vmap(self._loss.call)(self._tensors, minibatch)
+        # the entropy of squashed Gaussians is estimated from a sample of each
+        noise = [torch.randn(action.shape[1:], generator=own, device=action.device) for own in self._generators]
+        return torch.vmap(self._losses_with_noise)(self._tensors, minibatch, torch.stack(noise))
+
+    def _losses_with_noise(self, tensors: dict[str, Tensor], rows: TensorDictBase, noise: Tensor) -> TensorDictBase:
+        with _Instead({torch.Tensor.normal_: lambda _: noise}):
+            return self._loss.call(tensors, rows)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradients of each seed down to a norm of ``max_norm``; return the norms before, ``[S]``."""
@@ -235,7 +249,7 @@ class SeedGroup:
 
     def _random_order(self, data: TensorDictBase) -> Tensor:
         rows = data.shape[1]
-        return torch.stack([torch.randperm(rows, generator=seed.generator, device=data.device) for seed in self.seeds])
+        return torch.stack([torch.randperm(rows, generator=own, device=data.device) for own in self._generators])
 
     def _interrupt(self) -> None:
         for seed in self.seeds:
@@ -245,18 +259,25 @@ class SeedGroup:
 class _GroupPolicy(TensorDictModuleBase):
     """The policies of all seeds: each acts in its share of the rows ``[S * B]``, with noise of its own."""
 
-    def __init__(self, loss: RatioLoss, stacked_of: Mapping[nn.Parameter, nn.Parameter], noise: _SeedNoise) -> None:
+    def __init__(
+        self,
+        loss: RatioLoss,
+        stacked_of: Mapping[nn.Parameter, nn.Parameter],
+        generators: Sequence[torch.Generator],
+    ) -> None:
         super().__init__()
         networks = collection_policy(loss.actor_network.det_part, loss.critic_network)
-        self._networks, self._head, self._noise = _Functional(networks), loss.actor_network[-1], noise
+        self._networks, self._head = _Functional(networks), loss.actor_network[-1]
+        self._draws = {draw: partial(_draw_apart, draw, generators) for draw in _DRAWS}
+        self._num_seeds = len(generators)
         self._stacked = {name: stacked_of[own] for name, own in self._networks.named_parameters()}
         self.in_keys = networks.in_keys
         self.out_keys = list(dict.fromkeys([*networks.out_keys, *self._head.out_keys]))
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        rows = tensordict.select(*self.in_keys, strict=False).reshape(len(self._noise), -1)
+        rows = tensordict.select(*self.in_keys, strict=False).reshape(self._num_seeds, -1)
         acted = torch.vmap(self._networks.call)(self._stacked, rows)
-        with self._noise:
+        with _Instead(self._draws):
             acted = self._head(acted)
         return tensordict.update(acted.select(*self.out_keys).reshape(-1))
 
@@ -275,31 +296,30 @@ class _Functional(nn.Module):
         return functional_call(self, tensors, (data,))
 
 
-class _SeedNoise(TorchFunctionMode):
-    """Within it what distributions draw comes from one generator for each of ``S`` equal parts of the rows."""
+class _Instead(TorchFunctionMode):
+    """Within it other functions stand in for some of Torch's."""
 
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+    def __init__(self, functions: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
         super().__init__()
-        self._generators = list(generators)
-
-    def __len__(self) -> int:
-        return len(self._generators)
+        self._functions = functions
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in (torch.multinomial, torch.normal):
-            return func(*args, **(kwargs or {}))
-        parts = [arg.chunk(len(self)) if isinstance(arg, Tensor) else [arg] * len(self) for arg in args]
-        drawn = [func(*part, generator=own) for *part, own in zip(*parts, self._generators, strict=True)]
-        return torch.cat(drawn)
+        return self._functions.get(func, func)(*args, **(kwargs or {}))
+
+
+def _draw_apart(draw: Callable[..., Tensor], generators: Sequence[torch.Generator], *args: Any) -> Tensor:
+    """Draw as ``draw(*args)`` does, each of ``S`` equal parts of the rows from its own generator."""
+    parts = [arg.contiguous().chunk(len(generators)) if isinstance(arg, Tensor) else [arg] * len(generators) for arg in args]
+    return torch.cat([draw(*part, generator=own) for *part, own in zip(*parts, generators, strict=True)])
 
 
 def _check(seed: Seed) -> None:
     alone = "train its seeds one after the other: python recipes/mars_vmas.py -m seed=0,1,2"
     if not isinstance(seed.env, TensorEnv):
         raise ValueError(
-            "Seeds train together in games whose copies have random streams of their own (env=coordsum, maze, paxmen); "
+            "Seeds train together in games whose copies have random streams of their own (env=coordsum, maze, paxmen, aerocombat); "
             f"got {type(seed.env).__name__}: {alone}."
         )
     if type(seed.loss) not in _LOSSES or seed.loss.functional or seed.loss.reduction != "mean":
@@ -308,8 +328,12 @@ def _check(seed: Seed) -> None:
             f"Seeds train together with {names}, functional=False and reduction='mean'; got "
             f"{type(seed.loss).__name__}, functional={seed.loss.functional}, reduction={seed.loss.reduction!r}: {alone}."
         )
-    if not issubclass(seed.loss.actor_network[-1].distribution_class, Categorical):
-        raise ValueError(f"Seeds train together with discrete actions: {alone}.")
+    if seed.loss.actor_network[-1].distribution_class not in _DISTRIBUTIONS:
+        names = ", ".join(allowed.__name__ for allowed in _DISTRIBUTIONS)
+        raise ValueError(
+            f"Seeds train together with policies {names}, not "
+            f"{seed.loss.actor_network[-1].distribution_class.__name__}: {alone}."
+        )
     if type(seed.optimizer) not in _OPTIMIZERS:
         names = ", ".join(allowed.__name__ for allowed in _OPTIMIZERS)
         raise ValueError(f"Seeds train together with {names}, not {type(seed.optimizer).__name__}: {alone}.")

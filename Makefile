@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-envs check size clean
+.PHONY: train test test-envs results size clean
 
 train: .venv/train
 	$(BIN)/python recipes/mars_vmas.py $(ARGS)
@@ -17,6 +17,9 @@ test: .venv/test
 
 test-envs: .venv/test-envs # the bridges to other packages' environments, which `make test` skips
 	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest tests/envs $(ARGS)
+
+results: .venv/train # a small part of results/ again; pages in runs/study_small/*/page, finished runs are skipped
+	$(BIN)/python benchmarks/study.py small $(ARGS)
 
 size: # lines of package code, without and with documentation
 	$(PYTHON) benchmarks/size.py torchrl_marl recipes

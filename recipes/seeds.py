@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torchrl.collectors import Collector
 
 from torchrl_marl.collectors import split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape
 from torchrl_marl.seeds import Seed, SeedGroup
-from torchrl_marl.training import Run
 
 
 @recipe(Path(__file__).parent / "config", "seeds")
@@ -28,7 +27,8 @@ def main(cfg: DictConfig) -> float:
     torch.set_num_threads(cfg.num_threads)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     make_env = partial(instantiate, cfg.env, device=device)
-    group = SeedGroup([build_seed(DictConfig({**cfg, "seed": seed}), make_env) for seed in cfg.seed], make_env=make_env)
+    seeds = cfg.seed if isinstance(cfg.seed, ListConfig) else [cfg.seed]
+    group = SeedGroup([build_seed(DictConfig({**cfg, "seed": seed}), make_env) for seed in seeds], make_env=make_env)
     optimizer = instantiate(cfg.optimizer, group.parameters())
     collector = Collector(
         group.env,
@@ -64,8 +64,7 @@ def build_seed(cfg: DictConfig, make_env: partial) -> Seed:
     loss = instantiate(cfg.loss, actor, critic)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     optimizer = instantiate(cfg.optimizer, loss.parameters())
-    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
-    return Seed(run, env, loss, optimizer)
+    return Seed(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """Seeds of one configuration, trained together: their networks side by side, their environments in one batch.
 
-With small networks and batches most of the time goes into the overhead of operations, not into arithmetic; on a GPU with
-networks of any usual size, too. Then several seeds cost little more than one. A seed learns in a group what it learns
-alone, to the precision of floating point: initial weights, random streams, the order of minibatches, statistics and the
-norm of gradients are its own.
+With small networks and batches most of the time goes into the overhead of operations, not into arithmetic; on a GPU
+networks of any usual size are small. Then several seeds cost little more than one. A seed learns in a group what it
+learns alone, to the precision of floating point: initial weights, random streams, noise, the order of minibatches,
+statistics and the norm of gradients are its own.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from omegaconf import DictConfig
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -23,13 +23,14 @@ from torch.func import functional_call
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.overrides import TorchFunctionMode
 from torchrl.collectors import Collector
-from torchrl.modules import MaskedCategorical, TanhNormal
+from torchrl.envs import EnvBase
+from torchrl.modules import MaskedCategorical, ProbabilisticActor, TanhNormal
 from tqdm import tqdm
 
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.random_streams import random_streams
 from torchrl_marl.evaluation import Episodes, evaluate
-from torchrl_marl.modules import collection_policy, with_recurrent_state
+from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, standardize
 from torchrl_marl.objectives.ratio import RatioLoss
 from torchrl_marl.training import Run, reduce_records, stop_signals
@@ -42,33 +43,40 @@ _DISTRIBUTIONS = (Categorical, MaskedCategorical, TanhNormal)
 _DRAWS = (torch.multinomial, torch.Tensor.normal_)  # what these draw with
 
 
-@dataclass(frozen=True)
 class Seed:
-    """What one seed has of its own, built as for a run alone, after ``torch.manual_seed(seed)``.
+    """What one seed has of its own, built as for a run alone, after ``torch.manual_seed(seed)``; see :class:`Run`.
 
     Its noise and its minibatches go on from the state of the process's random generator when this is made.
 
     Args:
-        run: its folder and logs.
+        cfg: configuration of its run.
         env: the game that it would be trained in alone; a group takes over its random streams.
-        loss: holds its networks, whose parameters a group brings up to date after each iteration.
+        make_env: ``make_env(num_envs=..., seed=...)``.
+        actor: the policy.
+        shape: what the actor was built for.
+        loss: holds the networks, whose parameters a group brings up to date after each iteration.
         optimizer: of these parameters; for checkpoints it gets its share of the group's.
 
     Raises:
         ValueError: if it cannot be trained in a group; the message says what can.
     """
 
-    run: Run
-    env: TensorEnv
-    loss: RatioLoss
-    optimizer: Optimizer
-    generator: torch.Generator = field(init=False)
-
-    def __post_init__(self) -> None:
-        _check(self)
-        device = self.loss.ratio_low.device
+    def __init__(
+        self,
+        cfg: DictConfig,
+        *,
+        env: EnvBase,
+        make_env: Callable[..., EnvBase],
+        actor: ProbabilisticActor,
+        shape: GroupShape,
+        loss: RatioLoss,
+        optimizer: Optimizer,
+    ) -> None:
+        self.env, self.loss, self.optimizer = _stackable(cfg, env, loss, optimizer), loss, optimizer
+        self.run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
+        device = loss.ratio_low.device
         state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-        object.__setattr__(self, "generator", torch.Generator(device).set_state(state))
+        self.generator = torch.Generator(device).set_state(state)
 
     def set_random_state(self) -> None:
         """Set the process's random generator to where this seed's is."""
@@ -81,9 +89,9 @@ class Seed:
 class SeedGroup:
     """Several seeds of one configuration in one training loop.
 
-    Data have a leading dimension of seeds, and so have the parameters, which one optimiser moves; the sum over seeds of
-    a loss gives each seed its own gradient. Every seed keeps a run's folder as if it had been trained alone, and goes on
-    alone from its checkpoints. The loop is the one of a single seed, see ``recipes/seeds.py``.
+    Data have a leading dimension of seeds, and so have the parameters, which one optimiser moves: the gradient of the
+    sum of all seeds' losses is each seed's own. Every seed keeps the folder of a run and goes on alone from its
+    checkpoints; only the seconds in its logs are the group's. The loop is in ``recipes/seeds.py``.
 
     Args:
         seeds: alike in all but what the seed decides.
@@ -109,7 +117,7 @@ class SeedGroup:
         self._evaluation_game = make_env(num_envs=len(seeds) * episodes, seed=0)
         self._starts = torch.cat([random_streams(seed.run.seed(1), episodes) for seed in seeds])
         self._records: list[Mapping[str, Tensor]] = []
-        self._tensors = {f"module.{name}": tensor for name, tensor in self._stacked.items()}
+        self._tensors: dict[str, Tensor] = {f"module.{name}": tensor for name, tensor in self._stacked.items()}
         self._stack_buffers()
 
     def __len__(self) -> int:
@@ -178,16 +186,16 @@ class SeedGroup:
             order = self._random_order(data)  # the moment at which TorchRL's sampler draws it
             yield data[seeds, last]
 
-    def losses_of(self, minibatch: TensorDictBase) -> TensorDictBase:
+    def losses_of(self, minibatch: TensorDictBase) -> dict[str, Tensor]:
         """Return what each seed's loss makes of its rows of ``[S, B]``; all entries are ``[S]``."""
         action = minibatch.get(self.seeds[0].loss.tensor_keys.action)
         if not action.is_floating_point():
-            return torch.vmap(self._loss.call)(self._tensors, minibatch)
-        # the entropy of squashed Gaussians is estimated from a sample of each
+            return dict(torch.vmap(self._loss.call)(self._tensors, minibatch).items())
+        # squashed Gaussians estimate their entropy from a sample of each
         noise = [torch.randn(action.shape[1:], generator=own, device=action.device) for own in self._generators]
-        return torch.vmap(self._losses_with_noise)(self._tensors, minibatch, torch.stack(noise))
+        return dict(torch.vmap(self._losses_with_noise)(self._tensors, minibatch, torch.stack(noise)).items())
 
-    def _losses_with_noise(self, tensors: dict[str, Tensor], rows: TensorDictBase, noise: Tensor) -> TensorDictBase:
+    def _losses_with_noise(self, tensors: Mapping[str, Tensor], rows: TensorDictBase, noise: Tensor) -> TensorDictBase:
         with _Instead({torch.Tensor.normal_: lambda _: noise}):
             return self._loss.call(tensors, rows)
 
@@ -292,8 +300,8 @@ class _Functional(nn.Module):
     def forward(self, data: TensorDictBase) -> TensorDictBase:
         return self.module(data)
 
-    def call(self, tensors: dict[str, Tensor], data: TensorDictBase) -> TensorDictBase:
-        return functional_call(self, tensors, (data,))
+    def call(self, tensors: Mapping[str, Tensor], data: TensorDictBase) -> TensorDictBase:
+        return functional_call(self, dict(tensors), (data,))
 
 
 class _Instead(TorchFunctionMode):
@@ -309,31 +317,40 @@ class _Instead(TorchFunctionMode):
         return self._functions.get(func, func)(*args, **(kwargs or {}))
 
 
-def _draw_apart(draw: Callable[..., Tensor], generators: Sequence[torch.Generator], *args: Any) -> Tensor:
-    """Draw as ``draw(*args)`` does, each of ``S`` equal parts of the rows from its own generator."""
-    parts = [arg.contiguous().chunk(len(generators)) if isinstance(arg, Tensor) else [arg] * len(generators) for arg in args]
-    return torch.cat([draw(*part, generator=own) for *part, own in zip(*parts, generators, strict=True)])
+def _draw_apart(
+    draw: Callable[..., Tensor], generators: Sequence[torch.Generator], tensor: Tensor, *rest: Any
+) -> Tensor:
+    """Draw what ``draw(tensor, *rest)`` does, for each of equal parts of the rows from a generator of its own."""
+    parts = tensor.contiguous().chunk(len(generators))
+    return torch.cat([draw(part, *rest, generator=own) for part, own in zip(parts, generators, strict=True)])
 
 
-def _check(seed: Seed) -> None:
-    alone = "train its seeds one after the other: python recipes/mars_vmas.py -m seed=0,1,2"
-    if not isinstance(seed.env, TensorEnv):
-        raise ValueError(
-            "Seeds train together in games whose copies have random streams of their own (env=coordsum, maze, paxmen, aerocombat); "
-            f"got {type(seed.env).__name__}: {alone}."
+def _stackable(cfg: DictConfig, env: EnvBase, loss: RatioLoss, optimizer: Optimizer) -> TensorEnv:
+    """Return the game, or refuse what cannot be trained in a group."""
+    if cfg.resume is not None:
+        _refuse("a new start", f"resume={cfg.resume}", "python recipes/mars_vmas.py resume=RUN")
+    if cfg.compile:
+        _refuse("compile=false", "compile=true")
+    if not isinstance(env, TensorEnv):
+        _refuse(
+            "games with a random stream for each copy (env=coordsum, maze, paxmen, aerocombat)",
+            f"env={cfg.environment}",
         )
-    if type(seed.loss) not in _LOSSES or seed.loss.functional or seed.loss.reduction != "mean":
-        names = ", ".join(allowed.__name__ for allowed in _LOSSES)
-        raise ValueError(
-            f"Seeds train together with {names}, functional=False and reduction='mean'; got "
-            f"{type(seed.loss).__name__}, functional={seed.loss.functional}, reduction={seed.loss.reduction!r}: {alone}."
-        )
-    if seed.loss.actor_network[-1].distribution_class not in _DISTRIBUTIONS:
-        names = ", ".join(allowed.__name__ for allowed in _DISTRIBUTIONS)
-        raise ValueError(
-            f"Seeds train together with policies {names}, not "
-            f"{seed.loss.actor_network[-1].distribution_class.__name__}: {alone}."
-        )
-    if type(seed.optimizer) not in _OPTIMIZERS:
-        names = ", ".join(allowed.__name__ for allowed in _OPTIMIZERS)
-        raise ValueError(f"Seeds train together with {names}, not {type(seed.optimizer).__name__}: {alone}.")
+    if type(loss) not in _LOSSES:
+        _refuse(f"the losses {_names(_LOSSES)}", type(loss).__name__)
+    if loss.functional or loss.reduction != "mean":
+        _refuse("functional=False and reduction='mean'", f"{loss.functional} and {loss.reduction!r}")
+    distribution: Any = loss.actor_network[-1].distribution_class
+    if distribution not in _DISTRIBUTIONS:
+        _refuse(f"policies {_names(_DISTRIBUTIONS)}", distribution.__name__)
+    if type(optimizer) not in _OPTIMIZERS:
+        _refuse(f"the optimisers {_names(_OPTIMIZERS)}", type(optimizer).__name__)
+    return env
+
+
+def _refuse(allowed: str, found: str, instead: str = "python recipes/mars_vmas.py -m seed=0,1,2") -> NoReturn:
+    raise ValueError(f"Seeds train together with {allowed}; got {found}. One at a time: {instead}")
+
+
+def _names(classes: Sequence[type]) -> str:
+    return ", ".join(allowed.__name__ for allowed in classes)

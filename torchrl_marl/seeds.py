@@ -96,9 +96,15 @@ class SeedGroup:
     Args:
         seeds: alike in all but what the seed decides.
         make_env: ``make_env(num_envs=..., seed=...)``.
+
+    Raises:
+        ValueError: if there is no seed, or one is there twice.
     """
 
     def __init__(self, seeds: Sequence[Seed], *, make_env: Callable[..., TensorEnv]) -> None:
+        numbers = [seed.run.cfg.seed for seed in seeds]
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"Seeds that train together must be distinct, and at least one; got {numbers}.")
         self.seeds = list(seeds)
         losses, first = [seed.loss for seed in seeds], seeds[0]
         self._members = [dict(loss.named_parameters()) for loss in losses]

@@ -1,6 +1,9 @@
 """Seeds that train together, against the recipe that trains one at a time."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from omegaconf import OmegaConf
 from tests.recipes.runs import run_folders, run_recipe
 from tests.recipes.test_mars_vmas import GRU
 from torchrl_marl.checkpoints import find_checkpoint, load_policy
+from torchrl_marl.envs import make_coordsum
 from torchrl_marl.evaluation.runs import check_comparable, read_runs
+from torchrl_marl.seeds import SeedGroup
 
 UNEQUAL = ["minibatch_size=30", "total_frames=320", "evaluation.interval=160"]  # the last minibatch is smaller
 
@@ -101,6 +106,13 @@ def test_what_cannot_be_stacked_is_refused_with_what_can(
     assert allowed in str(refused.value)
     assert f"got {found}" in str(refused.value)
     assert not run_folders(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [[], [3, 3]])
+def test_seeds_of_a_group_are_distinct(numbers: list[int]) -> None:
+    seeds: Any = [SimpleNamespace(run=SimpleNamespace(cfg=SimpleNamespace(seed=number))) for number in numbers]
+    with pytest.raises(ValueError, match=re.escape(f"distinct, and at least one; got {numbers}")):
+        SeedGroup(seeds, make_env=make_coordsum)
 
 
 def test_a_group_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ STUDIES = {
             "mazes",
             grid(
                 ["seeds.py --config-name=mappo_maze", "oappo_vmas.py --config-name=oappo_maze loss=happo"],
-                [MAZES.format(128_000, 32_000)],
+                [MAZES.format(192_000, 64_000)],
             ),
             num_seeds=3,
             baseline="mappo",

@@ -335,12 +335,16 @@ def _new_folder(cfg: DictConfig) -> Path:
 
 def _command(cfg: DictConfig) -> str:
     """Return the command that repeats this run, without the names of folders: they are no part of the experiment."""
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    script, overrides, flags = cfg.recipe, [], []
+    if HydraConfig.initialized():
+        hydra = HydraConfig.get()
+        script, overrides = hydra.job.name, hydra.overrides.task
+        flags = [] if hydra.job.config_name == script else [f"--config-name={hydra.job.config_name}"]
     pairs = [override.removeprefix("++").partition("=") for override in overrides]
     words = [
         key + "=RUN" if key == "resume" else key + equals + value for key, equals, value in pairs if key != "folder"
     ]
-    return shlex.join(["python", f"recipes/{cfg.recipe}.py", *words])
+    return shlex.join(["python", f"recipes/{script}.py", *flags, *words])
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

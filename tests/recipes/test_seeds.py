@@ -77,12 +77,15 @@ def test_a_seed_of_a_group_goes_on_alone(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_seeds_of_a_group_are_compared_as_separate_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_recipe(monkeypatch, tmp_path, "seed=[2,5,6]", recipe="seeds")
+    run_recipe(monkeypatch, tmp_path, "--config-name=mappo_maze", "seed=[2,5,6]", recipe="seeds")
     runs, unfinished = read_runs([tmp_path])
     check_comparable(runs)
     assert [run.seed for run in sorted(runs, key=lambda run: run.seed)] == [2, 5, 6]
     assert not unfinished
-    assert len({tuple(run.returns) for run in runs}) == 3
+    for run in runs:
+        command = run.summary["sessions"][0]["command"]
+        assert command.startswith("python recipes/seeds.py --config-name=mappo_maze ")
+        assert "'seed=[2,5,6]'" in command
 
 
 @pytest.mark.parametrize(

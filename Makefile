@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-envs test-scale check size clean
+.PHONY: train test test-envs test-scale check results size clean
 
 train: .venv/train
 	$(BIN)/python recipes/mars_vmas.py $(ARGS)
@@ -20,6 +20,9 @@ test-envs: .venv/test-envs # the bridges to other packages' environments, which 
 
 test-scale: .venv/test-scale # Ray, torchrun, jobs, and what survives which kill: minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/collectors/test_workers.py tests/recipes/test_scale.py $(ARGS)
+
+results: .venv/train # a small part of results/ again; pages in runs/study_small/*/page, finished runs are skipped
+	$(BIN)/python benchmarks/study.py small $(ARGS)
 
 size: # lines of package code, without and with documentation
 	$(PYTHON) benchmarks/size.py torchrl_marl recipes

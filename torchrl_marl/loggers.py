@@ -155,7 +155,7 @@ def _start_wandb(mode: str | None, **run: Any) -> Any:
 
     mode = mode or os.environ.get("WANDB_MODE") or "online"
     run |= {"job_type": "train", "resume": "allow"}
-    settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+    settings = wandb.Settings(silent=True, console="off", init_timeout=30, reinit="create_new")
     try:
         if mode == "online" and not wandb.login(prompt=False):
             mode = "offline"

@@ -30,13 +30,13 @@ from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
 from torchrl_marl.collectors import SequenceCollector, WorkerCollector
 from torchrl_marl.data_parallel import any_process, first_decides, num_processes, rank
 from torchrl_marl.envs import RandomState, preserve_random_state, render_episode, reseed
-from torchrl_marl.evaluation import evaluate, plot_learning_curve
+from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve
 from torchrl_marl.evaluation.episodes import ended_episode_returns
 from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.loggers import MetricLog, git_commit, run_group
 from torchrl_marl.modules import GroupShape
 
-__all__ = ["LAST_FIFTH", "Run"]
+__all__ = ["LAST_FIFTH", "Run", "reduce_records", "stop_signals"]
 
 LAST_FIFTH = "eval/reward/last_fifth"
 """Metric that a finished run logs and a sweep maximises: mean evaluation return over the last fifth of evaluations."""
@@ -128,7 +128,7 @@ class Run:
         if self._leads:
             self._open_logs(resumed_at=None if resumed is None else self._progress["frames"])
             with preserve_random_state():
-                self._evaluation_env = make_env(num_envs=cfg.evaluation.episodes, seed=self._seed(1))
+                self._evaluation_env = make_env(num_envs=cfg.evaluation.episodes, seed=self.seed(1))
 
     def _open_logs(self, *, resumed_at: int | None) -> None:
         cfg, task = self.cfg, self.cfg.env.scenario
@@ -165,29 +165,27 @@ class Run:
             RuntimeError: if collecting, evaluating or saving fails: a worker has died, the disk is full, ...; it names
                 the last good checkpoint.
         """
-        progress, total = self._progress, self.cfg.total_frames
         bar = tqdm(
-            total=total,
-            initial=progress["frames"],
+            total=self.cfg.total_frames,
+            initial=self._progress["frames"],
             unit=" frames",
             unit_scale=True,
             desc=self.cfg.method,
             disable=not self._leads,
         )
-        with self._failures_named(collector), bar, _signals(self._ask_to_stop):
-            if not progress["evaluations"]:
-                self._evaluate_and_save()
+        with self._failures_named(collector), bar, stop_signals(self.interrupt):
+            if not self._progress["evaluations"]:
+                self.evaluate_and_save()
             data = iter(collector)
             self._begin_episodes(collector)
-            while progress["frames"] < total and not self._interrupted:
+            while not self.is_over:
                 start = time.perf_counter()
                 batch = next(data)
                 collected = time.perf_counter()
                 yield batch
-                self._finish_iteration(batch, collected - start, time.perf_counter() - collected, bar)
-                self._interrupted = any_process(self._asked_to_stop)
-                if self._evaluation_is_due(batch.numel()):
-                    self._evaluate_and_save()
+                self.finish_iteration(batch, collected - start, time.perf_counter() - collected, bar)
+                if self.evaluation_is_due(batch.numel()):
+                    self.evaluate_and_save()
                     self._begin_episodes(collector)
 
     def record(self, metrics: Mapping[str, Tensor]) -> None:
@@ -243,13 +241,21 @@ class Run:
         )
         return objective
 
-    def _finish_iteration(self, batch: TensorDictBase, collecting: float, training: float, bar: tqdm) -> None:
+    @property
+    def is_over(self) -> bool:
+        """Whether the frames are used up, or someone has interrupted."""
+        return self._interrupted or self._progress["frames"] >= self.cfg.total_frames
+
+    def finish_iteration(self, batch: TensorDictBase, collecting: float, training: float, bar: tqdm) -> None:
+        """Log an iteration: its batch, what was recorded, and the seconds that its two halves took."""
         progress = self._progress
         frames = batch.numel() * num_processes()
         progress["frames"] += frames
         progress["iteration"] += 1
         progress["seconds"] += collecting + training
-        metrics = {f"{self._prefix}/{name}": value for name, value in _reduced(self._records).items()}
+        self._interrupted = any_process(self._asked_to_stop)
+        recorded = reduce_records(self._records)
+        metrics = {f"{self._prefix}/{name}": value.item() for name, value in recorded.items()}
         self._records.clear()
         if not self._leads:
             return
@@ -270,10 +276,11 @@ class Run:
         self._check_finite(metrics)
         bar.update(frames)
 
-    def _evaluation_is_due(self, frames_of_a_process: int) -> bool:
+    def evaluation_is_due(self, frames_of_a_process: int) -> bool:
+        """Whether the iteration that has just finished, of so many frames, ends with an evaluation."""
         frames, interval = self._progress["frames"], self.cfg.evaluation.interval
         passed = frames // interval > (frames - frames_of_a_process * num_processes()) // interval
-        return passed or self._interrupted or frames >= self.cfg.total_frames
+        return passed or self.is_over
 
     def _begin_episodes(self, collector: Collector | SequenceCollector | WorkerCollector) -> None:
         """Start new episodes; several processes also begin their random states anew, from a seed of the first one."""
@@ -282,7 +289,8 @@ class Run:
             reseed(self._env, seed, part=rank(), num_parts=num_processes())
         collector.reset()
 
-    def _evaluate_and_save(self) -> None:
+    def evaluate_and_save(self, episodes: Episodes | None = None) -> None:
+        """Evaluate the policy and write a checkpoint; ``episodes`` are given where someone else has played them."""
         if not self._leads:
             return
         for name, parameter in self._actor.named_parameters():
@@ -290,9 +298,10 @@ class Run:
                 self._stop(f"the policy's {name}", "NaN or infinite")
         frames = self._progress["frames"]
         start = time.perf_counter()
-        with preserve_random_state():
-            seed, horizon = self._seed(1), self.cfg.env.max_steps
-            episodes = evaluate(self._evaluation_env, self._actor, seed=seed, max_steps=horizon)
+        if episodes is None:
+            with preserve_random_state():
+                seed, horizon = self.seed(1), self.cfg.env.max_steps
+                episodes = evaluate(self._evaluation_env, self._actor, seed=seed, max_steps=horizon)
         metrics = _statistics("eval/reward/episode_reward", episodes.returns)
         if len(episodes.groups) > 1:
             for group, returns in episodes.groups.items():
@@ -312,8 +321,8 @@ class Run:
     def _absolute_metric(self) -> float:
         """Return of the best parameters over ten times as many episodes, on starts that no evaluation has used."""
         with preserve_random_state():
-            env = self._make_env(num_envs=10 * self.cfg.evaluation.episodes, seed=self._seed(2))
-            episodes = evaluate(env, self._best_policy(), seed=self._seed(2), max_steps=self.cfg.env.max_steps)
+            env = self._make_env(num_envs=10 * self.cfg.evaluation.episodes, seed=self.seed(2))
+            episodes = evaluate(env, self._best_policy(), seed=self.seed(2), max_steps=self.cfg.env.max_steps)
         self._evaluations.add_absolute(episodes.metrics())
         self._log.log(_statistics("eval/absolute/episode_reward", episodes.returns), self._progress["frames"])
         return episodes.returns.mean().item()
@@ -331,7 +340,7 @@ class Run:
             plot_learning_curve(self._progress["evaluations"], self.folder / "learning_curve.png", title=title)
         with _as_warning("video"), preserve_random_state():
             if self.cfg.evaluation.video:
-                env, path = self._make_env(num_envs=1, seed=self._seed(3)), self.folder / "episode.gif"
+                env, path = self._make_env(num_envs=1, seed=self.seed(3)), self.folder / "episode.gif"
                 render_episode(env, self._best_policy(), path, max_steps=self.cfg.env.max_steps)
                 self._log.video(path, self._progress["frames"])
 
@@ -364,12 +373,21 @@ class Run:
         finally:
             collector.shutdown()
 
-    def _ask_to_stop(self) -> None:
+    def interrupt(self) -> None:
+        """End the run after the iteration under way, with a checkpoint."""
         self._asked_to_stop = True
 
-    def _seed(self, purpose: int) -> int:
+    def seed(self, purpose: int) -> int:
         """Seed for evaluation (1), the absolute metric (2) and the video (3), away from that of training."""
         return 1_000_003 * purpose + self.cfg.seed
+
+
+def reduce_records(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each name's values, of ``min_*`` and ``max_*`` the extreme, elementwise."""
+    names = dict.fromkeys(name for record in records for name in record)  # not every record has every name
+    stacked = {name: torch.stack([record[name] for record in records if name in record]) for name in names}
+    reduce = {"min": torch.amin, "max": torch.amax}
+    return {name: reduce.get(name.rpartition("/")[2][:3], torch.mean)(values, 0) for name, values in stacked.items()}
 
 
 def _new_folder(cfg: DictConfig) -> Path:
@@ -382,26 +400,21 @@ def _new_folder(cfg: DictConfig) -> Path:
 
 def _command(cfg: DictConfig) -> str:
     """Return the command that repeats this run, without the names of folders: they are no part of the experiment."""
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    script, overrides, flags = cfg.recipe, [], []
+    if HydraConfig.initialized():
+        hydra = HydraConfig.get()
+        script, overrides = hydra.job.name, hydra.overrides.task
+        flags = [] if hydra.job.config_name == script else [f"--config-name={hydra.job.config_name}"]
     pairs = [override.removeprefix("++").partition("=") for override in overrides]
     words = [
         key + "=RUN" if key == "resume" else key + equals + value for key, equals, value in pairs if key != "folder"
     ]
-    return shlex.join(["python", f"recipes/{cfg.recipe}.py", *words])
+    return shlex.join(["python", f"recipes/{script}.py", *flags, *words])
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     """Return a configuration as nested dictionaries and lists."""
     return {str(key): value for key, value in cast("dict", OmegaConf.to_container(cfg)).items()}
-
-
-def _reduced(records: list[Mapping[str, Tensor]]) -> dict[str, float]:
-    names = dict.fromkeys(name for record in records for name in record)  # not every record has every name
-    stacked = {name: torch.stack([record[name] for record in records if name in record]) for name in names}
-    reduce = {"min": torch.amin, "max": torch.amax}
-    return {
-        name: reduce.get(name.rpartition("/")[2][:3], torch.mean)(values).item() for name, values in stacked.items()
-    }
 
 
 def _statistics(name: str, values: Tensor) -> dict[str, float]:
@@ -423,7 +436,7 @@ def _as_warning(picture: str) -> Iterator[None]:
 
 
 @contextmanager
-def _signals(interrupt: Callable[[], None]) -> Iterator[None]:
+def stop_signals(interrupt: Callable[[], None]) -> Iterator[None]:
     """Turn the first Ctrl-C or SIGTERM into a request to stop; a second one ends the program at once."""
 
     def handle(number: int, frame: object) -> None:

@@ -157,6 +157,14 @@ def test_two_seeds_with_one_curve_are_refused(tmp_path: Path) -> None:
         check_comparable(read_runs([tmp_path])[0])
 
 
+def test_seeds_may_have_the_same_evaluations_in_a_game_without_chance(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        losses = write_run(tmp_path, f"seed={seed}") / "scalars/train"
+        losses.mkdir()
+        (losses / "loss_objective.csv").write_text(f"100,0.{seed}\n")
+    check_comparable(read_runs([tmp_path])[0])
+
+
 def test_the_page_states_statistics_of_the_absolute_metric(studied: tuple) -> None:
     scores, folder = studied
     text = (folder / "README.md").read_text()

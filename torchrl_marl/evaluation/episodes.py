@@ -34,9 +34,15 @@ class Episodes(NamedTuple):
             "episode_length": self.lengths.tolist(),
         }
 
+    def chunk(self, parts: int) -> list[Episodes]:
+        """Cut the episodes into as many equal parts, in order."""
+        groups = zip(*(returns.chunk(parts) for returns in self.groups.values()), strict=True)
+        own = [dict(zip(self.groups, returns, strict=True)) for returns in groups]
+        return [Episodes(*part) for part in zip(self.returns.chunk(parts), self.lengths.chunk(parts), own, strict=True)]
+
 
 @torch.no_grad()
-def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps: int) -> Episodes:
+def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int | None, max_steps: int) -> Episodes:
     """Play one episode in every copy of an environment with the policy's deterministic actions.
 
     It draws random numbers; enclose it in :func:`torchrl_marl.envs.preserve_random_state` during training.
@@ -44,7 +50,7 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps
     Args:
         env: batch of environments that count ``(group, "episode_reward")``, as ``make_env`` makes them.
         policy: the policy; if it is recurrent, every episode starts from states of zero.
-        seed: of the environments; the same seed gives the same starts.
+        seed: of the environments; the same seed gives the same starts. ``None`` leaves their random streams alone.
         max_steps: the longest that an episode can be.
 
     Returns:
@@ -54,7 +60,8 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int, max_steps
         ValueError: if an episode does not end within ``max_steps``.
     """
     env = with_recurrent_state(env, policy)
-    env.set_seed(seed)
+    if seed is not None:
+        env.set_seed(seed)
     following, steps = env.reset(), []
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         for _ in range(max_steps):  # not env.rollout, which would keep a policy's memory of every step

@@ -1,0 +1,225 @@
+"""A study in one command: `python benchmarks/study.py small` (minutes) or `python benchmarks/study.py papers` (a GPU).
+
+A study is a table of the recipes' commands, each for several seeds. Stop it whenever you like: the same command skips
+finished runs and goes on with begun ones. In the end each part gets a page by recipes/compare.py, FOLDER/PART/page/.
+`papers` has the scale of the papers, 20 M frames and 10 seeds, at the recipes' settings or, on CoordSum, those that
+MAGPO's authors publish; tune first where that matters (`sweep=METHOD`), and put what you find into the table.
+"""
+
+import argparse
+import hashlib
+import itertools
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What stands on one page."""
+
+    name: str
+    commands: Sequence[str]  # without seed and folder
+    num_seeds: int
+    baseline: str  # as recipes/compare.py calls it
+    split: Sequence[str] = ()
+
+
+def grid(*choices: Sequence[str]) -> list[str]:
+    """One command for each choice of one word, or of several, from every list."""
+    return [" ".join(words) for words in itertools.product(*choices)]
+
+
+MAZES = "total_frames={} evaluation.interval={}"
+LARGE = (
+    "total_frames=20000000 evaluation.interval=400000 evaluation.video=false "
+    "env.num_envs=600 frames_per_batch=60000 minibatch_size=10000"
+)
+COORDSUM = (  # as config/setting/paper_*.yaml
+    "total_frames=20000000 evaluation.interval=163840 evaluation.video=false "
+    "env=coordsum env.num_envs=128 frames_per_batch=16384"
+)
+PPO_COORDSUM = f"{COORDSUM} actor=gru critic=gru chunk_length=128 epochs=8"
+GAMES = "seeds.py --config-name=mars_vmas"
+
+STUDIES = {
+    "small": [
+        Part(
+            "mazes",
+            grid(
+                ["seeds.py --config-name=mappo_maze", "oappo_vmas.py --config-name=oappo_maze loss=happo"],
+                [MAZES.format(192_000, 64_000)],
+            ),
+            num_seeds=3,
+            baseline="mappo",
+        ),
+        Part(
+            "coordsum",
+            grid(["seeds.py"], ["loss=mars", "loss=maspo", "loss=mappo"], ["total_frames=120000"]),
+            num_seeds=5,
+            baseline="mappo",
+        ),
+    ],
+    "papers": [
+        Part(
+            "mars",
+            grid(
+                [
+                    *grid(["mars_vmas.py"], ["env.scenario=navigation", "env.scenario=balance"]),
+                    *grid([GAMES], ["env=paxmen", "env=aerocombat"]),
+                ],
+                ["loss=mars", "loss=maspo", "loss=mappo"],
+                [LARGE],
+            ),
+            num_seeds=10,
+            baseline="mappo",
+        ),
+        Part(
+            "mars_ablations",
+            grid(
+                [f"{GAMES} env=aerocombat env.scenario=AeroCombat-8v8"],
+                [
+                    *grid(["loss=mars", "loss=mars_multiplicative", "loss=mars_additive"]),
+                    *grid(["loss=mappo_asymmetric", "loss=maspo_asymmetric"]),
+                ],
+                [LARGE],
+            ),
+            num_seeds=10,
+            baseline="mars",
+        ),
+        Part(
+            "marpo",
+            grid(
+                ["marpo_vmas.py"],
+                [f"env.scenario={name}" for name in ("navigation", "reverse_transport", "balance")],
+                ["loss=marpo", "loss=rpo", "loss=mappo"],
+                [LARGE],
+            ),
+            num_seeds=10,
+            baseline="mappo",
+        ),
+        Part(
+            "magpo",
+            [
+                *grid(
+                    ["magpo_coordsum.py setting=paper_3x10 evaluation.interval=163840 loss.clip_value=0.05"],
+                    ["loss=ctds", "loss=magpo loss.guider_learner_ratio=1.3 loss.rl_coeff=2"],
+                ),
+                *grid(
+                    ["magpo_coordsum.py setting=paper_5x20 evaluation.interval=163840"],
+                    ["loss=ctds", "loss=magpo loss.guider_learner_ratio=1.1 loss.rl_coeff=4"],
+                ),
+                *grid(
+                    [f"{GAMES} {PPO_COORDSUM}"],
+                    ["loss=mappo", "loss=ippo"],
+                    [
+                        "env.scenario=CoordSum-3x10 minibatch_size=2048 max_grad_norm=5 loss.clip_epsilon=0.05 "
+                        "loss.entropy_coeff=1e-5 optimizer.lr=5e-4",
+                        "env.scenario=CoordSum-5x20 minibatch_size=4096 max_grad_norm=10 loss.clip_epsilon=0.1 "
+                        "loss.entropy_coeff=0.01 optimizer.lr=2.5e-4",
+                    ],
+                ),
+                f"mat_vmas.py loss=mappo {COORDSUM} env.scenario=CoordSum-3x10 minibatch_size=16384 epochs=5 "
+                "max_grad_norm=10 loss.entropy_coeff=0.001 optimizer.lr=2.5e-4",
+                f"mat_vmas.py loss=mappo {COORDSUM} env.scenario=CoordSum-5x20 minibatch_size=2048 epochs=15 "
+                "max_grad_norm=5 loss.entropy_coeff=0.001 optimizer.lr=2.5e-4",
+                f"sable_vmas.py loss=mappo {COORDSUM} env.scenario=CoordSum-3x10 minibatch_size=8192 epochs=15 "
+                "max_grad_norm=5 loss.entropy_coeff=0.01 optimizer.lr=5e-4",
+                f"sable_vmas.py loss=mappo {COORDSUM} env.scenario=CoordSum-5x20 minibatch_size=2048 epochs=5 "
+                "max_grad_norm=5 loss.entropy_coeff=0.001 optimizer.lr=2.5e-4",
+            ],
+            num_seeds=10,
+            baseline="mappo",
+        ),
+        Part(
+            "black_red",
+            grid(
+                [
+                    "seeds.py --config-name=mappo_maze",
+                    "oappo_vmas.py --config-name=oappo_maze loss=happo",
+                    *grid(["oatrpo_vmas.py --config-name=oatrpo_maze"], ["loss=hatrpo", "loss=oatrpo"]),
+                    *grid(
+                        ["oappo_vmas.py --config-name=oappo_maze"],
+                        [f"loss.kl_threshold={sigma}" for sigma in (0.01, 0.1, 1, 10)]
+                        + [f"loss.kl_threshold=0.1 loss.own_weight={weight}" for weight in (0.2, 0.4)],
+                    ),
+                ],
+                [MAZES.format(512_000, 64_000)],
+            ),
+            num_seeds=10,
+            baseline="happo kl_threshold=None own_weight=None",
+            split=("loss.kl_threshold", "loss.own_weight"),
+        ),
+        Part(
+            "black_blue_red",
+            grid(
+                [
+                    "seeds.py --config-name=mappo_maze",
+                    *grid(
+                        ["oappo_vmas.py --config-name=oappo_maze"],
+                        [f"loss.reuse_matrix={scheme}" for scheme in ("NR", "RR", "UR", "AR")],
+                    ),
+                ],
+                ["env.scenario=black_blue_red"],
+                [MAZES.format(512_000, 64_000)],
+            ),
+            num_seeds=10,
+            baseline="mappo reuse_matrix=None",
+            split=("loss.reuse_matrix",),
+        ),
+    ],
+}
+
+
+def missing(command: str, num_seeds: int, folder: Path) -> list[list[str]]:
+    """The recipes' command lines that are left to do of one line of the table."""
+    recipe, *overrides = shlex.split(command)
+    runs = {OmegaConf.load(path).seed: path.parent for path in folder.rglob("config.yaml")}
+    begun = {seed: run for seed, run in runs.items() if any((run / "checkpoints").glob("checkpoint-*"))}
+    fresh = [seed for seed in range(num_seeds) if seed not in begun]
+    alone = "mars_vmas.py" if recipe == "seeds.py" else recipe
+    left = [[alone, f"resume={run}"] for run in begun.values() if not (run / "summary.json").exists()]
+    groups = [str(fresh).replace(" ", "")] if recipe == "seeds.py" and fresh else fresh
+    return left + [[recipe, *overrides, f"folder={folder}", f"seed={group}"] for group in groups]
+
+
+def run_part(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> None:
+    """Run what is missing of a part, then write its page."""
+    folders = {command: folder / "runs" / hashlib.sha1(command.encode()).hexdigest()[:8] for command in part.commands}
+    lines = [line for command, own in folders.items() for line in missing(command, part.num_seeds, own)]
+    with ThreadPoolExecutor(jobs) as pool:
+        codes = list(pool.map(lambda line: execute(line if "resume=" in line[1] else [*line, *options]), lines))
+    if any(codes):
+        print(f"{sum(map(bool, codes))} of {len(codes)} commands of {part.name} failed; the same command tries again.")
+    if any((folder / "runs").rglob("summary.json")):
+        paths = [str(folder / "runs"), "--output", str(folder / "page")]
+        execute(["compare.py", *paths, "--baseline", part.baseline, "--split", *part.split])
+
+
+def execute(line: Sequence[str]) -> int:
+    """Run a recipe; return its exit status."""
+    recipe, *words = line
+    print(shlex.join(["python", f"recipes/{recipe}", *words]), flush=True)
+    return subprocess.run([sys.executable, str(RECIPES / recipe), *words]).returncode
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--folder", type=Path, help="where runs and pages go; default runs/study_STUDY")
+    parser.add_argument("--parts", nargs="+", help="only these parts of the study")
+    parser.add_argument("--jobs", type=int, default=1, help="recipes to run at the same time")
+    parser.add_argument("--options", nargs="*", default=[], help="overrides for every run, such as device=cuda")
+    arguments = parser.parse_args()
+    for part in STUDIES[arguments.study]:
+        if arguments.parts is None or part.name in arguments.parts:
+            root = arguments.folder or Path("runs") / f"study_{arguments.study}"
+            run_part(part, root / part.name, jobs=arguments.jobs, options=arguments.options)

@@ -1,0 +1,132 @@
+"""Seeds that train together, against the recipe that trains one at a time."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tests.recipes.runs import run_folders, run_recipe
+from tests.recipes.test_mars_vmas import GRU
+from torchrl_marl.checkpoints import find_checkpoint, load_policy
+from torchrl_marl.envs import make_coordsum
+from torchrl_marl.evaluation.runs import check_comparable, read_runs
+from torchrl_marl.seeds import SeedGroup
+
+UNEQUAL = ["minibatch_size=30", "total_frames=320", "evaluation.interval=160"]  # the last minibatch is smaller
+
+
+def seeds_of(folder: Path) -> dict[int, Path]:
+    return {OmegaConf.load(run / "config.yaml").seed: run for run in run_folders(folder)}
+
+
+def values(file: Path) -> dict[int, float]:
+    return {int(frames): float(value) for frames, value in (row.split(",") for row in file.read_text().split())}
+
+
+def assert_same_run(one: Path, other: Path, tolerance: float = 2e-4) -> None:
+    """All that the other run has measured, what was played in evaluations and the parameters are the same."""
+    files = [
+        {
+            file.relative_to(run / "scalars"): file
+            for file in (run / "scalars").rglob("*.csv")
+            if "timers" not in str(file)
+        }
+        for run in (one, other)
+    ]
+    assert set(files[0]) == set(files[1])
+    for name, file in files[0].items():
+        own, others = values(file), values(files[1][name])
+        assert {frames: own[frames] for frames in others} == pytest.approx(others, rel=tolerance, abs=tolerance), name
+    assert (one / "evaluations.json").read_text() == (other / "evaluations.json").read_text()
+    parameters = [load_policy(find_checkpoint(run)).state_dict() for run in (one, other)]
+    for name, value in parameters[0].items():
+        torch.testing.assert_close(value, parameters[1][name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["env=coordsum", "env.scenario=CoordSum-2x5", "loss=ippo", "actor.share_parameters=false"],
+        ["env=coordsum", "env.scenario=CoordSum-2x5", "loss=mappo", "critic.value_norm=null", *GRU],
+        ["env=maze", "loss=maspo", "max_grad_norm=0.01"],
+        ["env=aerocombat", "loss=mars"],  # continuous actions
+    ],
+    ids=["own networks", "gru", "maze", "aerocombat"],
+)
+def test_a_seed_learns_in_a_group_what_it_learns_alone(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(monkeypatch, tmp_path / "group", "seed=[3,7]", *overrides, *UNEQUAL, recipe="seeds")
+    run_recipe(monkeypatch, tmp_path / "alone", "seed=7", *overrides, *UNEQUAL)
+    assert_same_run(seeds_of(tmp_path / "group")[7], run_folders(tmp_path / "alone")[0])
+
+
+def test_a_seed_of_a_group_goes_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint holds the optimiser's state, the random state and the streams as those of a run alone."""
+    overrides = ["env=coordsum", "env.scenario=CoordSum-2x5", "loss=mappo", "evaluation.interval=160"]
+    run_recipe(monkeypatch, tmp_path / "group", "seed=[2,5]", *overrides, "total_frames=160", recipe="seeds")
+    run_recipe(monkeypatch, tmp_path / "whole", "seed=5", *overrides, "total_frames=400")
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    begun = seeds_of(tmp_path / "group")[5]
+    run_recipe(monkeypatch, tmp_path, f"resume={begun}", "total_frames=400")
+    assert_same_run(begun, run_folders(tmp_path / "whole")[0])
+
+
+def test_the_seeds_of_a_group_are_compared_as_separate_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "--config-name=mappo_maze", "seed=[2,5,6]", recipe="seeds")
+    runs, unfinished = read_runs([tmp_path])
+    check_comparable(runs)
+    assert [run.seed for run in sorted(runs, key=lambda run: run.seed)] == [2, 5, 6]
+    assert not unfinished
+    for run in runs:
+        command = run.summary["sessions"][0]["command"]
+        assert command.startswith("python recipes/seeds.py --config-name=mappo_maze ")
+        assert "'seed=[2,5,6]'" in command
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed", "found"),
+    [
+        ("env=vmas", "env=coordsum, maze, paxmen, aerocombat", "env=vmas"),
+        ("loss=marpo", "MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss", "MARPOLoss"),
+        ("loss.functional=true", "functional=False", "True"),
+        ("loss.reduction=sum", "reduction='mean'", "False and 'sum'"),
+        ("compile=true", "compile=false", "compile=true"),
+        ("optimizer._target_=torch.optim.LBFGS", "Adam, AdamW, RMSprop, SGD", "LBFGS"),
+    ],
+)
+def test_what_cannot_be_stacked_is_refused_with_what_can(
+    override: str, allowed: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    eps = ["~optimizer.eps"] if "optimizer" in override else []  # LBFGS has none
+    with pytest.raises(ValueError, match="Seeds train together") as refused:
+        run_recipe(monkeypatch, tmp_path, override, *eps, recipe="seeds")
+    assert allowed in str(refused.value)
+    assert f"got {found}" in str(refused.value)
+    assert not run_folders(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", [[], [3, 3]])
+def test_seeds_of_a_group_are_distinct(numbers: list[int]) -> None:
+    seeds: Any = [SimpleNamespace(run=SimpleNamespace(cfg=SimpleNamespace(seed=number))) for number in numbers]
+    with pytest.raises(ValueError, match=re.escape(f"distinct, and at least one; got {numbers}")):
+        SeedGroup(seeds, make_env=make_coordsum)
+
+
+def test_a_group_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "seed=[2,5]", "total_frames=80", recipe="seeds")
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match=r"mars_vmas\.py resume=RUN"):
+        run_recipe(monkeypatch, tmp_path, f"resume={run_folders(tmp_path)[0]}", recipe="seeds")
+
+
+@pytest.mark.gpu
+def test_seeds_train_together_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "seed=[2,5]", "device=cuda", recipe="seeds")
+    assert sorted(seeds_of(tmp_path)) == [2, 5]

@@ -1,0 +1,362 @@
+"""Seeds of one configuration, trained together: their networks side by side, their environments in one batch.
+
+With small networks and batches most of the time goes into the overhead of operations, not into arithmetic; on a GPU
+networks of any usual size are small. Then several seeds cost little more than one. A seed learns in a group what it
+learns alone, to the precision of floating point: initial weights, random streams, noise, the order of minibatches,
+statistics and the norm of gradients are its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from omegaconf import DictConfig
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.func import functional_call
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.overrides import TorchFunctionMode
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+from torchrl.modules import MaskedCategorical, ProbabilisticActor, TanhNormal
+from tqdm import tqdm
+
+from torchrl_marl.envs import TensorEnv, preserve_random_state
+from torchrl_marl.envs.random_streams import random_streams
+from torchrl_marl.evaluation import evaluate
+from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
+from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, standardize
+from torchrl_marl.objectives.ratio import RatioLoss
+from torchrl_marl.training import Run, reduce_records, stop_signals
+
+__all__ = ["Seed", "SeedGroup"]
+
+_LOSSES = (MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss)  # their forward changes nothing
+_OPTIMIZERS = (Adam, AdamW, RMSprop, SGD)  # they treat every element alike
+_DISTRIBUTIONS = (Categorical, MaskedCategorical, TanhNormal)
+_DRAWS = (torch.multinomial, torch.Tensor.normal_)  # what these draw with
+
+
+class Seed:
+    """What one seed has of its own, built as for a run alone, after ``torch.manual_seed(seed)``; see :class:`Run`.
+
+    Its noise and its minibatches go on from the state of the process's random generator when this is made.
+
+    Args:
+        cfg: configuration of its run.
+        env: the game that it would be trained in alone; a group takes over its random streams.
+        make_env: ``make_env(num_envs=..., seed=...)``.
+        actor: the policy.
+        shape: what the actor was built for.
+        loss: holds the networks, whose parameters a group brings up to date after each iteration.
+        optimizer: of these parameters; for checkpoints it gets its share of the group's.
+
+    Raises:
+        ValueError: if it cannot be trained in a group; the message says what can.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        *,
+        env: EnvBase,
+        make_env: Callable[..., EnvBase],
+        actor: ProbabilisticActor,
+        shape: GroupShape,
+        loss: RatioLoss,
+        optimizer: Optimizer,
+    ) -> None:
+        self.env, self.loss, self.optimizer = _stackable(cfg, env, loss, optimizer), loss, optimizer
+        self.run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
+        device = loss.ratio_low.device
+        state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        self.generator = torch.Generator(device).set_state(state)
+
+    def set_random_state(self) -> None:
+        """Set the process's random generator to where this seed's is."""
+        if self.generator.device.type == "cuda":
+            torch.cuda.set_rng_state(self.generator.get_state(), self.generator.device)
+        else:
+            torch.set_rng_state(self.generator.get_state())
+
+
+class SeedGroup:
+    """Several seeds of one configuration in one training loop.
+
+    Data have a leading dimension of seeds, and so have the parameters, which one optimiser moves: the gradient of the
+    sum of all seeds' losses is each seed's own. Every seed keeps the folder of a run and goes on alone from its
+    checkpoints; only the seconds in its logs are the group's. The loop is in ``recipes/seeds.py``.
+
+    Args:
+        seeds: alike in all but what the seed decides.
+        make_env: ``make_env(num_envs=..., seed=...)``.
+
+    Raises:
+        ValueError: if there is no seed, or one is there twice.
+    """
+
+    def __init__(self, seeds: Sequence[Seed], *, make_env: Callable[..., TensorEnv]) -> None:
+        numbers = [seed.run.cfg.seed for seed in seeds]
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"Seeds that train together must be distinct, and at least one; got {numbers}.")
+        self.seeds = list(seeds)
+        losses, first = [seed.loss for seed in seeds], seeds[0]
+        self._members = [dict(loss.named_parameters()) for loss in losses]
+        self._stacked = {
+            name: nn.Parameter(torch.stack([member[name].detach() for member in self._members]))
+            for name in self._members[0]
+        }
+        stacked_of = {own: self._stacked[name] for name, own in self._members[0].items()}
+        self._loss = _Functional(losses[0])
+        self._generators = [seed.generator for seed in seeds]
+        self.policy = _GroupPolicy(losses[0], stacked_of, self._generators)
+        self._game = make_env(num_envs=len(seeds) * first.run.cfg.env.num_envs, seed=0)
+        self._game.set_extra_state(torch.cat([seed.env.get_extra_state() for seed in seeds]))
+        self.env = with_recurrent_state(self._game, self.policy)
+        episodes = first.run.cfg.evaluation.episodes
+        self._evaluation_game = make_env(num_envs=len(seeds) * episodes, seed=0)
+        self._starts = torch.cat([random_streams(seed.run.seed(1), episodes) for seed in seeds])
+        self._records: list[Mapping[str, Tensor]] = []
+        self._tensors: dict[str, Tensor] = {f"module.{name}": tensor for name, tensor in self._stacked.items()}
+        self._stack_buffers()
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries that :meth:`losses_of` reads."""
+        return self.seeds[0].loss.in_keys
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all seeds, ``[S, ...]`` each."""
+        return list(self._stacked.values())
+
+    def batches(self, collector: Collector, optimizer: Optimizer) -> Iterator[TensorDictBase]:
+        """Yield batches ``[S, num_envs, T]`` until each seed has its ``total_frames``, as :meth:`Run.batches` does.
+
+        Args:
+            collector: of ``env`` and ``policy``.
+            optimizer: of ``parameters()``.
+
+        Raises:
+            FloatingPointError: if a loss or a gradient of any seed is NaN or infinite.
+        """
+        first = self.seeds[0].run
+        self._evaluate_and_save(optimizer)
+        data = iter(collector)
+        collector.reset()
+        total = len(self) * first.cfg.total_frames
+        bar = tqdm(total=total, unit=" frames", unit_scale=True, desc=f"{first.cfg.method}, {len(self)} seeds")
+        with bar, stop_signals(self._interrupt):
+            while not first.is_over:
+                start = time.perf_counter()
+                batch = next(data)
+                batch = batch.reshape(len(self), -1, batch.shape[-1])
+                collected = time.perf_counter()
+                yield batch
+                self._update_members()
+                self._finish_iteration(batch, collected - start, time.perf_counter() - collected, bar)
+                if first.evaluation_is_due(batch[0].numel()):
+                    self._evaluate_and_save(optimizer)
+                    collector.reset()
+        collector.shutdown()
+
+    @torch.no_grad()
+    def estimate_advantages(self, batch: TensorDictBase) -> None:
+        """Write ``advantage``, standardised for each seed, and ``value_target``; value norms follow the targets."""
+        keys = self.seeds[0].loss.tensor_keys
+        estimates = []
+        for seed, own in zip(self.seeds, batch.unbind(0), strict=True):
+            seed.loss.value_estimator(own)
+            seed.loss.update_value_norm(own)
+            estimates.append(own.select(keys.advantage, keys.value_target, keys.value))
+        batch.update(torch.stack(estimates))
+        batch[keys.advantage] = standardize(batch[keys.advantage], batch.get(keys.mask, None), exclude_dims=(0,))
+        self._stack_buffers()
+
+    def minibatches(self, data: TensorDictBase, size: int, *, epochs: int) -> Iterator[TensorDictBase]:
+        """Yield rows ``[S, size]`` of ``[S, R]``: in each epoch all of them, in an order of its own for each seed."""
+        seeds = torch.arange(len(self), device=data.device).unsqueeze(-1)
+        order = self._random_order(data)
+        for _ in range(epochs):
+            *parts, last = order.split(size, 1)
+            for rows in parts:
+                yield data[seeds, rows]
+            order = self._random_order(data)  # the moment at which TorchRL's sampler draws it
+            yield data[seeds, last]
+
+    def losses_of(self, minibatch: TensorDictBase) -> dict[str, Tensor]:
+        """Return what each seed's loss makes of its rows of ``[S, B]``; all entries are ``[S]``."""
+        action = minibatch.get(self.seeds[0].loss.tensor_keys.action)
+        if not action.is_floating_point():
+            return dict(torch.vmap(self._loss.call)(self._tensors, minibatch).items())
+        # squashed Gaussians estimate their entropy from a sample of each
+        noise = [torch.randn(action.shape[1:], generator=own, device=action.device) for own in self._generators]
+        return dict(torch.vmap(self._losses_with_noise)(self._tensors, minibatch, torch.stack(noise)).items())
+
+    def _losses_with_noise(self, tensors: Mapping[str, Tensor], rows: TensorDictBase, noise: Tensor) -> TensorDictBase:
+        with _Instead({torch.Tensor.normal_: lambda _: noise}):
+            return self._loss.call(tensors, rows)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the gradients of each seed down to a norm of ``max_norm``; return the norms before, ``[S]``."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        scale = (max_norm / (norms + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+        for gradient in gradients:
+            gradient.mul_(scale.reshape(-1, *(1 for _ in gradient.shape[1:])))
+        return norms
+
+    def record(self, metrics: Mapping[str, Tensor]) -> None:
+        """Keep what a minibatch measured, ``[S]`` by name; see :meth:`Run.record`."""
+        self._records.append({name: values.detach() for name, values in metrics.items()})
+
+    def finish(self) -> float:
+        """Finish every seed's run; return the mean over seeds of what :meth:`Run.finish` returns."""
+        return sum(seed.run.finish() for seed in self.seeds) / len(self)
+
+    def _finish_iteration(self, batch: TensorDictBase, collecting: float, training: float, bar: tqdm) -> None:
+        records = reduce_records(self._records)
+        self._records.clear()
+        for index, seed in enumerate(self.seeds):
+            seed.run.record({name: values[index] for name, values in records.items()})
+            seed.run.finish_iteration(batch[index], collecting, training, bar)
+
+    def _evaluate_and_save(self, optimizer: Optimizer) -> None:
+        self._share_optimizer(optimizer)
+        self._evaluation_game.set_extra_state(self._starts)
+        with preserve_random_state():
+            horizon = self.seeds[0].run.cfg.env.max_steps
+            episodes = evaluate(self._evaluation_game, self.policy, seed=None, max_steps=horizon)
+        streams = self._game.get_extra_state().chunk(len(self))
+        for seed, own_streams, own in zip(self.seeds, streams, episodes.chunk(len(self)), strict=True):
+            seed.env.set_extra_state(own_streams)
+            seed.set_random_state()
+            seed.run.evaluate_and_save(own)
+
+    @torch.no_grad()
+    def _update_members(self) -> None:
+        for name, stacked in self._stacked.items():
+            for member, own in zip(self._members, stacked, strict=True):
+                member[name].copy_(own)
+
+    def _stack_buffers(self) -> None:
+        members = [dict(seed.loss.named_buffers()) for seed in self.seeds]
+        for name in members[0]:
+            self._tensors[f"module.{name}"] = torch.stack([member[name] for member in members])
+
+    def _share_optimizer(self, optimizer: Optimizer) -> None:
+        for name, stacked in self._stacked.items():
+            state = optimizer.state.get(stacked, {})
+            for index, (seed, member) in enumerate(zip(self.seeds, self._members, strict=True)):
+                seed.optimizer.state[member[name]] = {
+                    key: (value[index] if value.shape == stacked.shape else value).clone()
+                    for key, value in state.items()
+                }
+
+    def _random_order(self, data: TensorDictBase) -> Tensor:
+        rows = data.shape[1]
+        return torch.stack([torch.randperm(rows, generator=own, device=data.device) for own in self._generators])
+
+    def _interrupt(self) -> None:
+        for seed in self.seeds:
+            seed.run.interrupt()
+
+
+class _GroupPolicy(TensorDictModuleBase):
+    """The policies of all seeds: each acts in its share of the rows ``[S * B]``, with noise of its own."""
+
+    def __init__(
+        self,
+        loss: RatioLoss,
+        stacked_of: Mapping[nn.Parameter, nn.Parameter],
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        super().__init__()
+        networks = collection_policy(loss.actor_network.det_part, loss.critic_network)
+        self._networks, self._head = _Functional(networks), loss.actor_network[-1]
+        self._draws = {draw: partial(_draw_apart, draw, generators) for draw in _DRAWS}
+        self._num_seeds = len(generators)
+        self._stacked = {name: stacked_of[own] for name, own in self._networks.named_parameters()}
+        self.in_keys = networks.in_keys
+        self.out_keys = list(dict.fromkeys([*networks.out_keys, *self._head.out_keys]))
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        rows = tensordict.select(*self.in_keys, strict=False).reshape(self._num_seeds, -1)
+        acted = torch.vmap(self._networks.call)(self._stacked, rows)
+        with _Instead(self._draws):
+            acted = self._head(acted)
+        return tensordict.update(acted.select(*self.out_keys).reshape(-1))
+
+
+class _Functional(nn.Module):
+    """A module called with other tensors in place of its own, by their names ``module.*``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, data: TensorDictBase) -> TensorDictBase:
+        return self.module(data)
+
+    def call(self, tensors: Mapping[str, Tensor], data: TensorDictBase) -> TensorDictBase:
+        return functional_call(self, dict(tensors), (data,))
+
+
+class _Instead(TorchFunctionMode):
+    """Within it other functions stand in for some of Torch's."""
+
+    def __init__(self, functions: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        super().__init__()
+        self._functions = functions
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._functions.get(func, func)(*args, **(kwargs or {}))
+
+
+def _draw_apart(
+    draw: Callable[..., Tensor], generators: Sequence[torch.Generator], tensor: Tensor, *rest: Any
+) -> Tensor:
+    """Draw what ``draw(tensor, *rest)`` does, for each of equal parts of the rows from a generator of its own."""
+    parts = tensor.contiguous().chunk(len(generators))
+    return torch.cat([draw(part, *rest, generator=own) for part, own in zip(parts, generators, strict=True)])
+
+
+def _stackable(cfg: DictConfig, env: EnvBase, loss: RatioLoss, optimizer: Optimizer) -> TensorEnv:
+    """Return the game, or refuse what cannot be trained in a group."""
+    if cfg.resume is not None:
+        _refuse("a new start", f"resume={cfg.resume}", "python recipes/mars_vmas.py resume=RUN")
+    if cfg.compile:
+        _refuse("compile=false", "compile=true")
+    if not isinstance(env, TensorEnv):
+        _refuse(
+            "games with a random stream for each copy (env=coordsum, maze, paxmen, aerocombat)",
+            f"env={cfg.environment}",
+        )
+    if type(loss) not in _LOSSES:
+        _refuse(f"the losses {_names(_LOSSES)}", type(loss).__name__)
+    if loss.functional or loss.reduction != "mean":
+        _refuse("functional=False and reduction='mean'", f"{loss.functional} and {loss.reduction!r}")
+    distribution: Any = loss.actor_network[-1].distribution_class
+    if distribution not in _DISTRIBUTIONS:
+        _refuse(f"policies {_names(_DISTRIBUTIONS)}", distribution.__name__)
+    if type(optimizer) not in _OPTIMIZERS:
+        _refuse(f"the optimisers {_names(_OPTIMIZERS)}", type(optimizer).__name__)
+    return env
+
+
+def _refuse(allowed: str, found: str, instead: str = "python recipes/mars_vmas.py -m seed=0,1,2") -> NoReturn:
+    raise ValueError(f"Seeds train together with {allowed}; got {found}. One at a time: {instead}")
+
+
+def _names(classes: Sequence[type]) -> str:
+    return ", ".join(allowed.__name__ for allowed in classes)

@@ -41,7 +41,8 @@ class CompiledCollector:
             :func:`~torchrl_marl.modules.make_actor` and :func:`~torchrl_marl.modules.collection_policy`. Its
             parameters may change, its layers may not.
         frames_per_batch: steps of all environments together in a batch, rounded up.
-        compile: whether to compile the functions; uncompiled they do the same, slowly.
+        compile: whether to compile the functions, or another backend of ``torch.compile``; uncompiled they do the same,
+            slowly.
 
     Raises:
         ValueError: if the environment is not one of those.
@@ -57,7 +58,7 @@ class CompiledCollector:
     """
 
     def __init__(
-        self, env: EnvBase, policy: TensorDictModuleBase, *, frames_per_batch: int, compile: bool = True
+        self, env: EnvBase, policy: TensorDictModuleBase, *, frames_per_batch: int, compile: bool | str = True
     ) -> None:
         self.env, self.policy, self._game = env, policy, _game(env)
         self.num_steps = -(-frames_per_batch // env.batch_size.numel())
@@ -66,8 +67,10 @@ class CompiledCollector:
         with preserve_random_state(), torch.no_grad():
             _, now, after = self._outputs(self._state(), self._first)
         self._shapes = {"root": {**self._first, **now}, "next": after}
-        self._step = _compiled(self._write_step) if compile else self._write_step
-        self._restart = _compiled(self._write_restart) if compile else self._write_restart
+        self._step, self._restart = self._write_step, self._write_restart
+        if compile:
+            backend = "inductor" if compile is True else compile
+            self._step, self._restart = _compiled(self._step, backend), _compiled(self._restart, backend)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         while True:
@@ -169,16 +172,17 @@ def _game(env: EnvBase) -> TensorEnv:
     return game
 
 
-def _compiled(method: _Function) -> _Function:
+def _compiled(method: _Function, backend: str) -> _Function:
     """Compile a method for arguments that never change their shapes.
 
     Dynamo's checks that its graph still fits would take longer than a small step. They are left out, and the code is a
     copy of the method's, since Dynamo keeps graphs by code: no other collector must find this one's.
     """
     own = FunctionType(method.__func__.__code__.replace(), method.__func__.__globals__)
-    compiled = torch.compile(
-        own, fullgraph=True, options={"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
-    )
+    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    if backend == "inductor":
+        options["fallback_random"] = True  # Torch's generators rather than Inductor's own numbers
+    compiled = torch.compile(own, fullgraph=True, backend=backend, options=options)
     return cast("_Function", lambda *arguments: compiled(method.__self__, *arguments))
 
 

@@ -1,6 +1,7 @@
 """How batches are collected, and what happens to them before a loss gets them."""
 
 from torchrl_marl.collectors.chunks import split_into_chunks
+from torchrl_marl.collectors.compiled import CompiledCollector
 from torchrl_marl.collectors.reflection import NextStepKeys
 from torchrl_marl.collectors.reuse import (
     ReuseMappingSampler,
@@ -12,6 +13,7 @@ from torchrl_marl.collectors.reuse import (
 from torchrl_marl.collectors.sequences import SequenceCollector, sequence_minibatches
 
 __all__ = [
+    "CompiledCollector",
     "NextStepKeys",
     "ReuseMappingSampler",
     "ReuseScheme",

@@ -10,8 +10,15 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.envs import Compose, EnvBase, ExplorationType, InitTracker, TensorDictPrimer, set_exploration_type
-from torchrl.envs import TransformedEnv
+from torchrl.envs import (
+    Compose,
+    EnvBase,
+    ExplorationType,
+    InitTracker,
+    TensorDictPrimer,
+    TransformedEnv,
+    set_exploration_type,
+)
 
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 
@@ -35,8 +42,8 @@ class CompiledCollector:
     is up to date between batches, so that it can be stored and brought back.
 
     Args:
-        env: a :class:`~torchrl_marl.envs.TensorEnv` (CoordSum, the mazes, PaxMen, AeroCombat, or a game of your own), as
-            it is or in :func:`~torchrl_marl.modules.with_recurrent_state`.
+        env: a :class:`~torchrl_marl.envs.TensorEnv` (CoordSum, the mazes, PaxMen, AeroCombat, or a game of your own),
+            as it is or in :func:`~torchrl_marl.modules.with_recurrent_state`.
         policy: what acts, with exploration: any policy that Torch compiles in one piece, such as those of
             :func:`~torchrl_marl.modules.make_actor` and :func:`~torchrl_marl.modules.collection_policy`. Its
             parameters may change, its layers may not.
@@ -165,8 +172,8 @@ def _game(env: EnvBase) -> TensorEnv:
     if not isinstance(game, TensorEnv) or others:
         found = type(game).__name__ + (f" under {', '.join(others)}" if others else "")
         raise ValueError(
-            "CompiledCollector takes a TensorEnv (CoordSumEnv, MazeEnv, PaxMenEnv, AeroCombatEnv or your own), under no "
-            f"transforms but those of with_recurrent_state; got {found}. TorchRL's Collector (recipes: "
+            "CompiledCollector takes a TensorEnv (CoordSumEnv, MazeEnv, PaxMenEnv, AeroCombatEnv or your own), under "
+            f"no transforms but those of with_recurrent_state; got {found}. TorchRL's Collector (recipes: "
             "collector=default) takes any environment."
         )
     return game

@@ -89,7 +89,10 @@ def test_who_has_arrived_is_masked_and_everyones_arrival_begins_a_new_episode():
 
 @pytest.mark.parametrize(
     ("name", "recurrent"),
-    [("PaxMen-4", True), *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("black_red", "AeroCombat-2v2"))],
+    [
+        ("PaxMen-4", True),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("black_red", "AeroCombat-2v2")),
+    ],
 )
 def test_traced_batches_are_those_of_torchrls_collector(name, recurrent):
     torch.compiler.reset()

@@ -1,10 +1,10 @@
 """Where the time of a training iteration goes: `python benchmarks/iteration.py [--case CASE ...]`.
 
 Prints a table, one row for each case: seconds of processor time (all threads of this process) of each part of one
-iteration, after one that is not counted, with the settings of the recipes' configurations. Beside it the physical floor:
-the networks' floating-point operations at the rate of a large matrix product, and the bytes that must move (the batch
-written once, minibatches read and written once an epoch, parameters and Adam's moments once an update) at the rate of a
-large copy, both measured in the same run.
+iteration, after one that is not counted, with the settings of the recipes' configurations. Beside it the physical
+floor: the networks' floating-point operations at the rate of a large matrix product, and the bytes that must move (the
+batch written once, minibatches read and written once an epoch, parameters and Adam's moments once an update) at the
+rate of a large copy, both measured in the same run.
 """
 
 import argparse

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
@@ -43,9 +42,7 @@ def main(cfg: DictConfig) -> float:
 
     policy = collection_policy(actor, critic)
     env = with_recurrent_state(env, policy)
-    collector = Collector(
-        env, policy, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
-    )
+    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
     steps = cfg.chunk_length or 1
     buffer = ReplayBuffer(
         storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // steps, device=device),  # rounded up

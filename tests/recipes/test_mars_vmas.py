@@ -116,6 +116,15 @@ def test_a_grid_gives_one_run_for_each_cell(tmp_path: Path, monkeypatch: pytest.
     assert {(config.method, config.seed) for config in configs} == {(m, s) for m in ("mars", "mappo") for s in (0, 1)}
 
 
+def test_the_compiled_collector_trains_as_torchrls_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for collector in ("default", "compiled"):
+        own = ["collector.compile=false"] if collector == "compiled" else []
+        game = ["env=coordsum", *GRU]
+        run_recipe(monkeypatch, tmp_path / collector, *game, f"collector={collector}", *own)
+    default, compiled = (curves(run_folders(tmp_path / name)[0]) for name in ("default", "compiled"))
+    assert compiled == default
+
+
 def test_the_same_seed_gives_the_same_curves_and_another_seed_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from torchrl_marl.collectors.chunks import minibatches, split_into_chunks
 from torchrl_marl.collectors.clusters import AgentAutoencoder, cluster_agents, encode_agents
+from torchrl_marl.collectors.compiled import CompiledCollector
 from torchrl_marl.collectors.reflection import NextStepKeys
 from torchrl_marl.collectors.reuse import (
     ReuseMappingSampler,
@@ -15,6 +16,7 @@ from torchrl_marl.collectors.workers import WorkerCollector, multiprocess_collec
 
 __all__ = [
     "AgentAutoencoder",
+    "CompiledCollector",
     "NextStepKeys",
     "ReuseMappingSampler",
     "ReuseScheme",

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -88,6 +89,8 @@ class Run:
                 f"which would never reach their limit: it must be at least num_envs * max_steps = {shortest}."
             )
         self.cfg = cfg
+        if cfg.env.get("compile"):
+            make_env = partial(make_env, compile=False)  # a few episodes end before a compiler does
         self._actor, self._shape, self._make_env = actor, shape, make_env
         self._progress: dict[str, Any] = {"frames": 0, "iteration": 0, "seconds": 0.0, "evaluations": []}
         resumed = None if cfg.resume is None else Path(cfg.resume)

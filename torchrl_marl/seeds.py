@@ -182,15 +182,14 @@ class SeedGroup:
         self._stack_buffers()
 
     def minibatches(self, data: TensorDictBase, size: int, *, epochs: int) -> Iterator[TensorDictBase]:
-        """Yield rows ``[S, size]`` of ``[S, R]``: in each epoch all of them, in an order of its own for each seed."""
+        """Yield rows ``[S, size]`` of ``[S, R]``: in each epoch all of them, in an order of its own for each seed.
+
+        See :func:`~torchrl_marl.collectors.minibatches`, whose draws they repeat.
+        """
         seeds = torch.arange(len(self), device=data.device).unsqueeze(-1)
-        order = self._random_order(data)
         for _ in range(epochs):
-            *parts, last = order.split(size, 1)
-            for rows in parts:
-                yield data[seeds, rows]
-            order = self._random_order(data)  # the moment at which TorchRL's sampler draws it
-            yield data[seeds, last]
+            rows = data if size >= data.shape[1] else data[seeds, self._random_order(data)]
+            yield from rows.split(size, 1)  # pyright: ignore[reportReturnType]
 
     def losses_of(self, minibatch: TensorDictBase) -> dict[str, Tensor]:
         """Return what each seed's loss makes of its rows of ``[S, B]``; all entries are ``[S]``."""

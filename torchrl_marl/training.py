@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -101,6 +102,8 @@ class Run:
                 "processes."
             )
         self.cfg = cfg
+        if cfg.env.get("compile"):
+            make_env = partial(make_env, compile=False)  # a few episodes end before a compiler does
         self._actor, self._shape, self._make_env = actor, shape, make_env
         self._env = env
         self._prefix = f"train/{shape.name}" if isinstance(shape, GroupShape) else "train"

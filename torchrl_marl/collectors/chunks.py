@@ -47,8 +47,8 @@ def split_into_chunks(batch: TensorDictBase, chunk_length: int | None) -> Tensor
 def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
     """Yield rows, or chunks, ``[B, ...]`` once, in random order, ``size`` at a time.
 
-    If one minibatch holds all, the rows come as they are, in order and not copied: copying costs as much as a forward
-    pass of small networks.
+    They are gathered in one go, a minibatch is a view. If one minibatch holds all, the rows come as they are, in order
+    and not copied: copying costs as much as a forward pass of small networks.
 
     Args:
         rows: such as :func:`split_into_chunks` returns.
@@ -69,6 +69,5 @@ def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
         raise ValueError(f"A minibatch must have at least one row, got size={size}.")
     if size >= len(rows):
         yield rows
-        return
-    for chosen in torch.randperm(len(rows), device=rows.device).split(size):
-        yield rows[chosen]
+    else:
+        yield from rows[torch.randperm(len(rows), device=rows.device)].split(size)  # pyright: ignore[reportReturnType]

@@ -13,9 +13,11 @@ from torchrl_marl.envs.rules import Rules
 from torchrl_marl.envs.team_games import make_lbforaging, make_pettingzoo, make_rware
 from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.envs.vmas import make_env
+from torchrl_marl.envs.vmas_compiled import CompiledVmasEnv
 
 __all__ = [
     "AeroCombatEnv",
+    "CompiledVmasEnv",
     "CoordSumEnv",
     "MazeEnv",
     "PaxMenEnv",

@@ -1,0 +1,83 @@
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from torchrl_marl.collectors import minibatches
+from torchrl_marl.envs import make_coordsum
+from torchrl_marl.modules import make_actor, make_critic
+from torchrl_marl.objectives import MARSLoss
+from torchrl_marl.updates import make_update
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def build(device="cpu"):
+    """A loss, and rows that it can be trained on."""
+    env = make_coordsum("CoordSum-3x10", num_envs=8, seed=0, device=device)
+    actor, critic = (
+        make_actor(env, hidden_sizes=[16], device=device),
+        make_critic(env, hidden_sizes=[16], device=device),
+    )
+    loss = MARSLoss(actor, critic, functional=False)
+    loss.make_value_estimator(gamma=0.99, lmbda=0.95)
+    with torch.no_grad():
+        rows = loss.value_estimator(env.rollout(12, actor, break_when_any_done=False)).reshape(-1)
+    return loss, rows.select(*loss.in_keys, strict=False)
+
+
+def trained(loss, rows, device="cpu", **options):
+    """What 2 epochs measured, and the parameters they led to; always from the same start."""
+    loss = copy.deepcopy(loss)
+    adam = torch.optim.Adam(loss.parameters(), lr=1e-2, fused=options != {}, capturable="cuda_graph" in options)
+    update = make_update(loss, adam, max_grad_norm=0.1, **options)
+    torch.manual_seed(0)
+    measured = [update(minibatch) for _ in range(2) for minibatch in minibatches(rows, 32)]
+    assert all(len(minibatch) == 32 for minibatch in minibatches(rows, 32))
+    names = [key for key in measured[0] if not key.startswith("explained")]  # a quotient of small numbers
+    return [{name: step[name].clone() for name in names} for step in measured], [*loss.parameters()]
+
+
+def test_an_update_is_the_step_of_a_plain_loop():
+    loss, rows = build()
+    measured, parameters = trained(loss, rows)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    expected = []
+    for _ in range(2):
+        for index in torch.randperm(96).split(32):
+            losses = loss(rows[index])
+            sum(losses[name] for name in ("loss_objective", "loss_entropy", "loss_critic")).backward()
+            norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            expected.append({**losses, "grad_norm": norm})
+    for step, true in zip(measured, expected, strict=True):
+        assert all(torch.equal(value, true[name]) and not value.requires_grad for name, value in step.items())
+    assert all(torch.equal(*pair) for pair in zip(parameters, loss.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_update_leads_to_the_same_parameters(device):
+    loss, rows = build(device)
+    torch.testing.assert_close(
+        trained(loss, rows, device, compile=True), trained(loss, rows, device), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_recorded_update_leads_to_the_same_parameters(compile):
+    loss, rows = build("cuda")
+    recorded = trained(loss, rows, "cuda", compile=compile, cuda_graph=True)
+    torch.testing.assert_close(recorded, trained(loss, rows, "cuda"), rtol=1e-3, atol=1e-5)
+
+
+def test_minibatches_are_all_rows_once_in_another_order_each_time():
+    rows = TensorDict({"number": torch.arange(50)}, batch_size=50)
+    first, second = (torch.cat([part["number"] for part in minibatches(rows, 7)]) for _ in range(2))
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(50))
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        next(minibatches(rows, 0))

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from tensordict import TensorDict
 
 from torchrl_marl.collectors import minibatches
 from torchrl_marl.envs import make_coordsum
@@ -72,12 +71,3 @@ def test_a_recorded_update_leads_to_the_same_parameters(compile):
     loss, rows = build("cuda")
     recorded = trained(loss, rows, "cuda", compile=compile, cuda_graph=True)
     torch.testing.assert_close(recorded, trained(loss, rows, "cuda"), rtol=1e-3, atol=1e-5)
-
-
-def test_minibatches_are_all_rows_once_in_another_order_each_time():
-    rows = TensorDict({"number": torch.arange(50)}, batch_size=50)
-    first, second = (torch.cat([part["number"] for part in minibatches(rows, 7)]) for _ in range(2))
-    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(50))
-    assert not torch.equal(first, second)
-    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
-        next(minibatches(rows, 0))

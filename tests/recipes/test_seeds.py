@@ -103,7 +103,7 @@ def test_what_cannot_be_stacked_is_refused_with_what_can(
     override: str, allowed: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    eps = ["~optimizer.eps"] if "optimizer" in override else []  # LBFGS has none
+    eps = ["~optimizer.eps", "~optimizer.fused"] if "optimizer" in override else []  # LBFGS has none
     with pytest.raises(ValueError, match="Seeds train together") as refused:
         run_recipe(monkeypatch, tmp_path, override, *eps, recipe="seeds")
     assert allowed in str(refused.value)

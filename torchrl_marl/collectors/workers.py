@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import nn
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.collectors.distributed import RayCollector
 from torchrl.envs import EnvBase
@@ -97,7 +98,7 @@ class Worker(Collector):
 
     def receive(self, weights: TensorDictBase) -> None:
         """Act with these weights from now on."""
-        TensorDict.from_module(self.policy).data.update_(weights)
+        TensorDict.from_module(cast("nn.Module", self.policy)).data.update_(weights)
 
     def restart(self, seed: int, part: int, num_parts: int) -> None:
         """Begin new episodes from the random state of this part of the whole."""

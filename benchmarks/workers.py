@@ -24,6 +24,7 @@ from torchrl_marl.collectors import WorkerCollector, multiprocess_collector, ray
 from torchrl_marl.envs import make_env, make_lbforaging
 from torchrl_marl.modules import make_actor
 
+COLLECTORS = (("one process", 0), ("multiprocess", 1), ("multiprocess", 2), ("ray", 1), ("ray", 2))
 TASKS: dict[str, tuple[Callable, int, int]] = {  # make_env, copies, frames of a batch
     "navigation (VMAS)": (partial(make_env, "navigation"), 60, 6_000),
     "Foraging-8x8-2p-2f-v3": (partial(make_lbforaging, "Foraging-8x8-2p-2f-v3"), 16, 1_600),
@@ -49,7 +50,7 @@ def main(rounds: int) -> None:
     for task, (make, copies, frames) in TASKS.items():
         env = make(num_envs=copies, seed=0)
         policy = make_actor(env)
-        for name, num_workers in (("one process", 0), ("multiprocess", 1), ("multiprocess", 2), ("ray", 1), ("ray", 2)):
+        for name, num_workers in COLLECTORS:
             if name == "ray" and importlib.util.find_spec("ray") is None:
                 continue
             before = set(workers())

@@ -47,8 +47,8 @@ def split_into_chunks(batch: TensorDictBase, chunk_length: int | None) -> Tensor
 def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
     """Yield rows, or chunks, ``[B, ...]`` once, in random order, ``size`` at a time.
 
-    If one minibatch holds all, the rows come as they are, in order and not copied: copying costs as much as a forward
-    pass of small networks.
+    They are gathered in one go, and minibatches are views. If one minibatch holds all, the rows come as they are, in
+    order and not copied: copying costs as much as a forward pass of small networks.
 
     Args:
         rows: such as :func:`split_into_chunks` returns.
@@ -62,13 +62,11 @@ def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
         >>> rows = TensorDict({"row": torch.arange(5)}, batch_size=5)
         >>> [len(minibatch) for minibatch in minibatches(rows, 2)]
         [2, 2, 1]
-        >>> next(minibatches(rows, 5)) is rows
+        >>> next(minibatches(rows, 5))["row"].data_ptr() == rows["row"].data_ptr()
         True
     """
     if size < 1:
         raise ValueError(f"A minibatch must have at least one row, got size={size}.")
-    if size >= len(rows):
-        yield rows
-        return
-    for chosen in torch.randperm(len(rows), device=rows.device).split(size):
-        yield rows[chosen]
+    if size < len(rows):
+        rows = rows[torch.randperm(len(rows), device=rows.device)]
+    yield from rows.split(size)  # pyright: ignore[reportReturnType]

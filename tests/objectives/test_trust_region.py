@@ -103,8 +103,9 @@ def test_conjugate_gradient_stands_still_once_it_is_there():
 
 def test_the_natural_step_reaches_the_boundary_of_the_trust_region_to_second_order():
     matrix, gradient = positive_matrix(5), torch.randn(5)
-    step = natural_step(lambda v: matrix @ v, gradient, max_kl=0.03)
-    assert (step @ matrix @ step / 2).item() == pytest.approx(0.03)
+    for num_iterations in (1, 2, 3, 10):  # long before the system is solved, too
+        step = natural_step(lambda v: matrix @ v, gradient, max_kl=0.03, num_iterations=num_iterations)
+        assert (step @ matrix @ step / 2).item() == pytest.approx(0.03)
     direction = torch.linalg.solve(matrix, gradient)
     assert_close(step / step.norm(), direction / direction.norm(), rtol=1e-5, atol=1e-7)
 

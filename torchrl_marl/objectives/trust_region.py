@@ -177,7 +177,8 @@ def natural_step(
 ) -> Tensor:
     """Return the step of steepest ascent within a trust region: ``sqrt(2 max_kl / x.Fx) x`` with ``F x = gradient``.
 
-    To second order it maximises the gain subject to ``KL <= max_kl``. A gradient of zero gives a step of zero.
+    To second order it maximises the gain subject to ``KL <= max_kl``. A gradient of zero gives a step of zero. For
+    ``x.Fx`` stands ``x.gradient``: what conjugate gradients leave of the gradient is orthogonal to their solution.
 
     Reference: TRPO, appendix C.
 
@@ -195,7 +196,7 @@ def natural_step(
         tensor([0.1000, 0.0000])
     """
     direction = conjugate_gradient(product, gradient, num_iterations=num_iterations)
-    step = (2 * max_kl / (direction @ product(direction))).sqrt() * direction
+    step = (2 * max_kl / (direction @ gradient)).sqrt() * direction
     return torch.where(gradient @ gradient < 1e-16, 0.0, step)
 
 

@@ -51,7 +51,9 @@ class CompiledVmasEnv(VmasEnv):
     the same.
     """
 
-    compiler: Callable[[GraphModule], Callable[..., Sequence[Tensor]]] = partial(torch.compile, dynamic=False)
+    compiler: Callable[[GraphModule], Callable[..., Sequence[Tensor]]] = partial(
+        torch.compile, dynamic=False, options={"cpp_wrapper": not torch.cuda.is_available()}
+    )
     """What compiles a graph."""
 
     _step_graph: _Graph | None = None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Setting:
-    """One training set-up. Networks: two hidden layers of 256 with tanh, a shared actor and a shared central critic."""
+    """One training set-up. Networks: two hidden layers with tanh, a shared actor and a shared central critic."""
 
     scenario: str = "navigation"
     num_agents: int = 4
@@ -22,6 +22,7 @@ class Setting:
     max_steps: int = 100
     epochs: int = 10
     minibatch_size: int = 1000
+    width: int = 256  # of the hidden layers
     lr: float = 5e-5
     gamma: float = 0.9
     lmbda: float = 0.9

@@ -1,6 +1,6 @@
 """torchrl_marl's MAPPO for speed.py: the loop of recipes/mars_vmas.py without logging, evaluation and checkpoints.
 
-With `compile` as last argument the loss is compiled, as `compile=true` does in the recipe.
+With `compile` as last argument VMAS and the update are compiled, as `compile=true` does in the recipe.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from importlib.metadata import version
 import torch
 from contender import Setting, Stopwatch, Timing, main
 from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
 from torchrl_marl.envs import make_env
 from torchrl_marl.modules import make_actor, make_critic
 from torchrl_marl.objectives import MAPPOLoss, standardize
+from torchrl_marl.updates import make_update, minibatches
 
 
 def run(iterations: int, setting: Setting, *, compiled: bool = False) -> list[Timing]:
@@ -29,9 +28,11 @@ def run(iterations: int, setting: Setting, *, compiled: bool = False) -> list[Ti
         max_steps=setting.max_steps,
         seed=setting.seed,
         scenario_kwargs={"n_agents": setting.num_agents},
+        compile=compiled,
     )
-    actor = make_actor(env, agent_id=False)  # the peers' networks have no agent id
-    critic = make_critic(env)
+    sizes = [setting.width, setting.width]
+    actor = make_actor(env, agent_id=False, hidden_sizes=sizes)  # the peers' networks have no agent id
+    critic = make_critic(env, hidden_sizes=sizes)
     loss = MAPPOLoss(
         actor,
         critic,
@@ -41,8 +42,8 @@ def run(iterations: int, setting: Setting, *, compiled: bool = False) -> list[Ti
         functional=False,
     )
     loss.make_value_estimator(gamma=setting.gamma, lmbda=setting.lmbda)
-    compute_loss = torch.compile(loss) if compiled else loss
-    optimizer = torch.optim.Adam(loss.parameters(), lr=setting.lr)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=setting.lr, fused=compiled)
+    update = make_update(loss, optimizer, max_grad_norm=setting.max_grad_norm, compile=compiled)
     collector = Collector(
         env,
         actor,
@@ -50,28 +51,16 @@ def run(iterations: int, setting: Setting, *, compiled: bool = False) -> list[Ti
         total_frames=setting.frames * iterations,
         auto_register_policy_transforms=False,
     )
-    buffer = ReplayBuffer(
-        storage=LazyTensorStorage(setting.frames),
-        sampler=SamplerWithoutReplacement(drop_last=True),
-        batch_size=setting.minibatch_size,
-    )
     stopwatch = Stopwatch()
     for batch in stopwatch.watch(collector):
         with torch.no_grad():
             loss.value_estimator(batch)
             loss.update_value_norm(batch)
             batch["advantage"] = standardize(batch["advantage"])
-        buffer.empty()
-        buffer.extend(batch.reshape(-1).select(*loss.in_keys, strict=False))
-        diagnostics = []
-        for _ in range(setting.epochs):
-            for minibatch in buffer:
-                losses = compute_loss(minibatch)
-                (losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]).backward()
-                grad_norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), setting.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                diagnostics.append({name: value.detach() for name, value in losses.items()} | {"grad_norm": grad_norm})
+        rows = batch.reshape(-1).select(*loss.in_keys, strict=False)
+        diagnostics = [
+            update(minibatch) for _ in range(setting.epochs) for minibatch in minibatches(rows, setting.minibatch_size)
+        ]
         {name: torch.stack([step[name] for step in diagnostics]).mean() for name in diagnostics[0]}
     collector.shutdown()
     return stopwatch.timings

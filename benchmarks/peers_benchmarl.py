@@ -39,7 +39,9 @@ def run(iterations: int, setting: Setting) -> list[Timing]:
         use_tanh_normal=True,
         minibatch_advantage=False,
     )
-    model = MlpConfig(num_cells=[256, 256], layer_class=torch.nn.Linear, activation_class=torch.nn.Tanh)
+    model = MlpConfig(
+        num_cells=[setting.width, setting.width], layer_class=torch.nn.Linear, activation_class=torch.nn.Tanh
+    )
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment(task, algorithm, model, setting.seed, experiment_config(iterations, setting, folder))
         experiment.logger.log_collection = stopwatch.leave_out(experiment.logger.log_collection)

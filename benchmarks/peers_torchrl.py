@@ -36,6 +36,8 @@ def run_script(script: Path, iterations: int, setting: Setting) -> list[Timing]:
             return stopwatch.watch(super().__iter__())
 
     torchrl.collectors.Collector = TimedCollector
+    mlp = torchrl.modules.models.multiagent.MultiAgentMLP
+    torchrl.modules.models.multiagent.MultiAgentMLP = lambda **options: mlp(**{**options, "num_cells": setting.width})
     sys.path.insert(0, str(script.parent))
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [
@@ -71,15 +73,15 @@ def expand_done(data: TensorDictBase) -> TensorDictBase:
     return data
 
 
-def network(inputs: int, outputs: int, agents: int, *, centralised: bool) -> MultiAgentMLP:
+def network(inputs: int, outputs: int, setting: Setting, *, centralised: bool) -> MultiAgentMLP:
     return MultiAgentMLP(
         inputs,
         outputs,
-        n_agents=agents,
+        n_agents=setting.num_agents,
         centralised=centralised,
         share_params=True,
         depth=2,
-        num_cells=256,
+        num_cells=setting.width,
         activation_class=nn.Tanh,
     )
 
@@ -88,7 +90,7 @@ def make_loss(env: TransformedEnv, setting: Setting) -> ClipPPOLoss:
     inputs = env.observation_spec["agents", "observation"].shape[-1]
     spec = env.full_action_spec_unbatched
     space = spec[env.action_key].space
-    policy_network = network(inputs, 2 * space.low.shape[-1], setting.num_agents, centralised=False)
+    policy_network = network(inputs, 2 * space.low.shape[-1], setting, centralised=False)
     parameters = [("agents", "loc"), ("agents", "scale")]
     observation = [("agents", "observation")]
     policy = ProbabilisticActor(
@@ -100,7 +102,7 @@ def make_loss(env: TransformedEnv, setting: Setting) -> ClipPPOLoss:
         distribution_kwargs={"low": space.low, "high": space.high},
         return_log_prob=True,
     )
-    critic = ValueOperator(network(inputs, 1, setting.num_agents, centralised=True), in_keys=observation)
+    critic = ValueOperator(network(inputs, 1, setting, centralised=True), in_keys=observation)
     loss = ClipPPOLoss(
         policy,
         critic,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -52,12 +53,13 @@ def parse_arguments() -> argparse.Namespace:
         help="may be repeated; default 60 1000 and 600 4000",
     )
     parser.add_argument("--max-steps", type=int, default=100)
+    parser.add_argument("--width", nargs="+", type=int, default=[256], help="of the networks' two hidden layers")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=3, help="timed iterations of a process")
     parser.add_argument("--warmup", type=int, default=1, help="iterations before those")
-    parser.add_argument("--compiled", action="store_true", help="also ours with a compiled loss")
+    parser.add_argument("--compiled", action="store_true", help="also ours compiled")
     parser.add_argument("--output", type=Path, help="write every timing to this JSON file")
     return parser.parse_args()
 
@@ -67,12 +69,12 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str], list[s
     ours, torchrl = ([sys.executable, str(HERE / name)] for name in ("ours.py", "peers_torchrl.py"))
     found: dict[str, tuple[list[str], list[str]]] = {OURS: (ours, [])}
     if arguments.compiled:
-        found[f"{OURS}, compiled loss"] = (ours, ["compile"])
+        found[f"{OURS}, compiled"] = (ours, ["compile"])
     if arguments.torchrl_script:
         found["TorchRL's script"] = (torchrl, [str(arguments.torchrl_script.resolve())])
     else:
-        print("TorchRL's script: skipped, no --torchrl-script", file=sys.stderr)
-    found["TorchRL, same structure"] = (torchrl, [])
+        print("TorchRL's script: no --torchrl-script, a loop of the same structure instead", file=sys.stderr)
+        found["TorchRL, same structure"] = (torchrl, [])
     if arguments.benchmarl_python:
         found["BenchMARL"] = ([str(arguments.benchmarl_python), str(HERE / "peers_benchmarl.py")], [])
     else:
@@ -81,17 +83,18 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str], list[s
 
 
 def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
-    for scenario in arguments.scenario:
-        for num_envs, minibatch_size in arguments.size or [(60, 1000), (600, 4000)]:
-            yield Setting(
-                scenario=scenario,
-                num_agents=NUM_AGENTS[scenario],
-                num_envs=num_envs,
-                max_steps=arguments.max_steps,
-                epochs=arguments.epochs,
-                minibatch_size=minibatch_size,
-                threads=arguments.threads,
-            )
+    sizes = arguments.size or [(60, 1000), (600, 4000)]
+    for scenario, (num_envs, minibatch_size), width in itertools.product(arguments.scenario, sizes, arguments.width):
+        yield Setting(
+            scenario=scenario,
+            num_agents=NUM_AGENTS[scenario],
+            num_envs=num_envs,
+            max_steps=arguments.max_steps,
+            epochs=arguments.epochs,
+            minibatch_size=minibatch_size,
+            width=width,
+            threads=arguments.threads,
+        )
 
 
 def race(command: Sequence[str], threads: int) -> dict:
@@ -131,7 +134,7 @@ def relative_speeds(runs: Mapping[tuple[str, int], Run], name: str, what: str) -
 
 def table(runs: Iterable[Run]) -> str:
     rows = [
-        "| task, environments, minibatch | contender | frames/s | s collection | s update | speed / ours [min, max] | by CPU time |",  # noqa: E501
+        "| task, environments, minibatch, width | contender | frames/s | s collection | s update | speed / ours [min, max] | by CPU time |",  # noqa: E501
         "|---|---|---|---|---|---|---|",
     ]
     by_setting: dict[Setting, dict[tuple[str, int], Run]] = {}
@@ -146,7 +149,7 @@ def table(runs: Iterable[Run]) -> str:
             speeds = relative_speeds(group, name, "wall")
             cpu = statistics.median(relative_speeds(group, name, "cpu"))
             rows.append(
-                f"| {setting.scenario}, {setting.num_envs}, {setting.minibatch_size} | {name} "
+                f"| {setting.scenario}, {setting.num_envs}, {setting.minibatch_size}, {setting.width} | {name} "
                 f"| {setting.frames / wall:.0f} | {collection:.2f} | {update:.2f} "
                 f"| {statistics.median(speeds):.2f} [{min(speeds):.2f}, {max(speeds):.2f}] | {cpu:.2f} |"
             )

@@ -51,7 +51,9 @@ class CompiledVmasEnv(VmasEnv):
     the same.
     """
 
-    compiler: Callable[[GraphModule], Callable[..., Sequence[Tensor]]] = partial(torch.compile, dynamic=False)
+    compiler: Callable[[GraphModule], Callable[..., Sequence[Tensor]]] = partial(
+        torch.compile, dynamic=False, options={"cpp_wrapper": not torch.cuda.is_available()}
+    )
     """What compiles a graph."""
 
     _step_graph: _Graph | None = None
@@ -227,7 +229,7 @@ class _Graph:
     """
 
     def __init__(self, env: CompiledVmasEnv, function: Callable[..., TensorDictBase], inputs: Sequence[Tensor]) -> None:
-        self._state, self._runs, self._misses = _State(env), 0, 0
+        self._env, self._state, self._runs, self._misses = env, _State(env), 0, 0
         start = _State(env)
         before, settings = start.read(), start.settings()
         try:
@@ -292,11 +294,17 @@ class _Graph:
         reference: Callable[[], TensorDictBase],
     ) -> None:
         self._state.write([value.clone() for value in before])
-        expected, state = reference(), self._state.read()
-        self._state.write(before)
+        expected, now = reference(), _State(self._env)
+        true = dict(zip(now.places, now.read(), strict=True))
+        self._state.restore(before, self._settings)
+        if list(true) != self._paths:
+            raise _RefusedError("the number of its tensors changes")
+        state = list(before)
+        for index, value in zip(self._changed, after, strict=True):
+            state[index] = value
         pairs = [(key, value, expected[key]) for key, value in zip(self._keys, outputs, strict=True)]
-        pairs += [(self._paths[index], value, state[index]) for index, value in zip(self._changed, after, strict=True)]
-        different = [str(name) for name, value, true in pairs if not _close(value, true)]
+        pairs += [(path, value, true[path]) for path, value in zip(self._paths, state, strict=True)]
+        different = [str(name) for name, value, wanted in pairs if not _close(value, wanted)]
         if different:
             raise _RefusedError(f"compiled, it differs in {', '.join(different)} (run {self._runs})")
 

@@ -18,7 +18,7 @@ from torchrl_marl.modules import (
 )
 
 GAMES = {
-    "CoordSum-3x10": make_coordsum,
+    "CoordSum-3x4": make_coordsum,
     "black_red": make_maze,
     "PaxMen-4": make_paxmen,
     "AeroCombat-2v2": make_aerocombat,
@@ -105,8 +105,8 @@ def test_traced_batches_are_those_of_torchrls_collector(name, recurrent):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_batches_are_those_of_torchrls_collector(device):
     torch.compiler.reset()
-    ours = take(CompiledCollector(*game_and_policy("CoordSum-3x10", device=device), frames_per_batch=44))
-    theirs = take(torchrls(*game_and_policy("CoordSum-3x10", device=device), 44))
+    ours = take(CompiledCollector(*game_and_policy("CoordSum-3x4", device=device), frames_per_batch=44))
+    theirs = take(torchrls(*game_and_policy("CoordSum-3x4", device=device), 44))
     assert ours[0]["next", "agents", "reward"].any()
     assert_same(ours, theirs, tolerance=1e-5)
 
@@ -128,7 +128,7 @@ def test_a_compiled_collector_follows_the_policys_parameters_and_no_other_collec
 
 def test_a_batch_outlives_the_next_one_and_changing_it_does_no_harm():
     def second(change):
-        collector = CompiledCollector(*game_and_policy("CoordSum-3x10"), frames_per_batch=20, compile=False)
+        collector = CompiledCollector(*game_and_policy("CoordSum-3x4"), frames_per_batch=20, compile=False)
         torch.manual_seed(1)
         first = next(iter(collector))
         for value in first.values(True, True) if change else ():

@@ -145,10 +145,11 @@ def test_agents_act_on_their_own_inputs_alone(exported: Path) -> None:
     changed = {name: value.clone() for name, value in inputs.items()}
     changed["observation"][:, 1:] += 1
     changed["recurrent_state"][:, 1:] -= 1
-    before, after = act(inputs), act(changed)
+    before, after, alone = act(inputs), act(changed), act({name: value[:1] for name, value in inputs.items()})
     for name in ("action", "loc", "scale", "next_recurrent_state"):
         torch.testing.assert_close(after[name][:, 0], before[name][:, 0])
         assert not torch.allclose(after[name][:, 1:], before[name][:, 1:])
+        torch.testing.assert_close(alone[name], before[name][:1])
 
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

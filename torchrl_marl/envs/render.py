@@ -14,6 +14,7 @@ from torch import nn
 from torchrl.envs import EnvBase, VmasWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_marl.envs.bridge import BridgeEnv
 from torchrl_marl.envs.random_state import preserve_random_state
 from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.modules import with_recurrent_state
@@ -40,12 +41,13 @@ def render_episode(
 ) -> Path:
     """Film one episode, played with the policy's deterministic actions, and write it as a GIF.
 
-    The library's own games draw themselves. VMAS draws the frames off screen; where OpenGL is missing we draw the same
-    entities with Pillow. No display is needed. The random state of the process is left as it was, but the environment
+    The library's own games draw themselves, those of other packages are drawn by these, if they can. VMAS draws the
+    frames off screen; where OpenGL is missing we draw the same entities with Pillow. No display is needed. The random state of the process is left as it was, but the environment
     is reset and stepped: film on one of its own.
 
     Args:
-        env: a VMAS environment, such as one from ``make_env``, or a ``TensorEnv``, such as ``CoordSumEnv``.
+        env: a VMAS environment, such as one from ``make_env``, a ``TensorEnv``, such as ``CoordSumEnv``, or a bridge to
+            another package, such as one from ``make_jaxmarl``.
         policy: writes the actions, such as the actor of a loss.
         path: file to write; ends in ".gif". Missing folders are made.
         max_steps: the film stops here, or earlier when the episode ends.
@@ -68,9 +70,9 @@ def render_episode(
         'random.gif'
     """
     path = Path(path)
-    simulator = next((module for module in env.modules() if isinstance(module, VmasWrapper | TensorEnv)), None)
+    simulator = next((module for module in env.modules() if isinstance(module, VmasWrapper | TensorEnv | BridgeEnv)), None)
     if simulator is None:
-        raise ValueError(f"only VMAS environments and TensorEnv can be filmed, got {type(env).__name__}")
+        raise ValueError(f"only VMAS environments, TensorEnv and BridgeEnv can be filmed, got {type(env).__name__}")
     if not 0 <= env_index < env.batch_size[0]:
         raise ValueError(f"env_index must be in 0..{env.batch_size[0] - 1}, got {env_index}")
     fps = (20 if isinstance(simulator, VmasWrapper) else 6) if fps is None else fps
@@ -114,14 +116,17 @@ def _film(env: EnvBase, camera: _Camera | _VmasCamera, policy: Callable, max_ste
 class _Camera:
     """Takes the pictures that a game draws of itself."""
 
-    def __init__(self, env: TensorEnv, env_index: int) -> None:
+    def __init__(self, env: TensorEnv | BridgeEnv, env_index: int) -> None:
         self._env, self._env_index = env, env_index
         self._images: list[Image] = []
 
     def shoot(self) -> None:
         from PIL import Image
 
-        self._images.append(Image.fromarray(self._env.render(self._env_index).numpy()))
+        image = Image.fromarray(self._env.render(self._env_index).numpy())
+        if isinstance(self._env, BridgeEnv):
+            image.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
+        self._images.append(image)
 
     def images(self) -> list[Image]:
         return self._images

@@ -15,7 +15,8 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.bridge import BridgeEnv, Layout, check_options, import_extra, with_time_limit
+from torchrl_marl.envs.bridge import BridgeEnv, Layout, check_options, import_extra
+from torchrl_marl.envs.random_streams import draw_below
 
 __all__ = ["TeamGame", "TeamGamesEnv", "make_lbforaging", "make_pettingzoo", "make_rware"]
 
@@ -46,6 +47,10 @@ class TeamGame(ABC):
     def step(self, action: np.ndarray) -> Turn:
         """Play the actions of all agents, ``[N]`` or ``[N, A]``."""
 
+    @abstractmethod
+    def draw(self) -> np.ndarray:
+        """Return a picture, ``uint8`` of shape ``[height, width, 3]``, or raise whatever says why there is none."""
+
 
 class TeamGamesEnv(BridgeEnv):
     """Games stepped one after the other in this process.
@@ -54,6 +59,7 @@ class TeamGamesEnv(BridgeEnv):
 
     Args:
         games: equal games, one for each environment of the batch.
+        max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards.
         seed: of the random streams; ``None`` draws one from Torch's global generator.
         device: where the tensors are.
@@ -63,29 +69,58 @@ class TeamGamesEnv(BridgeEnv):
     """
 
     def __init__(
-        self, games: Sequence[TeamGame], *, shared_reward: bool, seed: int | None, device: torch.device | str
+        self,
+        games: Sequence[TeamGame],
+        *,
+        max_steps: int,
+        shared_reward: bool,
+        seed: int | None,
+        device: torch.device | str,
     ) -> None:
         if not games:
             raise ValueError("num_envs must be at least 1, got 0")
-        layout = games[0].layout
-        super().__init__(layout, num_envs=len(games), shared_reward=shared_reward, seed=seed, device=device)
+        super().__init__(
+            games[0].layout,
+            num_envs=len(games),
+            max_steps=max_steps,
+            shared_reward=shared_reward,
+            seed=seed,
+            device=device,
+        )
         self._games = games
         self._seen: list[dict[str, np.ndarray]] = [{}] * len(games)
+        self._steps = torch.zeros(len(games), 1, dtype=torch.int32)
+        self._returns = torch.zeros(len(games), len(self.layout.agents), 1)
 
-    def _begin(self, which: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+    def _begin(self, which: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn, seeds = draw_below(streams, 2**31 - 1)
         for index in which.nonzero().flatten().tolist():
             self._seen[index] = self._games[index].reset(int(seeds[index]))
-        return self._stacked()
+        self._steps = self._steps.masked_fill(which[:, None], 0)
+        self._returns = self._returns.masked_fill(which[:, None, None], 0)
+        return torch.where(which, drawn, streams), self._shown()
 
     def _advance(self, action: Tensor) -> dict[str, Tensor]:
+        spec = self.layout.action_spec
+        if isinstance(spec, Bounded):  # so that a plain Gaussian policy can act
+            action = action.clamp(spec.space.low.to(action.device), spec.space.high.to(action.device))
         turns = [game.step(own) for game, own in zip(self._games, action.cpu().numpy(), strict=True)]
         self._seen = [turn.seen for turn in turns]
-        reward = torch.tensor([list(turn.reward) for turn in turns], dtype=torch.float32, device=self.device)
-        flags = torch.tensor([[turn.terminated, turn.truncated] for turn in turns], device=self.device)
-        return {**self._stacked(), "reward": reward, "terminated": flags[:, 0], "truncated": flags[:, 1]}
+        reward = torch.tensor([list(turn.reward) for turn in turns], dtype=torch.float32).unsqueeze(-1)
+        if self.shared_reward:
+            reward = reward.sum(-2, keepdim=True).expand_as(reward)
+        self._steps, self._returns = self._steps + 1, self._returns + reward
+        terminated, truncated = torch.tensor([[turn.terminated, turn.truncated] for turn in turns]).split(1, -1)
+        truncated = (truncated | (self._steps >= self.max_steps)) & ~terminated
+        flags = {"done": terminated | truncated, "terminated": terminated, "truncated": truncated}
+        return {**self._shown(), "reward": reward, **flags}
 
-    def _stacked(self) -> dict[str, Tensor]:
-        return {key: torch.from_numpy(np.stack([seen[key] for seen in self._seen])) for key in self._seen[0]}
+    def _shown(self) -> dict[str, Tensor]:
+        seen = {key: torch.from_numpy(np.stack([seen[key] for seen in self._seen])) for key in self._seen[0]}
+        return {**seen, "episode_reward": self._returns, "step_count": self._steps}
+
+    def _draw(self, env_index: int) -> np.ndarray:
+        return self._games[env_index].draw()
 
 
 class _GymnasiumGame(TeamGame):
@@ -108,6 +143,9 @@ class _GymnasiumGame(TeamGame):
     def step(self, action: np.ndarray) -> Turn:
         observation, reward, terminated, truncated, _ = self.env.step(action.tolist())
         return Turn(self._seen(observation), reward, bool(terminated), bool(truncated))
+
+    def draw(self) -> np.ndarray:
+        return self.env.render(mode="rgb_array")
 
     def _seen(self, observation: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         seen = {"observation": np.stack(observation).astype(np.float32)}
@@ -146,6 +184,9 @@ class _ParallelGame(TeamGame):
         ended = any(terminated.values())
         rewards = [reward[agent] for agent in self._agents]
         return Turn(self._seen(observation), rewards, ended, any(truncated.values()) and not ended)
+
+    def draw(self) -> np.ndarray:
+        return self.env.render()
 
     def _seen(self, observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         seen = {"observation": np.stack([observation[agent] for agent in self._agents]).astype(np.float32)}
@@ -187,7 +228,7 @@ def make_lbforaging(
     options = {**_registered("lbforaging", scenario), **(scenario_kwargs or {}), "max_episode_steps": float("inf")}
     check_options(build, options, scenario)
     games = [_GymnasiumGame(build(**options)) for _ in range(num_envs)]
-    return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
+    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def make_rware(
@@ -226,7 +267,7 @@ def make_rware(
     options = {**_registered("rware", scenario), **(scenario_kwargs or {}), "max_steps": None}
     check_options(build, options, scenario)
     games = [_GymnasiumGame(build(**options)) for _ in range(num_envs)]
-    return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
+    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def make_pettingzoo(
@@ -268,8 +309,9 @@ def make_pettingzoo(
     module = importlib.import_module(f"{package}.{scenario}")
     options = {**(scenario_kwargs or {}), "max_cycles": max_steps}
     check_options(module.raw_env, options, scenario)
+    options["render_mode"] = "rgb_array"
     games = [_ParallelGame(module.parallel_env(**options)) for _ in range(num_envs)]
-    return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
+    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def _registered(package: str, scenario: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_marl.envs import make_jaxmarl, make_jumanji
 
-LIMITS = {"con-5x5x3a": 25, "simple_spread_3ag": 26, "simple_spread_10ag": 26}
+BLOCK = 26  # steps: an episode of MPE and, to count many resets, of all others but battles, which end by themselves
 SCENARIOS = [
     *("smax-2s3z", "smax-3m", "simple_spread_3ag", "simple_spread_10ag"),
     *("con-5x5x3a", "con-10x10x10a", "lbf-2s-8x8-2p-2f-coop", "lbf-15x15-4p-5f", "rware-tiny-4ag", "sar-2a"),
@@ -116,16 +116,16 @@ def seconds(play: Callable[[], None], steps: int) -> float:
 
 def measure(scenario: str, num_envs: int, budget: float) -> tuple[float, float, float]:
     """Seconds of a raw step and of the bridge's, and the overhead."""
-    limit = LIMITS.get(scenario, 100)
+    limit = 100 if scenario.startswith("smax") else BLOCK
     make = make_jaxmarl if scenario.startswith(("smax", "simple")) else make_jumanji
     env = make(scenario, num_envs=num_envs, max_steps=limit, seed=0)
     actions = [env.full_action_spec.rand()["agents", "action"] for _ in range(16)]
     players = raw_player(scenario, limit, actions), bridge_player(env, actions)
     for play in players:
-        seconds(play, limit + 2)  # compiles, and spreads the ends of episodes
+        seconds(play, 2 * BLOCK)  # compiles, and spreads the ends of episodes
     end, rounds = time.perf_counter() + budget, []
-    while time.perf_counter() < end or len(rounds) < 5:
-        rounds.append([seconds(play, limit) for play in players])
+    while time.perf_counter() < end or len(rounds) < 3:
+        rounds.append([seconds(play, BLOCK) for play in players])
     raw, bridge = (statistics.median(times) for times in zip(*rounds, strict=True))
     return raw, bridge, statistics.median(own / other for other, own in rounds) - 1
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", nargs="+", default=SCENARIOS)
     parser.add_argument("--num-envs", nargs="+", type=int, default=[1024])
-    parser.add_argument("--seconds", type=float, default=10, help="measuring time of each row, at least five rounds")
+    parser.add_argument("--seconds", type=float, default=10, help="measuring time of each row, at least three rounds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())

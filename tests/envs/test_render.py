@@ -153,7 +153,7 @@ def test_wrong_arguments_are_named(change, message):
 def test_other_environments_are_refused(tmp_path):
     from torchrl.testing.mocking_classes import CountingEnv
 
-    with pytest.raises(ValueError, match="only VMAS environments, TensorEnv and BridgeEnv can be filmed, got CountingEnv"):
+    with pytest.raises(ValueError, match=r"only VMAS .* can be filmed, got CountingEnv"):
         render_episode(CountingEnv(), lambda data: data, tmp_path / "film.gif", max_steps=5)
 
 

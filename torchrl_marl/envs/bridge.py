@@ -157,6 +157,14 @@ class BridgeEnv(EnvBase, ABC):
             The entries of the specs of observations, reward and done flags without their groups.
         """
 
+    def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
+        """Draw random actions, legal ones where ``tensordict`` says which are: some packages die of others."""
+        if tensordict is None or not self.layout.masked:
+            return super().rand_action(tensordict)
+        legal = tensordict["agents", "action_mask"]
+        action = torch.multinomial(legal.flatten(0, 1).float(), 1).reshape(legal.shape[:-1])
+        return tensordict.set(("agents", "action"), action)
+
     def render(self, env_index: int = 0) -> Tensor:
         """Draw one of the environments with its own package's means.
 

@@ -281,7 +281,9 @@ def make_jaxmarl(
         r"jaxnav-(\d+)x\1x(\d+)a": _navigation,
         r"overcooked-(\w+)": _kitchen,
     }
-    game = _first(forms, scenario, max_steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JaxNav clips its own defaults, Overcooked recommends its successor
+        game = _first(forms, scenario, max_steps)
     if game is None:
         raise ValueError(
             "scenario must be smax-MAP, simple_spread_Nag, jaxnav-GxGxNa or overcooked-LAYOUT, such as smax-2s3z, "
@@ -443,7 +445,7 @@ def _battle(name: re.Match, max_steps: int) -> JaxGame:
     def draw(state: Any) -> np.ndarray:
         units = jax.tree.map(np.asarray, state.state)
         with jax.disable_jit():  # of which it would compile something for every unit of every picture
-            draw_on = lambda axes: env.init_render(axes, (None, units, dict.fromkeys(agents, 0)), 0, units.step)  # noqa: E731
+            draw_on = lambda axes: env.init_render(axes, (None, units, dict.fromkeys(env.all_agents, 0)), 0, units.step)  # noqa: E731
             return _drawn(draw_on)
 
     layout = _jaxmarl_layout(env)._replace(state_size=env.state_size, masked=True, mortal=True)
@@ -452,17 +454,16 @@ def _battle(name: re.Match, max_steps: int) -> JaxGame:
 
 def _spread(name: re.Match, max_steps: int) -> JaxGame:
     mpe, number = import_extra("jaxmarl.environments.mpe", "jax"), int(name[1])
-    env = mpe.SimpleSpreadMPE(
-        num_agents=number, num_landmarks=number, action_type="Continuous", max_steps=max_steps
-    )
+    env = mpe.SimpleSpreadMPE(num_agents=number, num_landmarks=number, action_type="Continuous", max_steps=max_steps)
 
     def draw(state: Any) -> np.ndarray:
         visualizer = import_extra("jaxmarl.environments.mpe.mpe_visualizer", "jax").MPEVisualizer
         with contextlib.redirect_stdout(io.StringIO()):
             figure = visualizer(env, [state]).fig
         figure.canvas.draw()
+        picture = np.array(figure.canvas.buffer_rgba())[..., :3]
         import_extra("matplotlib.pyplot", "jax").close(figure)
-        return np.array(figure.canvas.buffer_rgba())[..., :3]
+        return picture
 
     return _jaxmarl_game(env, _jaxmarl_layout(env), _nothing_more, draw)
 
@@ -484,9 +485,7 @@ def _kitchen(name: re.Match, max_steps: int) -> JaxGame:
     if name[1] not in overcooked.overcooked_layouts:
         layouts = ", ".join(overcooked.overcooked_layouts)
         raise ValueError(f"Overcooked has no layout {name[1]!r}; it has {layouts}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it recommends its successor
-        env = overcooked.Overcooked(overcooked.overcooked_layouts[name[1]], max_steps=max_steps)
+    env = overcooked.Overcooked(overcooked.overcooked_layouts[name[1]], max_steps=max_steps)
 
     def draw(state: Any) -> np.ndarray:
         visualizer = import_extra("jaxmarl.viz.overcooked_visualizer", "jax").OvercookedVisualizer()

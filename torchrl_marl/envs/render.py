@@ -42,8 +42,8 @@ def render_episode(
     """Film one episode, played with the policy's deterministic actions, and write it as a GIF.
 
     The library's own games draw themselves, those of other packages are drawn by these, if they can. VMAS draws the
-    frames off screen; where OpenGL is missing we draw the same entities with Pillow. No display is needed. The random state of the process is left as it was, but the environment
-    is reset and stepped: film on one of its own.
+    frames off screen; where OpenGL is missing we draw the same entities with Pillow. No display is needed. The random
+    state of the process is left as it was, but the environment is reset and stepped: film on one of its own.
 
     Args:
         env: a VMAS environment, such as one from ``make_env``, a ``TensorEnv``, such as ``CoordSumEnv``, or a bridge to
@@ -70,7 +70,9 @@ def render_episode(
         'random.gif'
     """
     path = Path(path)
-    simulator = next((module for module in env.modules() if isinstance(module, VmasWrapper | TensorEnv | BridgeEnv)), None)
+    simulator = next(
+        (module for module in env.modules() if isinstance(module, VmasWrapper | TensorEnv | BridgeEnv)), None
+    )
     if simulator is None:
         raise ValueError(f"only VMAS environments, TensorEnv and BridgeEnv can be filmed, got {type(env).__name__}")
     if not 0 <= env_index < env.batch_size[0]:

@@ -60,7 +60,7 @@ class _StarCraftGame(TeamGame):
         return {
             "observation": np.array(self.env.get_obs(), dtype=np.float32),
             "action_mask": legal,
-            "mask": legal[:, 1:].any(1),  # the dead can do nothing else than nothing, action 0
+            "mask": legal[:, 1:].sum(1) > 0,  # the dead can do nothing else than nothing, action 0
             "state": np.array(self.env.get_state(), dtype=np.float32),
         }
 
@@ -99,7 +99,7 @@ def make_smacv2(
     """
     match = re.fullmatch(rf"({'|'.join(_RACES)})_(\d+)_vs_(\d+)(_epo)?", scenario)
     if match is None:
-        raise ValueError(f"scenario must be RACE_N_vs_M[_epo], such as terran_5_vs_5 or zerg_10_vs_11; got {scenario!r}")
+        raise ValueError(f"scenario must be RACE_N_vs_M[_epo], such as terran_5_vs_5; got {scenario!r}")
     try:
         from smacv2.env import StarCraftCapabilityEnvWrapper  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:

@@ -4,7 +4,8 @@ from torchrl_marl.envs.aerocombat import AeroCombatEnv, make_aerocombat
 from torchrl_marl.envs.check import check_env
 from torchrl_marl.envs.coordsum import CoordSumEnv, make_coordsum
 from torchrl_marl.envs.football import make_football
-from torchrl_marl.envs.jax_games import make_jaxmarl, make_jumanji
+from torchrl_marl.envs.jaxmarl import make_jaxmarl
+from torchrl_marl.envs.jumanji import make_jumanji
 from torchrl_marl.envs.maze import MazeEnv, make_maze
 from torchrl_marl.envs.paxmen import PaxMenEnv, make_paxmen
 from torchrl_marl.envs.random_state import RandomState, preserve_random_state

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_marl.envs import make_smacv2, render_episode
+from torchrl_marl.envs import check_env, make_smacv2, render_episode
 
 SIZES = {"n_agents": 5, "n_actions": 11, "obs_shape": 82, "state_shape": 120, "episode_limit": 200}  # terran 5 v 5
 DIES, WINS, LIMIT = 3, 5, 8  # steps: agent 0 falls, the enemies are beaten, the game's own limit
@@ -98,6 +98,11 @@ def test_a_limit_below_the_games_truncates_first():
     data = rollout(4, max_steps=4)["next"]
     assert data["truncated"].squeeze(-1).tolist() == [[False, False, False, True]] * 2
     assert not data["terminated"].any()
+
+
+def test_the_check_knows_the_limit_and_finds_nothing(capsys):
+    assert check_env(make_smacv2(num_envs=2, seed=0, max_steps=4), num_steps=12) == []
+    assert "4 steps" in capsys.readouterr().out
 
 
 def test_names_become_configurations():

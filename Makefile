@@ -16,7 +16,8 @@ test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-envs: .venv/test-envs # the bridges to other packages' environments, which `make test` skips
-	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest tests/envs $(ARGS)
+	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/jax \
+		$(BIN)/python -m pytest tests/envs $(ARGS)
 
 test-football: .venv/test-football # builds the engine; docs/environments.md lists what it needs from the system
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/envs/test_football.py $(ARGS)

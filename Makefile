@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-envs test-scale check results size clean
+.PHONY: train test test-envs test-football test-scale check results size clean
 
 train: .venv/train
 	$(BIN)/python recipes/mars_vmas.py $(ARGS)
@@ -16,7 +16,11 @@ test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-envs: .venv/test-envs # the bridges to other packages' environments, which `make test` skips
-	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest tests/envs $(ARGS)
+	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/jax \
+		$(BIN)/python -m pytest tests/envs $(ARGS)
+
+test-football: .venv/test-football # builds the engine; docs/environments.md lists what it needs from the system
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/envs/test_football.py $(ARGS)
 
 test-scale: .venv/test-scale # Ray, torchrun, jobs, and what survives which kill: minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/collectors/test_workers.py tests/recipes/test_scale.py $(ARGS)
@@ -43,6 +47,12 @@ $(BIN)/python:
 
 .venv/test-envs: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable ".[vmas,wandb,plot,dev,gym,mpe,jax]"
+	touch $@
+
+# Its build looks for psutil in the python3 that is first on the path, and needs a setuptools of before version 81.
+.venv/test-football: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --upgrade psutil six wheel "setuptools<81"
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable ".[vmas,wandb,plot,dev,football]"
 	touch $@
 
 .venv/test-scale: pyproject.toml constraints.txt | $(BIN)/python

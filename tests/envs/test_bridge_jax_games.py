@@ -2,26 +2,35 @@ import contextlib
 import functools
 import io
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from torchrl.envs import EnvBase
 from torchrl.envs.utils import check_env_specs
 
 from tests.recipes.runs import run_folders, run_recipe
-from torchrl_marl.envs import RandomState, make_jaxmarl, make_jumanji
-from torchrl_marl.envs.random_streams import draw_below, random_streams
+from torchrl_marl.envs import RandomState, make_jaxmarl, make_jumanji, render_episode
+from torchrl_marl.envs.random_streams import random_streams
+from torchrl_marl.modules import make_actor, make_critic
+from torchrl_marl.objectives import MAPPOLoss
 
 LIMIT = 12
+BATTLE = 40  # steps, of which random ones survive fewer
 JUMANJI = ["con-5x5x3a", "lbf-8x8-2p-2f", "rware-tiny-2ag", "sar-2a"]
-JAXMARL = ["smax-3m", "simple_spread_3ag"]
+JAXMARL = ["smax-3m", "simple_spread_3ag", "jaxnav-9x9x2a", "overcooked-cramped_room"]
 
 
 @functools.cache  # compiling takes seconds
 def game(scenario):
     package, make = ("jaxmarl", make_jaxmarl) if scenario in JAXMARL else ("jumanji", make_jumanji)
     pytest.importorskip(package)
-    return make(scenario, num_envs=3, max_steps=LIMIT, seed=0, shared_reward=False)
+    return make(scenario, num_envs=3, max_steps=limit(scenario), seed=0, shared_reward=False)
+
+
+def limit(scenario):
+    return BATTLE if scenario == "smax-3m" else LIMIT
 
 
 def rollout(env, num_steps):
@@ -88,14 +97,21 @@ class RawJaxMarl:
 
         with contextlib.redirect_stdout(io.StringIO()):
             import jaxmarl
-        self.battle = scenario == "smax-3m"
-        if self.battle:
             from jaxmarl.environments.smax import map_name_to_scenario
 
-            options = {"see_enemy_actions": True, "walls_cause_death": True, "attack_mode": "closest"}
-            self.env = jaxmarl.make("HeuristicEnemySMAX", scenario=map_name_to_scenario("3m"), **options)
-        else:
-            self.env = jaxmarl.make("MPE_simple_spread_v3", action_type="Continuous")
+        self.name = scenario
+        battle = {"see_enemy_actions": True, "walls_cause_death": True, "attack_mode": "closest"}
+        build = {
+            "smax-3m": lambda: jaxmarl.make("HeuristicEnemySMAX", scenario=map_name_to_scenario("3m"), **battle),
+            "simple_spread_3ag": lambda: jaxmarl.make("MPE_simple_spread_v3", action_type="Continuous"),
+            "jaxnav-9x9x2a": lambda: jaxmarl.make(
+                "jaxnav", num_agents=2, map_params={"map_size": (9, 9), "fill": 0.3}, goal_radius=0.3
+            ),
+            "overcooked-cramped_room": lambda: jaxmarl.make("overcooked", max_steps=LIMIT),
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # JaxNav clips its own defaults, Overcooked recommends its successor
+            self.env = build[scenario]()
         self.split = jax.random.split
         self.start, self.go = jax.jit(self.env.reset), jax.jit(self.env.step_env)
 
@@ -109,14 +125,16 @@ class RawJaxMarl:
         actions = dict(zip(self.env.agents, action, strict=True))
         observation, self.state, reward, done, _ = self.go(own, self.state, actions)
         rewards = [float(reward[agent]) for agent in self.env.agents]
-        return self.observed(observation), np.array(rewards), bool(done["__all__"])
+        ended = self.name != "overcooked-cramped_room" and bool(done["__all__"])  # there is only its limit
+        return self.observed(observation), np.array(rewards), ended
 
     def observed(self, observation):
-        seen = {"observation": np.stack([observation[agent] for agent in self.env.agents])}
-        if self.battle:
+        seen = {"observation": np.stack([observation[agent].ravel() for agent in self.env.agents])}
+        if self.name == "smax-3m":
             legal = self.env.get_avail_actions(self.state)
             seen["action_mask"] = np.stack([legal[agent] for agent in self.env.agents])
             seen["state"] = np.asarray(observation["world_state"])
+            seen["mask"] = np.asarray(self.state.state.unit_alive[:3])
         return seen
 
 
@@ -130,17 +148,17 @@ def assert_seen(data, seen):
 def test_every_step_equals_the_raw_package_resets_included(scenario):
     env = game(scenario)
     env.set_seed(7)
-    data = rollout(env, 2 * LIMIT + 2)
+    data = rollout(env, 2 * limit(scenario) + 2)
     import jax
 
     raw = RawJaxMarl(scenario) if scenario in JAXMARL else RawJumanji(scenario)
     streams = random_streams(7, 3)
     for index in range(2):
-        stream, step, ends = streams[index], 0, 0
+        key, step, ends = streams[index : index + 1].view(torch.int32).numpy().view(np.uint32), 0, 0
         for turn in data[index].unbind(0):
             if step == 0:
-                stream, seed = draw_below(stream, 2**31 - 1)
-                assert_seen(turn, raw.reset(jax.random.PRNGKey(int(seed))))
+                key, own = jax.random.split(key)
+                assert_seen(turn, raw.reset(own))
             action = turn["agents", "action"].numpy()
             seen, reward, ended = raw.step(action if action.dtype == np.float32 else action.astype(np.int32))
             step, following = step + 1, turn["next"]
@@ -152,7 +170,8 @@ def test_every_step_equals_the_raw_package_resets_included(scenario):
                 atol=1e-5,
             )
             assert following["terminated"].item() == ended
-            assert following["truncated"].item() == (step == LIMIT)
+            assert following["truncated"].item() == (step == limit(scenario) and not ended)
+            assert turn["step_count"].item() == step - 1
             step, ends = (0, ends + 1) if following["done"] else (step, ends)
         assert ends >= 2
 
@@ -161,8 +180,7 @@ def test_every_step_equals_the_raw_package_resets_included(scenario):
 def test_data_match_the_specs_and_nothing_compiles_twice(scenario):
     check_env_specs(game(scenario))
     rollout(game(scenario), LIMIT + 2)  # with resets
-    base = game(scenario).base_env
-    assert base._advance_all._cache_size() == base._start._cache_size() == base._choose._cache_size() == 1
+    assert game(scenario)._play._cache_size() == game(scenario)._restart._cache_size() == 1
 
 
 @each_scenario
@@ -192,14 +210,49 @@ def test_a_restored_environment_begins_the_same_episodes(scenario):
 def test_tensors_share_the_memory_of_jax(scenario):
     env = game(scenario)
     seen = env.reset()["agents", "observation"]
-    assert seen.data_ptr() == env.base_env._shown[1]["observation"].unsafe_buffer_pointer()
+    assert seen.data_ptr() == env._shown[1]["observation"].unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize("scenario", ["lbf-8x8-2p-2f", "smax-3m"])
+def test_the_quick_way_through_a_step_equals_torchrls_own(scenario):
+    env = game(scenario)
+    courses = []
+    for step in (env.step_and_maybe_reset, functools.partial(EnvBase.step_and_maybe_reset, env)):
+        env.set_seed(3)
+        torch.manual_seed(0)
+        following, course = env.reset(), []
+        for _ in range(limit(scenario) + 2):
+            data, following = step(env.rand_action(following))
+            course.append((data.clone(), following.exclude("_reset", ("agents", "action")).clone()))
+        courses.append(course)
+    for ours, torchrls in zip(*courses, strict=True):
+        for one, other in zip(ours, torchrls, strict=True):
+            assert (one == other).all()
+
+
+def test_the_fallen_are_left_out_of_the_loss():
+    env = game("smax-3m")
+    env.set_seed(0)
+    torch.manual_seed(0)
+    batch = env.rollout(BATTLE, break_when_any_done=False)
+    mask, legal = batch["agents", "mask"], batch["agents", "action_mask"]
+    assert mask[:, 0].all()
+    assert not mask.all()
+    stop = torch.arange(legal.shape[-1]) == 4
+    assert torch.equal(legal[~mask], stop.expand_as(legal[~mask]))
+    loss = MAPPOLoss(make_actor(env), make_critic(env), normalize_advantage=False)
+    batch["agents", "action_log_prob"] = torch.zeros(mask.shape)
+    batch["advantage"] = batch["value_target"] = torch.zeros(*mask.shape, 1)
+    expected = loss(batch)["loss_objective"]
+    batch["advantage"] = 1e3 * ~mask.unsqueeze(-1)
+    assert loss(batch)["loss_objective"] == expected
 
 
 def test_random_actions_are_legal():
     env = game("smax-3m")
     data = rollout(env, LIMIT)
     legal = data["agents", "action_mask"].gather(-1, data["agents", "action"].unsqueeze(-1))
-    assert legal.shape == (3, LIMIT, 3, 1)
+    assert legal.all()
     assert not data["agents", "action_mask"].all()
 
 
@@ -210,7 +263,18 @@ def test_shared_reward_is_the_sum_over_agents_unless_it_is_the_teams():
     env = make_jumanji("con-5x5x3a", num_envs=3, max_steps=LIMIT, seed=0)
     reward = rollout(env, LIMIT)["next", "agents", "reward"]
     assert torch.equal(reward[..., :1, :].expand_as(reward), reward)
-    assert not make_jumanji("rware-tiny-2ag", num_envs=1).base_env.shared_reward  # Jumanji has it for the team
+    assert not make_jumanji("rware-tiny-2ag", num_envs=1).shared_reward  # Jumanji has it for the team
+
+
+@each_scenario
+def test_the_package_draws_the_film(scenario, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    env = game(scenario)
+    env.set_seed(0)
+    path = render_episode(env, env.rand_action, tmp_path / "film.gif", max_steps=2)
+    with image.open(path) as film:
+        assert film.n_frames == 3
+        assert len(np.unique(np.asarray(film.convert("RGB")).reshape(-1, 3), axis=0)) > 3
 
 
 @pytest.mark.parametrize(("make", "module"), [(make_jumanji, "jumanji"), (make_jaxmarl, "jaxmarl")])
@@ -225,7 +289,8 @@ def test_missing_package_names_the_command_that_installs_it(monkeypatch, make, m
     [
         (make_jumanji, "con-5x6x3a", "scenario must be con-GxGxNa, .*; got 'con-5x6x3a'"),
         (make_jaxmarl, "smax-9m", "SMAX has no map '9m'"),
-        (make_jaxmarl, "hanabi", "scenario must be smax-MAP or simple_spread_Nag"),
+        (make_jaxmarl, "overcooked-hall", "Overcooked has no layout 'hall'; it has cramped_room"),
+        (make_jaxmarl, "hanabi", "scenario must be smax-MAP, simple_spread_Nag, jaxnav-GxGxNa or overcooked-LAYOUT"),
     ],
 )
 def test_unknown_scenarios_are_named(make, scenario, message):

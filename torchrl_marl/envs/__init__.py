@@ -4,12 +4,15 @@ from torchrl_marl.envs.aerocombat import AeroCombatEnv, make_aerocombat
 from torchrl_marl.envs.check import check_env
 from torchrl_marl.envs.coordsum import CoordSumEnv, make_coordsum
 from torchrl_marl.envs.custom import make_custom
-from torchrl_marl.envs.jax_games import make_jaxmarl, make_jumanji
+from torchrl_marl.envs.football import make_football
+from torchrl_marl.envs.jaxmarl import make_jaxmarl
+from torchrl_marl.envs.jumanji import make_jumanji
 from torchrl_marl.envs.maze import MazeEnv, make_maze
 from torchrl_marl.envs.paxmen import PaxMenEnv, make_paxmen
 from torchrl_marl.envs.random_state import RandomState, preserve_random_state, reseed
 from torchrl_marl.envs.render import render_episode
 from torchrl_marl.envs.rules import Rules
+from torchrl_marl.envs.starcraft import make_smacv2
 from torchrl_marl.envs.team_games import make_lbforaging, make_pettingzoo, make_rware
 from torchrl_marl.envs.tensor_env import TensorEnv
 from torchrl_marl.envs.vmas import make_env
@@ -29,6 +32,7 @@ __all__ = [
     "make_coordsum",
     "make_custom",
     "make_env",
+    "make_football",
     "make_jaxmarl",
     "make_jumanji",
     "make_lbforaging",
@@ -36,6 +40,7 @@ __all__ = [
     "make_paxmen",
     "make_pettingzoo",
     "make_rware",
+    "make_smacv2",
     "preserve_random_state",
     "render_episode",
     "reseed",

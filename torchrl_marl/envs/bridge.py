@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
-from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv
+from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
+from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.random_streams import draw_below, random_streams
+from torchrl_marl.envs.random_streams import random_streams
 
-__all__ = ["BridgeEnv", "Layout", "check_options", "import_extra", "with_time_limit"]
+__all__ = ["BridgeEnv", "Layout", "check_options", "import_extra"]
+
+
+_ROOT = {"state", "step_count", "done", "terminated", "truncated"}
 
 
 class Layout(NamedTuple):
@@ -26,57 +30,75 @@ class Layout(NamedTuple):
     agents: list[str]
     """Names of the ``N`` agents."""
     observation_size: int
-    """Length of one agent's observation."""
+    """Length of one agent's observation, ``O``."""
     action_spec: TensorSpec
     """``[N]`` for discrete or ``[N, A]`` for continuous actions."""
     state_size: int | None = None
-    """Length of the global state; ``None`` if there is none."""
+    """Length of the global state, ``S``; ``None`` if there is none."""
     masked: bool = False
     """Whether the environment says which discrete actions are legal."""
+    mortal: bool = False
+    """Whether agents can drop out of an episode that goes on."""
 
 
-class BridgeEnv(EnvBase):
+class BridgeEnv(EnvBase, ABC):
     """A batch of another package's environments, which differ in how they are reset and stepped.
 
     The keys are those of the library's own: observations, actions, masks and rewards of the group ``"agents"``, done
-    flags and the state at the root. Each copy has a random stream of its own, from which it takes one seed for every
-    episode: the same seed gives the same episodes, a copy plays as it would alone, and ``state_dict`` holds what the
-    next ``reset`` begins with.
+    flags, ``step_count`` and the state at the root. Where agents can drop out, ``("agents", "mask")`` tells who lives:
+    losses leave the rows of the others out. The time limit and ``("agents", "episode_reward")`` are kept here, so that
+    no transform is needed.
+
+    Each copy has a random stream of its own, which every episode begins from: the same seed gives the same episodes, a
+    copy plays as it would alone, and ``state_dict`` holds what the next ``reset`` begins with.
 
     Args:
         layout: what one environment reads and writes.
         num_envs: number of environments stepped together, ``B``.
+        max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards.
         seed: of the streams; ``None`` draws one from Torch's global generator.
         device: where the tensors are.
 
     Raises:
-        ValueError: if ``num_envs`` is below 1.
+        ValueError: if ``num_envs`` or ``max_steps`` is below 1.
     """
 
     def __init__(
-        self, layout: Layout, *, num_envs: int, shared_reward: bool, seed: int | None, device: torch.device | str
+        self,
+        layout: Layout,
+        *,
+        num_envs: int,
+        max_steps: int,
+        shared_reward: bool,
+        seed: int | None,
+        device: torch.device | str,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        for name, value in (("num_envs", num_envs), ("max_steps", max_steps)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
-        self.layout = layout
-        self.shared_reward = shared_reward
+        self.layout, self.max_steps, self.shared_reward = layout, max_steps, shared_reward
         self.group_map = {"agents": layout.agents}
         self._set_seed(seed)
-        agents = len(layout.agents)
+        agents = torch.Size([num_envs, len(layout.agents)])
         observed: dict[str, TensorSpec] = {
-            "observation": Unbounded(torch.Size([num_envs, agents, layout.observation_size]))
+            "observation": Unbounded(torch.Size([*agents, layout.observation_size])),
+            "episode_reward": Unbounded(torch.Size([*agents, 1])),
         }
         if layout.masked:
             choices = layout.action_spec.space.n
-            observed["action_mask"] = Categorical(2, torch.Size([num_envs, agents, choices]), dtype=torch.bool)
+            observed["action_mask"] = Categorical(2, torch.Size([*agents, choices]), dtype=torch.bool)
+        if layout.mortal:
+            observed["mask"] = Categorical(2, agents, dtype=torch.bool)
         self.observation_spec = self._of_agents(observed)
+        count = Unbounded(torch.Size([num_envs, 1]), dtype=torch.int32, device=self.device)
+        self.observation_spec["step_count"] = count
         if layout.state_size is not None:
             self.observation_spec["state"] = Unbounded(torch.Size([num_envs, layout.state_size]), device=self.device)
         action_spec = layout.action_spec.expand(torch.Size([num_envs, *layout.action_spec.shape]))
         self.action_spec = self._of_agents({"action": action_spec})
-        self.reward_spec = self._of_agents({"reward": Unbounded(torch.Size([num_envs, agents, 1]))})
+        self.reward_spec = self._of_agents({"reward": Unbounded(torch.Size([*agents, 1]))})
         flag = Categorical(2, shape=torch.Size([num_envs, 1]), dtype=torch.bool)
         flags = {"done": flag, "terminated": flag.clone(), "truncated": flag.clone()}
         self.done_spec = Composite(flags, shape=self.batch_size).to(self.device)
@@ -106,37 +128,25 @@ class BridgeEnv(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None) -> TensorDict:
         asked = None if tensordict is None else tensordict.get("_reset", None)
         which = torch.ones(self.batch_size, dtype=torch.bool) if asked is None else asked.squeeze(-1).cpu()
-        streams, seeds = draw_below(self._streams, 2**31 - 1)
-        self._streams = torch.where(which, streams, self._streams)
-        return self._data(self._begin(which, seeds))
+        self._streams, shown = self._begin(which, self._streams)
+        return self._data(shown)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        action = tensordict["agents", "action"]
-        spec = self.full_action_spec["agents", "action"]
-        if isinstance(spec, Bounded):
-            action = action.clamp(spec.space.low, spec.space.high)  # so that a plain Gaussian policy can act
-        data = self._advance(action)
-        reward = data.pop("reward").unsqueeze(-1)
-        terminated, truncated = data.pop("terminated").unsqueeze(-1), data.pop("truncated").unsqueeze(-1)
-        result = self._data(data)
-        if self.shared_reward:
-            reward = reward.sum(-2, keepdim=True).expand_as(reward)
-        result["agents", "reward"] = reward
-        flags = {"done": terminated | truncated, "terminated": terminated, "truncated": truncated}
-        return result.update(flags)
+        return self._data(self._advance(tensordict["agents", "action"]))
 
-    def _data(self, observed: dict[str, Tensor]) -> TensorDict:
-        state = {"state": observed.pop("state")} if "state" in observed else {}
-        group = TensorDict(observed, batch_size=[*self.batch_size, len(self.layout.agents)], device=self.device)
-        return TensorDict({"agents": group, **state}, batch_size=self.batch_size, device=self.device)
+    def _data(self, shown: Mapping[str, Tensor]) -> TensorDict:
+        group = {name: value for name, value in shown.items() if name not in _ROOT}
+        root: dict[str, Any] = {name: value for name, value in shown.items() if name in _ROOT}
+        root["agents"] = TensorDict(group, batch_size=[*self.batch_size, len(self.layout.agents)], device=self.device)
+        return TensorDict(root, batch_size=self.batch_size, device=self.device)
 
     @abstractmethod
-    def _begin(self, which: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        """Begin new episodes where ``which``, ``[B]``, with the seeds ``[B]``.
+    def _begin(self, which: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Begin new episodes where ``which``, ``[B]``, from the streams ``[B]``, both on the CPU.
 
         Returns:
-            ``observation [B, N, O]``, ``action_mask [B, N, A]`` and ``state [B, S]`` (where the layout has them) of all
-            environments, of those that go on as they were.
+            The streams after it, and what is seen of all environments, of those that go on as it was: the entries of
+            ``observation_spec`` without their groups.
         """
 
     @abstractmethod
@@ -144,19 +154,39 @@ class BridgeEnv(EnvBase):
         """Play the actions ``[B, N]`` or ``[B, N, A]``; no environment is reset here.
 
         Returns:
-            What ``_begin`` returns, ``reward [B, N]``, ``terminated [B]`` and ``truncated [B]``.
+            The entries of the specs of observations, reward and done flags without their groups.
         """
 
+    def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
+        """Draw random actions, legal ones where ``tensordict`` says which are: some packages die of others."""
+        if tensordict is None or not self.layout.masked:
+            return super().rand_action(tensordict)
+        legal = tensordict["agents", "action_mask"]
+        action = torch.multinomial(legal.flatten(0, 1).float(), 1).reshape(legal.shape[:-1])
+        return tensordict.set(("agents", "action"), action)
 
-def with_time_limit(env: BridgeEnv, max_steps: int) -> TransformedEnv:
-    """Truncate episodes after ``max_steps`` steps and sum up ``("agents", "episode_reward")``.
+    def render(self, env_index: int = 0) -> Tensor:
+        """Draw one of the environments with its own package's means.
 
-    Raises:
-        ValueError: if ``max_steps`` is below 1.
-    """
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    return TransformedEnv(env, Compose([StepCounter(max_steps=max_steps), RewardSum()]))
+        Args:
+            env_index: which one.
+
+        Returns:
+            Picture, ``uint8`` of shape ``[height, width, 3]``.
+
+        Raises:
+            ValueError: if there is no such environment, or its package cannot draw it here.
+        """
+        if not 0 <= env_index < self.batch_size[0]:
+            raise ValueError(f"env_index must be in 0..{self.batch_size[0] - 1}, got {env_index}")
+        try:
+            return torch.from_numpy(np.ascontiguousarray(self._draw(env_index)))
+        except Exception as error:  # each package fails in its own way where it finds no OpenGL or display
+            raise ValueError(f"the environment cannot be drawn here: {error}") from error
+
+    @abstractmethod
+    def _draw(self, env_index: int) -> np.ndarray:
+        """Return what ``render`` does."""
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torchrl.envs import Compose, EnvBase, RewardSum, SerialEnv, StepCounter, Transform, TransformedEnv
 
-from torchrl_marl.envs.bridge import with_time_limit
 from torchrl_marl.envs.check import missing_entries
 from torchrl_marl.envs.team_games import TeamGamesEnv, as_team_game
 from torchrl_marl.envs.vmas import make_env
@@ -98,7 +97,7 @@ def make_custom(
             "(parallel API) or Gymnasium, with reset and step, or a VMAS scenario object"
         )
     games = [as_team_game(made), *(as_team_game(make(copy)) for copy in range(1, num_envs))]
-    return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
+    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def _find(factory: str | Callable[..., Any] | None) -> tuple[Callable[..., Any], str]:

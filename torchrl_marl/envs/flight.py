@@ -15,7 +15,7 @@ In angles, these are the equations of motion in wind axes without sideslip:
     heading' = (L + T sin alpha) sin(roll) / (m speed cos(climb))
     roll'    = p + heading' sin(climb)
 
-Reference: Stevens, Lewis and Johnson, Aircraft Control and Simulation, 3rd edition, 2016, chapter 2 (wind axes).
+These are textbook mechanics, such as Stevens, Lewis and Johnson, Aircraft Control and Simulation, derive them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ GRAVITY = 9.80665  # m/s^2, standard gravity
 
 @dataclass(frozen=True)
 class Aircraft:
-    """A light subsonic jet, of the class of a BAE Hawk T1; figures of the public data sheet, rounded.
+    """A light subsonic jet; figures typical of trainers of the class of a BAE Hawk, right in their order of magnitude.
 
     Lift grows with the angle of attack by Helmbold's slope for wings of low aspect ratio, up to the stall, and falls as
     fast beyond it. Drag is the parabolic polar; beyond the stall it goes on with the lift that an attached flow would
@@ -70,9 +70,9 @@ class Aircraft:
     aspect_ratio: float = 5.3
     """span^2 / area, of a span of 9.4 m"""
     oswald_efficiency: float = 0.8
-    """of the span, 0.7 to 0.85 for swept wings (Raymer, Aircraft Design, 6th edition, section 12.6)"""
+    """of the span; typical of swept wings, for which 0.7 to 0.85 is usual"""
     zero_lift_drag: float = 0.025
-    """coefficient; with the thrust it gives the Hawk's top speed near the ground, about 290 m/s"""
+    """coefficient; with the thrust it gives a top speed near the ground of about 290 m/s, typical of such jets"""
     max_thrust: float = 23_000.0
     """N at sea level; falls in proportion to the density of the air"""
     stall_angle: float = math.radians(15)
@@ -90,7 +90,7 @@ class Aircraft:
 
     @property
     def lift_slope(self) -> float:
-        """Change of the lift coefficient with the angle of attack, 1/rad: Helmbold, 1942, for an unswept wing."""
+        """Change of the lift coefficient with the angle of attack, 1/rad: Helmbold's formula for an unswept wing."""
         return 2 * math.pi * self.aspect_ratio / (2 + math.hypot(self.aspect_ratio, 2))
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase, VmasWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_marl.envs.bridge import import_extra
+from torchrl_marl.envs.bridge import BridgeEnv, import_extra
 from torchrl_marl.envs.check import innermost
 from torchrl_marl.envs.random_state import preserve_random_state
 from torchrl_marl.modules import with_recurrent_state
@@ -51,13 +51,14 @@ def render_episode(
 ) -> Path:
     """Film one episode, played with the policy's deterministic actions, and write it as a GIF or an MP4.
 
-    The library's own games draw themselves, and so does any other environment with a ``render(env_index)``. VMAS draws
-    the frames off screen; where OpenGL is missing we draw the same entities with Pillow. No display is needed. The
-    random state of the process is left as it was, but the environment is reset and stepped: film on one of its own.
+    The library's own games draw themselves, those of other packages are drawn by these, if they can, and so is any
+    environment with a ``render(env_index)``. VMAS draws the frames off screen; where OpenGL is missing we draw the same
+    entities with Pillow. No display is needed. The random state of the process is left as it was, but the environment
+    is reset and stepped: film on one of its own.
 
     Args:
-        env: a VMAS environment, such as one from ``make_env``, or one that draws itself, such as ``CoordSumEnv``: with
-            a method ``render(env_index)`` that returns uint8 ``[height, width, 3]``.
+        env: a VMAS environment, such as one from ``make_env``, or one that draws itself, such as ``CoordSumEnv`` or a
+            bridge to another package: with a method ``render(env_index)`` that returns uint8 ``[height, width, 3]``.
         policy: writes the actions, such as the actor of a loss.
         path: file to write; ends in ".gif" or ".mp4". Missing folders are made.
         max_steps: the film stops here, or earlier when the episode ends.
@@ -135,7 +136,10 @@ class _Camera:
     def shoot(self) -> None:
         from PIL import Image
 
-        self._images.append(Image.fromarray(self._env.render(self._env_index).numpy()))
+        image = Image.fromarray(self._env.render(self._env_index).numpy())
+        if isinstance(self._env, BridgeEnv):
+            image.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
+        self._images.append(image)
 
     def images(self) -> list[Image]:
         return self._images

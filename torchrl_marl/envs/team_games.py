@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.bridge import BridgeEnv, Layout, check_options, import_extra, with_time_limit
+from torchrl_marl.envs.bridge import BridgeEnv, Layout, check_options, import_extra
+from torchrl_marl.envs.random_streams import draw_below
 
 __all__ = ["TeamGame", "TeamGamesEnv", "as_team_game", "make_lbforaging", "make_pettingzoo", "make_rware"]
 
@@ -47,8 +49,8 @@ class TeamGame(ABC):
         """Play the actions of all agents, ``[N]`` or ``[N, A]``."""
 
     @abstractmethod
-    def render(self) -> np.ndarray | None:
-        """Draw the game, ``[height, width, 3]``, if it can."""
+    def draw(self) -> np.ndarray:
+        """Return a picture, ``uint8`` of shape ``[height, width, 3]``, or raise whatever says why there is none."""
 
 
 class TeamGamesEnv(BridgeEnv):
@@ -58,6 +60,7 @@ class TeamGamesEnv(BridgeEnv):
 
     Args:
         games: equal games, one for each environment of the batch.
+        max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards.
         seed: of the random streams; ``None`` draws one from Torch's global generator.
         device: where the tensors are.
@@ -67,44 +70,62 @@ class TeamGamesEnv(BridgeEnv):
     """
 
     def __init__(
-        self, games: Sequence[TeamGame], *, shared_reward: bool, seed: int | None, device: torch.device | str
+        self,
+        games: Sequence[TeamGame],
+        *,
+        max_steps: int,
+        shared_reward: bool,
+        seed: int | None,
+        device: torch.device | str,
     ) -> None:
         if not games:
             raise ValueError("num_envs must be at least 1, got 0")
-        layout = games[0].layout
-        super().__init__(layout, num_envs=len(games), shared_reward=shared_reward, seed=seed, device=device)
+        super().__init__(
+            games[0].layout,
+            num_envs=len(games),
+            max_steps=max_steps,
+            shared_reward=shared_reward,
+            seed=seed,
+            device=device,
+        )
         self._games = games
         self._seen: list[dict[str, np.ndarray]] = [{}] * len(games)
+        self._steps = torch.zeros(len(games), 1, dtype=torch.int32)
+        self._returns = torch.zeros(len(games), len(self.layout.agents), 1)
 
-    def render(self, env_index: int) -> Tensor:
-        """Draw one of the games.
+    def _begin(self, which: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn, seeds = draw_below(streams, 2**31 - 1)
+        for index in which.nonzero().flatten().tolist():
+            self._seen[index] = self._games[index].reset(int(seeds[index]))
+        self._steps = self._steps.masked_fill(which[:, None], 0)
+        self._returns = self._returns.masked_fill(which[:, None, None], 0)
+        return torch.where(which, drawn, streams), self._shown()
 
-        Returns:
-            uint8, ``[height, width, 3]``.
+    def _advance(self, action: Tensor) -> dict[str, Tensor]:
+        spec = self.layout.action_spec
+        if isinstance(spec, Bounded):  # so that a plain Gaussian policy can act
+            action = action.clamp(spec.space.low.to(action.device), spec.space.high.to(action.device))
+        turns = [game.step(own) for game, own in zip(self._games, action.cpu().numpy(), strict=True)]
+        self._seen = [turn.seen for turn in turns]
+        reward = torch.tensor([list(turn.reward) for turn in turns], dtype=torch.float32).unsqueeze(-1)
+        if self.shared_reward:
+            reward = reward.sum(-2, keepdim=True).expand_as(reward)
+        self._steps, self._returns = self._steps + 1, self._returns + reward
+        terminated, truncated = torch.tensor([[turn.terminated, turn.truncated] for turn in turns]).split(1, -1)
+        truncated = (truncated | (self._steps >= self.max_steps)) & ~terminated
+        flags = {"done": terminated | truncated, "terminated": terminated, "truncated": truncated}
+        return {**self._shown(), "reward": reward, **flags}
 
-        Raises:
-            ValueError: if the game does not draw itself so.
-        """
-        picture = self._games[env_index].render()
+    def _shown(self) -> dict[str, Tensor]:
+        seen = {key: torch.from_numpy(np.stack([seen[key] for seen in self._seen])) for key in self._seen[0]}
+        return {**seen, "episode_reward": self._returns, "step_count": self._steps}
+
+    def _draw(self, env_index: int) -> np.ndarray:
+        picture = self._games[env_index].draw()
         if getattr(picture, "dtype", None) != np.uint8 or getattr(picture, "shape", ())[2:] != (3,):
             found = type(picture).__name__ if picture is None else f"{picture.dtype} {picture.shape}"
             raise ValueError(f"render() must return uint8 [height, width, 3] (render_mode='rgb_array'); got {found}")
-        return torch.from_numpy(np.ascontiguousarray(picture))
-
-    def _begin(self, which: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        for index in which.nonzero().flatten().tolist():
-            self._seen[index] = self._games[index].reset(int(seeds[index]))
-        return self._stacked()
-
-    def _advance(self, action: Tensor) -> dict[str, Tensor]:
-        turns = [game.step(own) for game, own in zip(self._games, action.cpu().numpy(), strict=True)]
-        self._seen = [turn.seen for turn in turns]
-        reward = torch.tensor([list(turn.reward) for turn in turns], dtype=torch.float32, device=self.device)
-        flags = torch.tensor([[turn.terminated, turn.truncated] for turn in turns], device=self.device)
-        return {**self._stacked(), "reward": reward, "terminated": flags[:, 0], "truncated": flags[:, 1]}
-
-    def _stacked(self) -> dict[str, Tensor]:
-        return {key: torch.from_numpy(np.stack([seen[key] for seen in self._seen])) for key in self._seen[0]}
+        return picture
 
 
 class _Game(TeamGame):
@@ -142,8 +163,9 @@ class _Game(TeamGame):
             )
         return Turn(self._seen(observation), self._of_each(reward), any(ended), any(cut) and not any(ended))
 
-    def render(self) -> np.ndarray | None:
-        return self.env.render()
+    def draw(self) -> np.ndarray:
+        mode = {"mode": "rgb_array"} if "mode" in inspect.signature(self.env.render).parameters else {}
+        return self.env.render(**mode)
 
     def _of_each(self, values: Any) -> list[Any]:
         """Return the entries of a dictionary or a list in the agents' order; a single value is everyone's."""
@@ -237,7 +259,7 @@ def make_lbforaging(
     options = {**_registered("lbforaging", scenario), **(scenario_kwargs or {}), "max_episode_steps": float("inf")}
     check_options(build, options, scenario)
     games = [as_team_game(build(**options)) for _ in range(num_envs)]
-    return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
+    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def make_rware(
@@ -276,7 +298,7 @@ def make_rware(
     options = {**_registered("rware", scenario), **(scenario_kwargs or {}), "max_steps": None}
     check_options(build, options, scenario)
     games = [as_team_game(build(**options)) for _ in range(num_envs)]
-    return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
+    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def make_pettingzoo(
@@ -318,8 +340,9 @@ def make_pettingzoo(
     module = importlib.import_module(f"{package}.{scenario}")
     options = {**(scenario_kwargs or {}), "max_cycles": max_steps}
     check_options(module.raw_env, options, scenario)
+    options["render_mode"] = "rgb_array"
     games = [as_team_game(module.parallel_env(**options)) for _ in range(num_envs)]
-    return with_time_limit(TeamGamesEnv(games, shared_reward=shared_reward, seed=seed, device=device), max_steps)
+    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def _registered(package: str, scenario: str) -> dict[str, Any]:

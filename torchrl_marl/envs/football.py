@@ -1,0 +1,115 @@
+"""Google Research Football: academy scenarios and matches, agents on the left team."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torchrl.data import Categorical
+from torchrl.envs import EnvBase
+
+from torchrl_marl.envs.bridge import Layout, import_extra
+from torchrl_marl.envs.team_games import TeamGame, TeamGamesEnv, Turn
+
+__all__ = ["make_football"]
+
+_ACTIVE = slice(97, 108)  # of the 115 numbers: which player of the team the observer is
+_CHECKPOINTS, _CHECKPOINT_REWARD = 10, 0.1
+
+
+class _FootballGame(TeamGame):
+    """A match as the engine plays it, in the numbers of ``simple115v2``."""
+
+    def __init__(self, scenario: str, num_agents: int, checkpoints: bool) -> None:
+        football, self._checkpoints = import_extra("gfootball.env.football_env", "football"), checkpoints
+        self._convert = import_extra("gfootball.env.wrappers", "football").Simple115StateWrapper.convert_observation
+        players = [f"agent:left_players={num_agents}"]
+        config = import_extra("gfootball.env.config", "football").Config({"level": scenario, "players": players})
+        self._config, self.env = config, football.FootballEnv(config)
+        actions = Categorical(19, shape=torch.Size([num_agents]))
+        names = [f"left_{index}" for index in range(num_agents)]
+        self.layout = Layout(names, 115, actions, state_size=115 - (_ACTIVE.stop - _ACTIVE.start))
+
+    def reset(self, seed: int) -> dict[str, np.ndarray]:
+        self._config["game_engine_random_seed"] = seed
+        self._config["reverse_team_processing"] = bool(seed % 2)  # the engine would keep that of the first episode
+        self._passed = np.zeros(len(self.layout.agents), dtype=int)
+        return self._seen(self.env.reset())
+
+    def step(self, action: np.ndarray) -> Turn:
+        observation, reward, over, info = self.env.step(action.tolist())
+        at_limit = observation[0]["steps_left"] == 0 and info["score_reward"] == 0
+        if self._checkpoints:
+            reward = reward + self._checkpoint_reward(observation, info["score_reward"] > 0)
+        return Turn(self._seen(observation), reward.tolist(), over and not at_limit, over and at_limit)
+
+    def draw(self) -> np.ndarray:
+        raise NotImplementedError("its engine draws on OpenGL only")
+
+    def _checkpoint_reward(self, observation: list[dict[str, Any]], scored: bool) -> np.ndarray:
+        """0.1 for each of ten rings about the goal that a player is the first of its own to carry the ball into.
+
+        They lie at distances from 0.99 to 0.19 (half the pitch is 1); with a goal, all that are left are paid.
+        """
+        passed = self._passed.copy()
+        for index, own in enumerate(observation):
+            x, y = own["ball"][:2]
+            inside = math.floor((0.99 - math.hypot(x - 1, y)) * (_CHECKPOINTS - 1) / 0.8 + 1e-6) + 1
+            if scored:
+                passed[index] = _CHECKPOINTS
+            elif own["ball_owned_team"] == 0 and own["ball_owned_player"] == own["active"]:
+                passed[index] = max(passed[index], min(inside, _CHECKPOINTS))
+        earned, self._passed = passed - self._passed, passed
+        return _CHECKPOINT_REWARD * earned.astype(np.float32)
+
+    def _seen(self, observation: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        numbers = self._convert(observation, True)
+        return {"observation": numbers, "state": np.delete(numbers[0], _ACTIVE)}
+
+
+def make_football(
+    scenario: str = "academy_3_vs_1_with_keeper",
+    *,
+    num_envs: int,
+    num_agents: int = 3,
+    max_steps: int = 400,
+    checkpoints: bool = True,
+    shared_reward: bool = False,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+) -> EnvBase:
+    """Build a scenario of Google Research Football, with agents for the first players of the left team.
+
+    Observations are the 115 numbers of ``simple115v2``: places and directions of all players and the ball, who has it,
+    which player one is, the mode of the game. ``"state"`` is the same without the observer, ``[104]``. All 19 actions
+    are always legal. A goal, and in the academy's scenarios the loss of the ball, are terminations; the time limits,
+    ``max_steps`` and the scenario's own, are truncations.
+
+    Args:
+        scenario: a module of ``gfootball.scenarios``.
+        num_envs: number of environments; each has an engine of its own, all in this process.
+        num_agents: players that agents control. Papers use 3 in academy_3_vs_1_with_keeper, 2 in the two
+            pass_and_shoot scenarios, 4 in the counterattacks and 5_vs_5, 10 in academy_corner and 11_vs_11.
+        max_steps: time limit of an episode.
+        checkpoints: whether a player also earns 0.1 for each of ten rings about the goal that it carries the ball into.
+        shared_reward: whether every agent gets the sum of all agents' rewards. A goal is 1 for every agent anyway.
+        seed: of the random streams; ``None`` draws one from Torch's global generator.
+        device: where the tensors are.
+
+    Returns:
+        The environments, with batch size ``[num_envs]``.
+
+    Raises:
+        ImportError: if the game is not installed. It is built from source: ``docs/environments.md`` has the commands.
+        ValueError: if an argument is out of its range or there is no such scenario.
+    """
+    import_extra("gfootball", "football")
+    scenarios = import_extra("gfootball.env.scenario_builder", "football").all_scenarios()
+    if scenario not in scenarios:
+        raise ValueError(f"gfootball has no scenario {scenario!r}; it has {', '.join(sorted(scenarios))}")
+    if not 1 <= num_agents <= 11:
+        raise ValueError(f"num_agents must be in 1..11, got {num_agents}")
+    games = [_FootballGame(scenario, num_agents, checkpoints) for _ in range(num_envs)]
+    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)

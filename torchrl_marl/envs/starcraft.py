@@ -1,0 +1,132 @@
+"""SMACv2: StarCraft II itself, which every environment runs in a process of its own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torchrl.data import Categorical
+from torchrl.envs import EnvBase
+
+from torchrl_marl.envs.bridge import Layout
+from torchrl_marl.envs.team_games import TeamGame, TeamGamesEnv, Turn
+
+__all__ = ["make_smacv2"]
+
+_PACKAGE = 'pip install "git+https://github.com/oxwhirl/smacv2.git" "protobuf<3.21"'
+_GAME = (
+    "StarCraft II was not found. It is not free software: download Blizzard's Linux package (4.10) from "
+    "https://github.com/Blizzard/s2client-proto#linux-packages, unpack it and set SC2PATH to the folder StarCraftII, "
+    "then unpack SMAC_Maps of https://github.com/oxwhirl/smacv2/releases into its folder Maps"
+)
+_RACES = {  # units, their weights, and which of them must not be a whole team
+    "terran": (["marine", "marauder", "medivac"], [0.45, 0.45, 0.1], ["medivac"]),
+    "protoss": (["stalker", "zealot", "colossus"], [0.45, 0.45, 0.1], []),
+    "zerg": (["zergling", "baneling", "hydralisk"], [0.45, 0.1, 0.45], ["baneling"]),
+}
+
+
+class _StarCraftGame(TeamGame):
+    """One game behind SMAC's interface: ``get_obs``, ``get_state``, ``get_avail_actions`` and ``step``'s info."""
+
+    def __init__(self, env: Any) -> None:
+        self.env = env
+        sizes = env.get_env_info()
+        agents = [f"agent_{index}" for index in range(sizes["n_agents"])]
+        actions = Categorical(sizes["n_actions"], shape=torch.Size([len(agents)]))
+        self.layout = Layout(agents, sizes["obs_shape"], actions, sizes["state_shape"], masked=True, mortal=True)
+
+    def reset(self, seed: int) -> dict[str, np.ndarray]:
+        try:
+            self.env.reset()  # what it returns is not always there
+        except FileNotFoundError as error:
+            raise FileNotFoundError(_GAME) from error
+        return self._seen()
+
+    def step(self, action: np.ndarray) -> Turn:
+        timeouts = self.env.get_stats()["timeouts"]
+        reward, over, info = self.env.step(action.tolist())
+        # An end without any news is that of a game that had to be started again.
+        truncated = over and (not info or self.env.get_stats()["timeouts"] > timeouts)
+        return Turn(self._seen(), [float(reward)] * len(self.layout.agents), over and not truncated, truncated)
+
+    def draw(self) -> np.ndarray:
+        raise NotImplementedError("the game opens a window of its own")
+
+    def _seen(self) -> dict[str, np.ndarray]:
+        legal = np.array(self.env.get_avail_actions(), dtype=bool)
+        return {
+            "observation": np.array(self.env.get_obs(), dtype=np.float32),
+            "action_mask": legal,
+            "mask": legal[:, 1:].sum(1) > 0,  # the dead can do nothing else than nothing, action 0
+            "state": np.array(self.env.get_state(), dtype=np.float32),
+        }
+
+
+def make_smacv2(
+    scenario: str = "terran_5_vs_5",
+    *,
+    num_envs: int,
+    max_steps: int = 200,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+) -> EnvBase:
+    """Build a scenario of SMACv2, with teams and starts drawn anew for every episode.
+
+    It needs StarCraft II. SMAX (``make_jaxmarl("smax-smacv2_5_units")``) has similar battles in a physics of its own,
+    a thousand times as fast. The reward is the team's, scaled by SMAC so that an episode gives at most 20; dead
+    agents have only the action 0 and are not in ``("agents", "mask")``. Winning and losing are terminations, the time
+    limits truncations, of which SMAC itself makes terminations. The game draws its starts from generators that no seed
+    reaches.
+
+    Args:
+        scenario: ``RACE_N_vs_M``, or with ``_epo`` behind it for extended partial observability; RACE is terran,
+            protoss or zerg; papers use 5_vs_5, 10_vs_10, 10_vs_11, 20_vs_20 and 20_vs_23.
+        num_envs: number of environments, each a process of the game.
+        max_steps: time limit of an episode; the maps have one of 200 of their own.
+        seed: of the game's own random numbers.
+        device: where the tensors are.
+
+    Returns:
+        The environments, with batch size ``[num_envs]``.
+
+    Raises:
+        FileNotFoundError: at the first reset, if there is no StarCraft II, with the steps that install it.
+        ImportError: if ``smacv2`` is not installed, with the command that does.
+        ValueError: if an argument is out of its range or the name of another form.
+    """
+    match = re.fullmatch(rf"({'|'.join(_RACES)})_(\d+)_vs_(\d+)(_epo)?", scenario)
+    if match is None:
+        raise ValueError(f"scenario must be RACE_N_vs_M[_epo], such as terran_5_vs_5; got {scenario!r}")
+    try:
+        from smacv2.env import StarCraftCapabilityEnvWrapper  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ImportError(f"SMACv2 is not on PyPI ({error}): {_PACKAGE}, in an environment of its own") from error
+    race, allies, enemies = match[1], int(match[2]), int(match[3])
+    unit_types, weights, exceptions = _RACES[race]
+    options: dict[str, Any] = {
+        "map_name": f"10gen_{race}",
+        "capability_config": {
+            "n_units": allies,
+            "n_enemies": enemies,
+            "team_gen": {
+                "dist_type": "weighted_teams",
+                "unit_types": unit_types,
+                "weights": weights,
+                "exception_unit_types": exceptions,
+                "observe": True,
+            },
+            "start_positions": {"dist_type": "surrounded_and_reflect", "p": 0.5, "map_x": 32, "map_y": 32},
+        },
+        "conic_fov": False,
+        "obs_own_pos": True,
+        "use_unit_ranges": True,
+        "min_attack_range": 2,
+        "seed": seed,
+    }
+    if match[4]:
+        options |= {"prob_obs_enemy": 0.0, "action_mask": False}
+    games = [_StarCraftGame(StarCraftCapabilityEnvWrapper(**options)) for _ in range(num_envs)]
+    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=False, seed=seed, device=device)

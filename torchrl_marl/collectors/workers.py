@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
@@ -63,8 +64,9 @@ class WorkerCollector:
         """
         data = iter(self._engine)
         while True:
-            with _lost_workers_named():
-                self._send_weights()
+            self._send_weights()
+            with _lost_workers_named(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="RayCollector iteration started before weight")
                 batch = next(data)
             rows = batch.flatten(0, -2).to(self._device)  # Ray stacks workers, [workers, num_envs of each, T]
             rows.names = [None, "time"]
@@ -81,9 +83,10 @@ class WorkerCollector:
             self._engine.map_fn("restart", [(seed, part, self._num_workers) for part in range(self._num_workers)])
 
     def _send_weights(self) -> None:
-        # TorchRL's own way of sending waits forever for the answer of a worker that died in between
+        # TorchRL's own ways of sending wait forever for a worker that dies meanwhile, or open a port for each worker
         weights = TensorDict.from_module(self._policy).data.cpu()
-        self._engine.map_fn("receive", [(weights,)] * self._num_workers)
+        with _lost_workers_named():
+            self._engine.map_fn("receive", [(weights,)] * self._num_workers)
 
     def shutdown(self) -> None:
         """End the workers; more than once does no harm."""
@@ -192,10 +195,10 @@ def ray_collector(
         collector_class=cast("Any", Worker),
         collector_kwargs={"auto_register_policy_transforms": False},  # the environments have them
         sync=True,
+        weight_sync_schemes={},
         ray_init_config=init | ({} if address is None else {"address": address}),
         remote_configs=resources,
     )
-    engine.update_policy_weights_(policy)  # or it warns
     return WorkerCollector(engine, policy, num_workers=num_workers, device=env.device)
 
 

@@ -523,7 +523,7 @@ class _Tracer(TorchFunctionMode):
             near = self._near.pop(pair, None)
         effects = force_a, torque_a, force_b, torque_b
         if near is not None:
-            effects = tuple(near * effect for effect in effects)
+            effects = tuple(torch.where(near, effect, 0.0) if isinstance(effect, Tensor) else 0 for effect in effects)
         force_a, torque_a, force_b, torque_b = effects
         self._world_forces(a, force_a, torque_a, b, force_b, torque_b)
 

@@ -218,12 +218,12 @@ def test_an_environments_own_limit_and_its_end_keep_their_names():
     assert not data["terminated"].any()
     data = rollout(make_custom(Named, num_envs=8, max_steps=6, seed=0), 20)["next"]
     assert data["terminated"].any()
-    assert torch.equal(data["truncated"], data["step_count"] == 6)
+    assert torch.equal(data["truncated"], (data["step_count"] == 6) & ~data["terminated"])
 
 
 def test_a_factory_gets_what_it_takes():
     env = make_custom(Named, num_envs=2, max_steps=7, seed=30)
-    assert [game.env.made_of for game in env.base_env._games] == [(30, 7, "rgb_array"), (31, 7, "rgb_array")]
+    assert [game.env.made_of for game in env._games] == [(30, 7, "rgb_array"), (31, 7, "rgb_array")]
 
 
 def test_games_that_draw_themselves_are_filmed_and_others_say_what_is_missing(tmp_path):

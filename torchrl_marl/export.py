@@ -20,7 +20,7 @@ from torchrl.modules import ProbabilisticActor
 
 from torchrl_marl.checkpoints import POLICY_BUILDERS, best_checkpoint, load_policy, read_metadata
 from torchrl_marl.envs.bridge import import_extra
-from torchrl_marl.modules import AgentNetworks, GroupShape, MultiAgentGRU, RecurrentModule
+from torchrl_marl.modules import AgentNetworks, GroupShape, RecurrentModule
 from torchrl_marl.modules.layers import OneHotAgentID
 
 __all__ = ["export_policy"]
@@ -166,9 +166,6 @@ def _trace(actor: ProbabilisticActor, shape: GroupShape, agent: int | None, exam
             actor.set_submodule(name, own)
         elif agent is not None and isinstance(module, OneHotAgentID):
             module.ids = module.ids[agent : agent + 1].clone()
-        elif agent is not None and isinstance(module, MultiAgentGRU) and module.weight_ih.ndim == 3:
-            for parameter in module.parameters():
-                parameter.data = parameter.data[agent].clone()
         elif agent is not None and isinstance(module, RecurrentModule):
             module.state_shape = torch.Size([1, module.state_shape[-1]])
     inputs = dict(_of_agent(example, agent))
@@ -183,8 +180,9 @@ class _OneByOne(nn.Module):
         super().__init__()
         self.networks = networks
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs = [network(inputs[..., index, :]) for index, network in enumerate(self.networks)]
+    def forward(self, *inputs: Tensor) -> Tensor:
+        slots = zip(*(values.unbind(-2) for values in inputs), strict=True)
+        outputs = [network(*own) for network, own in zip(self.networks, slots, strict=True)]
         return torch.stack(outputs, -2)
 
 

@@ -57,14 +57,10 @@ def test_film_has_a_frame_for_the_start_and_one_per_step(tmp_path):
 
 
 def test_an_mp4_has_a_frame_per_step_and_a_last_one_that_stays(tmp_path):
-    pytest.importorskip("imageio_ffmpeg")
-    from imageio.v3 import imread
-
+    count_frames = pytest.importorskip("imageio_ffmpeg").count_frames_and_secs
     env = make_env("navigation", num_envs=1, max_steps=100, seed=0)
     path = render_episode(env, env.rand_action, tmp_path / "film.MP4", max_steps=5, fps=10)
-    frames, height, width, _ = imread(path, plugin="FFMPEG").shape
-    assert frames == 6 + 15
-    assert (height % 2, width % 2) == (0, 0)
+    assert count_frames(str(path))[0] == 6 + 15
 
 
 def test_missing_ffmpeg_names_the_command_that_installs_it(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def make_update(
         >>> from torchrl_marl.objectives import MAPPOLoss
         >>> env = make_coordsum("CoordSum-3x10", num_envs=4, seed=0)
         >>> loss = MAPPOLoss(actor := make_actor(env), make_critic(env), functional=False)
-        >>> loss.make_value_estimator(gamma=0.99, lmbda=0.95)
+        >>> _ = loss.make_value_estimator(gamma=0.99, lmbda=0.95)
         >>> with torch.no_grad():
         ...     rows = loss.value_estimator(env.rollout(5, actor)).reshape(-1)
         >>> optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3, fused=True)

@@ -514,18 +514,17 @@ class _Tracer(TorchFunctionMode):
             self._joints_to_come.add(pair)
         return answer
 
-    def _forces(self, a: Any, force_a: Tensor, torque_a: Any, b: Any, force_b: Tensor, torque_b: Any) -> None:
-        pair = frozenset({a.name, b.name})
-        near = None
+    def _forces(self, a: Any, force_a: Any, torque_a: Any, b: Any, force_b: Any, torque_b: Any) -> None:
+        pair, near = frozenset({a.name, b.name}), None
         if pair in self._joints_to_come:  # a joint pulls at any distance; the collision of its bodies comes after it
             self._joints_to_come.remove(pair)
         else:
             near = self._near.pop(pair, None)
-        effects = force_a, torque_a, force_b, torque_b
-        if near is not None:
-            effects = tuple(torch.where(near, effect, 0.0) if isinstance(effect, Tensor) else 0 for effect in effects)
-        force_a, torque_a, force_b, torque_b = effects
-        self._world_forces(a, force_a, torque_a, b, force_b, torque_b)
+
+        def felt(effect: Any) -> Any:
+            return effect if near is None or not isinstance(effect, Tensor) else torch.where(near, effect, 0.0)
+
+        self._world_forces(a, felt(force_a), felt(torque_a), b, felt(force_b), felt(torque_b))
 
     def _distance(self, a: Any, b: Any, env_index: int | None = None) -> Tensor:
         distance = self._world_distance(a, b, env_index)

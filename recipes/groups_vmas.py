@@ -18,19 +18,17 @@ from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 from torch import Tensor
-from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
-from torchrl_marl.collectors import split_into_chunks
+from torchrl_marl.collectors import minibatches, split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.objectives import standardize
 from torchrl_marl.training import Run
+from torchrl_marl.updates import make_update
 
 
 class Learner:
-    """Networks, loss, buffer and optimiser of one group."""
+    """Networks, loss and optimiser of one group."""
 
     def __init__(self, cfg: DictConfig, shape: GroupShape, device: str) -> None:
         self.cfg, self.name = cfg, shape.name
@@ -38,14 +36,8 @@ class Learner:
         self.critic = instantiate(cfg.critic, shape, device=device)
         self.loss = instantiate(cfg.loss, self.actor, self.critic)
         self.loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
-        self.compute_loss = torch.compile(self.loss) if cfg.compile else self.loss
         self.optimizer = instantiate(cfg.optimizer, self.loss.parameters())
-        steps = cfg.chunk_length or 1
-        self.buffer = ReplayBuffer(
-            storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // steps, device=device),  # rounded up
-            sampler=SamplerWithoutReplacement(),
-            batch_size=math.ceil(cfg.minibatch_size / steps),
-        )
+        self.update = make_update(self.loss, self.optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     def learn(self, batch: TensorDictBase) -> Iterator[dict[str, Tensor]]:
         """Train on what the group has seen; yield what each minibatch measured."""
@@ -54,17 +46,10 @@ class Learner:
             self.loss.value_estimator(batch)
             self.loss.update_value_norm(batch)
             batch["advantage"] = standardize(batch["advantage"], batch.get((self.name, "mask")))
-        self.buffer.empty()
-        self.buffer.extend(split_into_chunks(batch.select(*self.loss.in_keys, strict=False), self.cfg.chunk_length))
+        rows = split_into_chunks(batch.select(*self.loss.in_keys, strict=False), self.cfg.chunk_length)
         for _ in range(self.cfg.epochs):
-            for minibatch in self.buffer:
-                losses = self.compute_loss(minibatch)
-                total = losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]
-                total.backward()
-                grad_norm = torch.nn.utils.clip_grad_norm_(self.loss.parameters(), self.cfg.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                yield {f"{self.name}/{name}": value for name, value in [*losses.items(), ("grad_norm", grad_norm)]}
+            for minibatch in minibatches(rows, math.ceil(self.cfg.minibatch_size / (self.cfg.chunk_length or 1))):
+                yield {f"{self.name}/{name}": value for name, value in self.update(minibatch).items()}
 
 
 @recipe(Path(__file__).parent / "config", "groups_vmas")
@@ -81,9 +66,7 @@ def main(cfg: DictConfig) -> float:
 
     policy = TensorDictSequential([collection_policy(learner.actor, learner.critic) for learner in learners])
     env = with_recurrent_state(env, policy)
-    collector = Collector(
-        env, policy, frames_per_batch=cfg.frames_per_batch, total_frames=-1, auto_register_policy_transforms=False
-    )
+    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
 
     actor = TensorDictSequential([learner.actor for learner in learners])
     own = {f"loss_{learner.name}": learner.loss for learner in learners}

@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
-from torchrl_marl.collectors import NextStepKeys, split_into_chunks
+from torchrl_marl.collectors import NextStepKeys, minibatches, split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.evaluation import plot_kl_interval
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.objectives import MARPOLoss, standardize
 from torchrl_marl.training import Run
+from torchrl_marl.updates import make_update
 
 
 @recipe(Path(__file__).parent / "config", "marpo_vmas")
@@ -39,19 +38,13 @@ def main(cfg: DictConfig) -> float:
 
     loss = instantiate(cfg.loss, actor, critic)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
-    compute_loss = torch.compile(loss) if cfg.compile else loss
     optimizer = instantiate(cfg.optimizer, loss.parameters())
+    update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
     add_next_step = NextStepKeys(action=(shape.name, "action"), log_prob=(shape.name, "action_log_prob"))
 
     policy = collection_policy(actor, critic)
     env = with_recurrent_state(env, policy)
     collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
-    steps = cfg.chunk_length or 1
-    buffer = ReplayBuffer(  # of chunks: consecutive steps share the pass through the policy
-        storage=LazyTensorStorage((cfg.frames_per_batch + cfg.env.num_envs) // steps, device=device),  # rounded up
-        sampler=SamplerWithoutReplacement(),
-        batch_size=math.ceil(cfg.minibatch_size / steps),
-    )
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
@@ -61,17 +54,10 @@ def main(cfg: DictConfig) -> float:
             batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")))
             add_next_step(batch)
 
-        buffer.empty()
-        buffer.extend(split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length))
+        rows = split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length)  # steps share a pass
         for _ in range(cfg.epochs):
-            for minibatch in buffer:
-                losses = compute_loss(minibatch)
-                total = losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]
-                total.backward()
-                grad_norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), cfg.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                run.record({**losses, "grad_norm": grad_norm})
+            for minibatch in minibatches(rows, math.ceil(cfg.minibatch_size / (cfg.chunk_length or 1))):
+                run.record(update(minibatch))
     follows_kl = isinstance(loss, MARPOLoss) and loss.uses_kl
     plots = [partial(plot_kl_interval, group=shape.name)] if follows_kl else []
     return run.finish(*plots)

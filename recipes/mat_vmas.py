@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.data.replay_buffers import SamplerWithoutReplacement
 
+from torchrl_marl.collectors import minibatches
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape
 from torchrl_marl.objectives import standardize
 from torchrl_marl.training import Run
+from torchrl_marl.updates import make_update
 
 
 @recipe(Path(__file__).parent / "config", "mat_vmas")
@@ -35,15 +35,10 @@ def main(cfg: DictConfig) -> float:
 
     loss = instantiate(cfg.loss, actor, critic)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
-    compute_loss = torch.compile(loss) if cfg.compile else loss
     optimizer = instantiate(cfg.optimizer, loss.parameters())
+    update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     collector = instantiate(cfg.collector, env, actor, frames_per_batch=cfg.frames_per_batch)
-    buffer = ReplayBuffer(
-        storage=LazyTensorStorage(cfg.frames_per_batch + cfg.env.num_envs, device=device),  # batches are rounded up
-        sampler=SamplerWithoutReplacement(),
-        batch_size=cfg.minibatch_size,
-    )
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
@@ -52,17 +47,10 @@ def main(cfg: DictConfig) -> float:
             loss.update_value_norm(batch)
             batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")))
 
-        buffer.empty()
-        buffer.extend(batch.reshape(-1).select(*loss.in_keys, strict=False))
+        rows = batch.reshape(-1).select(*loss.in_keys, strict=False)
         for _ in range(cfg.epochs):
-            for minibatch in buffer:
-                losses = compute_loss(minibatch)
-                total = losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]
-                total.backward()
-                grad_norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), cfg.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                run.record({**losses, "grad_norm": grad_norm})
+            for minibatch in minibatches(rows, cfg.minibatch_size):
+                run.record(update(minibatch))
     return run.finish()
 
 

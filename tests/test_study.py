@@ -30,7 +30,7 @@ def settings(config: DictConfig) -> Iterator[tuple[str, object]]:
     """What recipes/compare.py wants equal on a task."""
     yield from (("frames", config.total_frames), ("interval", config.evaluation.interval))
     yield from (("episodes", config.evaluation.episodes),)
-    yield from ((key, value) for key, value in config.env.items() if key != "num_envs")
+    yield from ((key, value) for key, value in config.env.items() if key not in ("num_envs", "compile"))
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -38,7 +38,8 @@ def test_the_recipes_take_every_command_of_a_study_and_its_runs_can_be_compared(
     tasks: dict[str, dict] = {}
     for command in PARTS[name].commands:
         config = composed(command)
-        built = {key: config[key] for key in TARGETS if key in config and config[key] is not None}
+        named = [key for key in TARGETS if config.get(key) is not None]
+        built = {key: OmegaConf.to_container(config[key], resolve=True) for key in named}
         check_keys(DictConfig(built), DictConfig(dict.fromkeys(built)))
         assert config.evaluation.interval >= config.env.num_envs * config.env.max_steps
         assert tasks.setdefault(config.env.scenario, dict(settings(config))) == dict(settings(config))

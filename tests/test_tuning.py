@@ -129,6 +129,7 @@ def test_more_trials_of_the_same_command_go_on_where_it_ended(tmp_path: Path, wh
 def test_the_recipe_tunes_and_prints_the_command_of_the_best_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    groups = "actor=mlp collector=default critic=mlp env=vmas loss=mars "
     options = ["total_frames=80", "minibatch_size=choice(20,40)", "hydra.sweeper.seeds=[3,4]", "env.scenario=balance"]
     run_recipe(monkeypatch, tmp_path, "sweep=mars", *options, "hydra.sweeper.num_trials=2")
     printed = capsys.readouterr().out
@@ -155,11 +156,11 @@ def test_the_recipe_tunes_and_prints_the_command_of_the_best_trial(
         summary = json.loads((run_folders(tmp_path)[index] / "summary.json").read_text())
         assert returns[index % 2] == pytest.approx(summary["last_fifth"])
         (session,) = summary["sessions"]
-        assert session["command"].startswith("python recipes/mars_vmas.py actor=mlp critic=mlp env=vmas loss=mars ")
+        assert session["command"].startswith(f"python recipes/mars_vmas.py {groups}")
         assert "sweep=" not in session["command"]
     best = max(trials, key=lambda trial: trial["objective"])["params"]
     command = printed.split("Best of 2 trials: ")[1].splitlines()[1]
-    assert command.startswith("python recipes/mars_vmas.py -m actor=mlp critic=mlp env=vmas loss=mars ")
+    assert command.startswith(f"python recipes/mars_vmas.py -m {groups}")
     assert all(f"{key}={value}" in command for key, value in best.items())
     assert "seed=0,1,2" in command
     assert "evaluation.video=False" in command  # asked for on the command line

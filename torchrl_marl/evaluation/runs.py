@@ -118,7 +118,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _shared_settings(run: FinishedRun) -> dict[str, Any]:
     """Return what must be equal on a task; how many copies of it are stepped at once belongs to the method."""
     keys = ("total_frames", "evaluation.interval", "evaluation.episodes")
-    environment = {key for key in run.config if key.startswith("env.") and key != "env.num_envs"}
+    environment = {key for key in run.config if key.startswith("env.")} - {"env.num_envs", "env.compile"}
     return {key: run.config[key] for key in (*keys, *environment)}
 
 

@@ -179,7 +179,7 @@ def cluster_agents(
         raise ValueError(f"With {num_agents} agents there is nothing to choose from: give num_clusters.")
     points = encodings.cpu().numpy()
     numbers = range(2, num_agents) if num_clusters is None else [num_clusters]
-    candidates = [KMeans(number, n_init=10, random_state=seed).fit_predict(points) for number in numbers]
+    candidates = [KMeans(number, n_init=10, random_state=seed).fit_predict(points) for number in numbers]  # pyright: ignore[reportArgumentType]
     best = min(candidates, key=lambda labels: costs[index](points, labels)) if len(candidates) > 1 else candidates[0]
     order = list(dict.fromkeys(best.tolist()))
     return [order.index(label) for label in best.tolist()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import importlib.util
 import signal
 import sys
@@ -83,7 +84,7 @@ class WorkerCollector:
             self._engine.map_fn("restart", [(seed, part, self._num_workers) for part in range(self._num_workers)])
 
     def _send_weights(self) -> None:
-        # TorchRL's own ways of sending wait forever for a worker that dies meanwhile, or open a port for each worker
+        # TorchRL's own ways of sending can wait for a dead worker forever, here or at exit, or open a port for each
         weights = TensorDict.from_module(self._policy).data.cpu()
         with _lost_workers_named():
             self._engine.map_fn("receive", [(weights,)] * self._num_workers)
@@ -137,7 +138,7 @@ def multiprocess_collector(
     threads = torch.get_num_threads()
     engine = MultiSyncCollector(
         [partial(_make_worker_env, make_env, policy, share, device)] * num_workers,
-        policy,
+        policy_factory=partial(copy.deepcopy, copy.deepcopy(policy).to(device)),
         frames_per_batch=frames,
         device=device,
         collector_class=Worker,

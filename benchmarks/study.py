@@ -182,8 +182,9 @@ STUDIES = {
 def missing(command: str, num_seeds: int, folder: Path) -> list[list[str]]:
     """The recipes' command lines that are left to do of one line of the table."""
     recipe, *overrides = shlex.split(command)
-    runs = {OmegaConf.load(path).seed: path.parent for path in folder.rglob("config.yaml")}
-    begun = {seed: run for seed, run in runs.items() if any((run / "checkpoints").glob("checkpoint-*"))}
+    runs = [path.parent for path in folder.rglob("config.yaml")]  # some may have ended before their first checkpoint
+    runs = [run for run in runs if any((run / "checkpoints").glob("checkpoint-*"))]
+    begun = {OmegaConf.load(run / "config.yaml").seed: run for run in runs}
     fresh = [seed for seed in range(num_seeds) if seed not in begun]
     alone = "mars_vmas.py" if recipe == "seeds.py" else recipe
     left = [[alone, f"resume={run}"] for run in begun.values() if not (run / "summary.json").exists()]

@@ -65,6 +65,8 @@ def test_finished_runs_are_skipped_and_begun_ones_go_on(tmp_path: Path) -> None:
     make_run(tmp_path, 0, checkpoint=True, finished=True)
     begun = make_run(tmp_path, 1, checkpoint=True, finished=False)
     make_run(tmp_path, 2, checkpoint=False, finished=False)  # killed before it had anything to go on from
+    for attempt in ("before", "later"):
+        make_run(tmp_path / attempt, 0, checkpoint=False, finished=False)  # hides no finished run of its seed
     left = STUDY["missing"]("oappo_vmas.py loss=happo", 4, tmp_path)
     new = ["oappo_vmas.py", "loss=happo", f"folder={tmp_path}"]
     assert left == [["oappo_vmas.py", f"resume={begun}"], [*new, "seed=2"], [*new, "seed=3"]]

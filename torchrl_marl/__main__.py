@@ -29,7 +29,8 @@ def evaluate_run(run: Path, *, episodes: int, video: Path | None, seed: int | No
     checkpoint = best_checkpoint(run)
     policy, recorded = load_policy(checkpoint, device=device), read_metadata(checkpoint)
     config = recorded["config"]
-    make_env = partial(instantiate, config["env"], device=device)
+    uncompiled = {"compile": False} if config["env"].get("compile") else {}  # a few episodes end before a compiler does
+    make_env = partial(instantiate, config["env"], device=device, **uncompiled)
     max_steps = config["env"]["max_steps"]
     if seed is None:
         seed = 4_000_012 + int(config["seed"])  # starts that neither training nor its evaluations saw

@@ -110,12 +110,17 @@ def _checked_override(argument: str, folder: Path, name: str) -> str:
 def _stored_config(resume: str, overrides: Iterable[str]) -> DictConfig:
     checkpoint = find_checkpoint(resume)
     stored = DictConfig(read_metadata(checkpoint)["config"])
+    overridden = set()
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         if key != "resume" and key.split(".")[0] not in _RESUMABLE:
             allowed = ", ".join(sorted(_RESUMABLE))
             raise SystemExit(f"{override}: a resumed run keeps its {key.lstrip('~')}; what can change is {allowed}.")
+        overridden.add(key)
         OmegaConf.update(stored, key, OmegaConf.create(f"value: {value}").value)
+    for node in (stored.get("env"), OmegaConf.select(stored, "collector.make_env.config")):
+        if "compile" in overridden and node is not None and "compile" in node:
+            node.compile = stored.compile  # VMAS follows it, as in a new run
     stored.resume = str(checkpoint)
     return stored
 

@@ -336,6 +336,8 @@ def _stackable(cfg: DictConfig, env: EnvBase, loss: RatioLoss, optimizer: Optimi
         _refuse("a new start", f"resume={cfg.resume}", "python recipes/mars_vmas.py resume=RUN")
     if cfg.compile:
         _refuse("compile=false", "compile=true")
+    if cfg.collector._target_ != "torchrl.collectors.Collector":
+        _refuse("collector=default", cfg.collector._target_)
     if not isinstance(env, TensorEnv):
         _refuse(
             "games with a random stream for each copy (env=coordsum, maze, paxmen, aerocombat)",

@@ -226,6 +226,25 @@ def test_a_factory_gets_what_it_takes():
     assert [game.env.made_of for game in env._games] == [(30, 7, "rgb_array"), (31, 7, "rgb_array")]
 
 
+def test_the_recipes_name_of_an_unnamed_task_is_none_for_the_factory():
+    def make(num_envs, scenario="own"):
+        names.append(scenario)
+        return OneOfTorchRL(batch_size=(num_envs,))
+
+    names: list[str] = []
+    make_custom(make, num_envs=2, scenario="other", seed=0)
+    make_custom(make, num_envs=2, scenario=make, seed=0)
+    assert names == ["other", "own"]
+
+
+def test_a_copied_environment_of_torchrl_is_filmed(tmp_path):
+    pytest.importorskip("PIL")
+    picture = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    drawn = type("Drawn", (OneOfTorchRL,), {"render": lambda self, env_index: picture})
+    env = make_custom(drawn, num_envs=2, max_steps=3, seed=0)
+    assert render_episode(env, env.rand_action, tmp_path / "film.gif", max_steps=3).read_bytes().startswith(b"GIF")
+
+
 def test_games_that_draw_themselves_are_filmed_and_others_say_what_is_missing(tmp_path):
     pytest.importorskip("PIL")
     env = make_custom(Named, num_envs=1, max_steps=3, seed=0)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
-from tests.recipes.runs import TINY, curves, run_folders, run_recipe
+from tests.recipes.runs import RECIPES, TINY, curves, run_folders, run_recipe
 from torchrl_marl.checkpoints import find_checkpoint, load_policy
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
@@ -129,6 +131,14 @@ def test_what_the_guider_alone_sees_is_not_asked_of_the_learner(
     assert set(load_policy(folder).in_keys) == {("agents", "observation"), ("agents", "recurrent_state"), "is_init"}
     # a fresh learner is closer than that: the bound widens
     assert last_value(folder, "train/agents/guider_learner_ratio") > 1.5
+
+
+@pytest.mark.parametrize("setting", ["light", "paper_3x10", "paper_5x20"])
+def test_the_recipe_overrides_nothing_of_a_setting(setting: str) -> None:
+    with initialize_config_dir(str(RECIPES / "config"), version_base=None):
+        cfg = compose("magpo_coordsum", overrides=[f"setting={setting}"])
+    own = OmegaConf.load(RECIPES / f"config/setting/{setting}.yaml")
+    assert OmegaConf.merge(OmegaConf.masked_copy(cfg, list(own)), own) == OmegaConf.masked_copy(cfg, list(own))
 
 
 @pytest.mark.parametrize("setting", ["light", "paper_3x10", "paper_5x20"])

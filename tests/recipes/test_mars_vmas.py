@@ -14,6 +14,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 
 from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe, start_recipe
 from torchrl_marl.checkpoints import find_checkpoint, load_policy, read_metadata
+from torchrl_marl.config import _stored_config
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.objectives import IPPOLoss
@@ -231,6 +232,14 @@ def test_a_resumed_run_refuses_what_would_be_recorded_but_not_take_effect(
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
     with pytest.raises(SystemExit, match=f"keeps its {override.split('=')[0]}"):
         run_recipe(monkeypatch, tmp_path, f"resume={folder}", override)
+
+
+def test_compile_of_a_resumed_run_is_that_of_vmas_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    for overrides, compiled in ((["total_frames=160"], False), (["compile=true"], True)):
+        cfg = _stored_config(str(folder), overrides)
+        assert (cfg.compile, cfg.env.compile) == (compiled, compiled)
 
 
 def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(

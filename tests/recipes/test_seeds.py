@@ -96,6 +96,7 @@ def test_the_seeds_of_a_group_are_compared_as_separate_runs(tmp_path: Path, monk
         ("loss.functional=true", "functional=False", "True"),
         ("loss.reduction=sum", "reduction='mean'", "False and 'sum'"),
         ("compile=true", "compile=false", "compile=true"),
+        ("collector=compiled", "collector=default", "torchrl_marl.collectors.CompiledCollector"),
         ("optimizer._target_=torch.optim.LBFGS", "Adam, AdamW, RMSprop, SGD", "LBFGS"),
     ],
 )

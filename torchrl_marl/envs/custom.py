@@ -54,7 +54,7 @@ def make_custom(
     Args:
         factory: the callable, or ``"module:callable"``, where the module is looked for in the current folder first.
         num_envs: number of environments.
-        scenario: name of the task, for those factories that make several.
+        scenario: name of the task, for those factories that make several; that of the factory itself is none.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards (PettingZoo and Gymnasium only).
         seed: of the random numbers; ``None`` draws one.
@@ -80,7 +80,7 @@ def make_custom(
             raise ValueError(f"{limit} must be at least 1, got {value}")
     build, name = _find(factory)
     settings = {"num_envs": num_envs, "max_steps": max_steps, "device": device, "render_mode": "rgb_array"}
-    settings |= {} if scenario is None else {"scenario": scenario}
+    settings |= {} if scenario in (None, factory) else {"scenario": scenario}  # the recipes name an unnamed task so
     seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
 
     def make(copy: int = 0) -> Any:

@@ -136,7 +136,10 @@ class _Camera:
     def shoot(self) -> None:
         from PIL import Image
 
-        image = Image.fromarray(self._env.render(self._env_index).numpy())
+        picture: Any = self._env.render(self._env_index)
+        if isinstance(picture, list):  # SerialEnv asks every copy
+            picture = picture[self._env_index]
+        image = Image.fromarray(picture.cpu().numpy())
         if isinstance(self._env, BridgeEnv):
             image.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
         self._images.append(image)

@@ -13,10 +13,11 @@ import torch
 from contender import Setting, Stopwatch, Timing, main
 from torchrl.collectors import Collector
 
+from torchrl_marl.collectors import minibatches
 from torchrl_marl.envs import make_env
 from torchrl_marl.modules import make_actor, make_critic
 from torchrl_marl.objectives import MAPPOLoss, standardize
-from torchrl_marl.updates import make_update, minibatches
+from torchrl_marl.updates import make_update
 
 
 def run(iterations: int, setting: Setting, *, compiled: bool = False) -> list[Timing]:

@@ -19,6 +19,7 @@ from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape, with_recurrent_state
 from torchrl_marl.objectives import standardize
 from torchrl_marl.training import Run
+from torchrl_marl.updates import make_update
 
 
 @recipe(Path(__file__).parent / "config", "sable_vmas")
@@ -35,8 +36,8 @@ def main(cfg: DictConfig) -> float:
 
     loss = instantiate(cfg.loss, actor, critic)
     loss.make_value_estimator(MultiAgentGAE(gamma=cfg.gamma, lmbda=cfg.lmbda, value_network=None))
-    compute_loss = torch.compile(loss) if cfg.compile else loss
     optimizer = instantiate(cfg.optimizer, loss.parameters())
+    update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     env, memory = with_recurrent_state(env, actor), actor.memory_keys
     collector = instantiate(cfg.collector, env, actor, frames_per_batch=cfg.frames_per_batch, states=memory)
@@ -52,13 +53,7 @@ def main(cfg: DictConfig) -> float:
         data = batch.select(*loss.in_keys, strict=False)
         for _ in range(cfg.epochs):
             for minibatch in sequence_minibatches(data, cfg.minibatch_size // collector.num_steps, states=memory):
-                losses = compute_loss(minibatch)
-                total = losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]
-                total.backward()
-                grad_norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), cfg.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                run.record({**losses, "grad_norm": grad_norm})
+                run.record(update(minibatch))
     return run.finish()
 
 

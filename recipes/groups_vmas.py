@@ -7,7 +7,6 @@ Checkpoints are scored by the mean return of all agents; evaluations also log th
 Every value of config/groups_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
 """
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -48,7 +47,7 @@ class Learner:
             batch["advantage"] = standardize(batch["advantage"], batch.get((self.name, "mask")))
         rows = split_into_chunks(batch.select(*self.loss.in_keys, strict=False), self.cfg.chunk_length)
         for _ in range(self.cfg.epochs):
-            for minibatch in minibatches(rows, math.ceil(self.cfg.minibatch_size / (self.cfg.chunk_length or 1))):
+            for minibatch in minibatches(rows, self.cfg.minibatch_size):
                 yield {f"{self.name}/{name}": value for name, value in self.update(minibatch).items()}
 
 

@@ -6,7 +6,6 @@
 Every value of config/marpo_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
 """
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def main(cfg: DictConfig) -> float:
 
         rows = split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length)  # steps share a pass
         for _ in range(cfg.epochs):
-            for minibatch in minibatches(rows, math.ceil(cfg.minibatch_size / (cfg.chunk_length or 1))):
+            for minibatch in minibatches(rows, cfg.minibatch_size):
                 run.record(update(minibatch))
     follows_kl = isinstance(loss, MARPOLoss) and loss.uses_kl
     plots = [partial(plot_kl_interval, group=shape.name)] if follows_kl else []

@@ -5,7 +5,6 @@
 Every value of config/mars_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
 """
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def main(cfg: DictConfig) -> float:
 
         rows = split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length)
         for _ in range(cfg.epochs):
-            for minibatch in minibatches(rows, math.ceil(cfg.minibatch_size / (cfg.chunk_length or 1))):
+            for minibatch in minibatches(rows, cfg.minibatch_size):
                 run.record(update(minibatch))
     return run.finish()
 

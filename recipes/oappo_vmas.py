@@ -7,7 +7,6 @@
 Every value of config/oappo_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
 """
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +43,6 @@ def main(cfg: DictConfig) -> float:
     policy = collection_policy(actor, critic)
     env = with_recurrent_state(env, policy)
     collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
-    minibatch_rows = math.ceil(cfg.minibatch_size / (cfg.chunk_length or 1))
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
@@ -56,7 +54,7 @@ def main(cfg: DictConfig) -> float:
         rows = split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length)
         for turn in loss.turns(rows):  # every agent, in random order, then the critic
             for _ in range(cfg.epochs):
-                for minibatch in minibatches(rows, minibatch_rows):
+                for minibatch in minibatches(rows, cfg.minibatch_size):
                     losses = compute_loss(minibatch)
                     sum(losses[key] for key in losses.keys() if key.startswith("loss_")).backward()
                     grad_norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), cfg.max_grad_norm)

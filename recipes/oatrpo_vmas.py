@@ -6,7 +6,6 @@
 Every value of config/oatrpo_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
 """
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +42,6 @@ def main(cfg: DictConfig) -> float:
     policy = collection_policy(actor, critic)
     env = with_recurrent_state(env, policy)
     collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
-    minibatch_rows = math.ceil(cfg.minibatch_size / (cfg.chunk_length or 1))
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
@@ -58,7 +56,7 @@ def main(cfg: DictConfig) -> float:
                 run.record(loss.step(rows))
                 continue
             for _ in range(cfg.epochs):
-                for minibatch in minibatches(rows, minibatch_rows):
+                for minibatch in minibatches(rows, cfg.minibatch_size):
                     losses = compute_loss(minibatch)
                     losses["loss_critic"].backward()
                     grad_norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), cfg.max_grad_norm)

@@ -6,7 +6,6 @@
 Each seed leaves the folder of a run, and learns what it learns alone in mars_vmas.py.
 """
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -37,13 +36,12 @@ def main(cfg: DictConfig) -> float:
         total_frames=-1,
         auto_register_policy_transforms=False,
     )
-    steps = cfg.chunk_length or 1
 
     for batch in group.batches(collector, optimizer):
         group.estimate_advantages(batch)
         rows = split_into_chunks(batch.select(*group.in_keys, strict=False), cfg.chunk_length)
         rows = rows.reshape(len(group), -1, *rows.shape[1:])
-        for minibatch in group.minibatches(rows, math.ceil(cfg.minibatch_size / steps), epochs=cfg.epochs):
+        for minibatch in group.minibatches(rows, cfg.minibatch_size, epochs=cfg.epochs):
             losses = group.losses_of(minibatch)
             total = losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]
             total.sum().backward()

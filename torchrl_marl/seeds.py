@@ -182,14 +182,15 @@ class SeedGroup:
         self._stack_buffers()
 
     def minibatches(self, data: TensorDictBase, size: int, *, epochs: int) -> Iterator[TensorDictBase]:
-        """Yield rows ``[S, size]`` of ``[S, R]``: in each epoch all of them, in an order of its own for each seed.
+        """Yield rows of ``[S, R]``, ``size`` steps of each seed: in each epoch all, each seed's in an order of its own.
 
         See :func:`~torchrl_marl.collectors.minibatches`, whose draws they repeat.
         """
         seeds = torch.arange(len(self), device=data.device).unsqueeze(-1)
+        num_rows = -(-size // data.shape[2:].numel())
         for _ in range(epochs):
-            rows = data if size >= data.shape[1] else data[seeds, self._random_order(data)]
-            yield from rows.split(size, 1)  # pyright: ignore[reportReturnType]
+            rows = data if num_rows >= data.shape[1] else data[seeds, self._random_order(data)]
+            yield from rows.split(num_rows, 1)  # pyright: ignore[reportReturnType]
 
     def losses_of(self, minibatch: TensorDictBase) -> dict[str, Tensor]:
         """Return what each seed's loss makes of its rows of ``[S, B]``; all entries are ``[S]``."""

@@ -30,3 +30,9 @@ def test_rows_that_fit_into_one_are_not_copied(size):
 def test_a_minibatch_without_rows_raises():
     with pytest.raises(ValueError, match="at least one row, got size=0"):
         next(minibatches(TensorDict(batch_size=3), 0))
+
+
+def test_a_minibatch_of_chunks_counts_steps_and_takes_whole_chunks():
+    chunks = TensorDict({"step": torch.arange(30).reshape(6, 5)}, batch_size=(6, 5))
+    assert [part.shape for part in minibatches(chunks, 12)] == [(3, 5), (3, 5)]
+    assert [len(part) for part in minibatches(chunks, 3)] == [1] * 6

@@ -45,14 +45,14 @@ def split_into_chunks(batch: TensorDictBase, chunk_length: int | None) -> Tensor
 
 
 def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
-    """Yield rows, or chunks, ``[B, ...]`` once, in random order, ``size`` at a time.
+    """Yield rows ``[B]``, or chunks of steps ``[B, T]``, once, in random order.
 
     They are gathered in one go, a minibatch is a view. If one minibatch holds all, the rows come as they are, in order
     and not copied: copying costs as much as a forward pass of small networks.
 
     Args:
         rows: such as :func:`split_into_chunks` returns.
-        size: rows of a minibatch; the last one may have fewer.
+        size: steps of a minibatch, rounded up to whole chunks; the last one may have fewer.
 
     Raises:
         ValueError: if a minibatch would have no rows.
@@ -67,7 +67,8 @@ def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
     """
     if size < 1:
         raise ValueError(f"A minibatch must have at least one row, got size={size}.")
-    if size >= len(rows):
+    num_rows = -(-size // rows.shape[1:].numel())
+    if num_rows >= len(rows):
         yield rows
     else:
-        yield from rows[torch.randperm(len(rows), device=rows.device)].split(size)  # pyright: ignore[reportReturnType]
+        yield from rows[torch.randperm(len(rows), device=rows.device)].split(num_rows)  # pyright: ignore[reportReturnType]

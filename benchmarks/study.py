@@ -50,7 +50,52 @@ COORDSUM = (  # as config/setting/paper_*.yaml
 PPO_COORDSUM = f"{COORDSUM} actor=gru critic=gru chunk_length=128 epochs=8"
 GAMES = "seeds.py --config-name=mars_vmas"
 
+
+def mazes(frames: int) -> list[Part]:
+    """Both mazes of OAPPO's paper with ten seeds."""
+    return [
+        Part(
+            "black_red",
+            grid(
+                [
+                    "seeds.py --config-name=mappo_maze",
+                    "oappo_vmas.py --config-name=oappo_maze loss=happo",
+                    *grid(["oatrpo_vmas.py --config-name=oatrpo_maze"], ["loss=hatrpo", "loss=oatrpo"]),
+                    *grid(
+                        ["oappo_vmas.py --config-name=oappo_maze"],
+                        [f"loss.kl_threshold={sigma}" for sigma in (0.01, 0.1, 1, 10)]
+                        + [f"loss.kl_threshold=0.1 loss.own_weight={weight}" for weight in (0.2, 0.4)],
+                    ),
+                ],
+                [MAZES.format(frames, 64_000)],
+            ),
+            num_seeds=10,
+            baseline="happo kl_threshold=None own_weight=None",
+            split=("loss.kl_threshold", "loss.own_weight"),
+        ),
+        Part(
+            "black_blue_red",
+            grid(
+                [
+                    "seeds.py --config-name=mappo_maze",
+                    *grid(
+                        ["oappo_vmas.py --config-name=oappo_maze"],
+                        ["loss.kl_threshold=0.1"]
+                        + [f"loss.reuse_matrix={scheme}" for scheme in ("NR", "RR", "UR", "AR")],
+                    ),
+                ],
+                ["env.scenario=black_blue_red"],
+                [MAZES.format(frames, 64_000)],
+            ),
+            num_seeds=10,
+            baseline="mappo reuse_matrix=None",
+            split=("loss.reuse_matrix",),
+        ),
+    ]
+
+
 STUDIES = {
+    "cores": mazes(256_000),
     "small": [
         Part(
             "mazes",
@@ -139,42 +184,7 @@ STUDIES = {
             num_seeds=10,
             baseline="mappo",
         ),
-        Part(
-            "black_red",
-            grid(
-                [
-                    "seeds.py --config-name=mappo_maze",
-                    "oappo_vmas.py --config-name=oappo_maze loss=happo",
-                    *grid(["oatrpo_vmas.py --config-name=oatrpo_maze"], ["loss=hatrpo", "loss=oatrpo"]),
-                    *grid(
-                        ["oappo_vmas.py --config-name=oappo_maze"],
-                        [f"loss.kl_threshold={sigma}" for sigma in (0.01, 0.1, 1, 10)]
-                        + [f"loss.kl_threshold=0.1 loss.own_weight={weight}" for weight in (0.2, 0.4)],
-                    ),
-                ],
-                [MAZES.format(512_000, 64_000)],
-            ),
-            num_seeds=10,
-            baseline="happo kl_threshold=None own_weight=None",
-            split=("loss.kl_threshold", "loss.own_weight"),
-        ),
-        Part(
-            "black_blue_red",
-            grid(
-                [
-                    "seeds.py --config-name=mappo_maze",
-                    *grid(
-                        ["oappo_vmas.py --config-name=oappo_maze"],
-                        [f"loss.reuse_matrix={scheme}" for scheme in ("NR", "RR", "UR", "AR")],
-                    ),
-                ],
-                ["env.scenario=black_blue_red"],
-                [MAZES.format(512_000, 64_000)],
-            ),
-            num_seeds=10,
-            baseline="mappo reuse_matrix=None",
-            split=("loss.reuse_matrix",),
-        ),
+        *mazes(512_000),
     ],
 }
 

@@ -94,8 +94,32 @@ def mazes(frames: int) -> list[Part]:
     ]
 
 
+def coordsum(scenario: str, frames: int) -> Part:
+    """MAGPO's comparison at one setting for all methods, which none of them was tuned for."""
+    setting = (
+        f"env.scenario={scenario} total_frames={frames} evaluation.interval={frames // 10} evaluation.video=false "
+        "env.num_envs=64 frames_per_batch=2048 minibatch_size=512 epochs=4 optimizer.lr=5e-4"
+    )
+    return Part(
+        scenario,
+        grid(
+            [
+                *grid([f"{GAMES} env=coordsum actor=gru critic=gru chunk_length=32"], ["loss=mappo", "loss=ippo"]),
+                *grid(["mat_vmas.py", "sable_vmas.py"], ["env=coordsum loss=mappo actor.embed_dim=32"]),
+                *grid(
+                    ["magpo_coordsum.py chunk_length=32"],
+                    ["loss=magpo loss.guider_learner_ratio=1.3 loss.rl_coeff=2", "loss=ctds"],
+                ),
+            ],
+            [setting],
+        ),
+        num_seeds=5,
+        baseline="mappo",
+    )
+
+
 STUDIES = {
-    "cores": mazes(256_000),
+    "cores": [*mazes(256_000), coordsum("CoordSum-3x10", 512_000), coordsum("CoordSum-5x20", 256_000)],
     "small": [
         Part(
             "mazes",

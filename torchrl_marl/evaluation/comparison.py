@@ -75,8 +75,8 @@ def compare(
         *([Code(command)] if command else []),
     ]
     write_page(output, title=f"{_counted(methods, 'methods')} on {_counted(list(groups), 'tasks')}", blocks=blocks)
-    records = [run.folder / "evaluations.json" for run in runs]
-    if all(record.exists() for record in records):
+    records = [(run.folder / "evaluations.json", run.method) for run in runs]
+    if all(record.exists() for record, _ in records):
         (output / "evaluations.json").write_text(json.dumps(merge_records(records)) + "\n")
 
 

@@ -69,17 +69,20 @@ class EvaluationRecord:
         os.replace(temporary, self._path)
 
 
-def merge_records(paths: Iterable[Path]) -> dict[str, Any]:
+def merge_records(paths: Iterable[tuple[Path, str]]) -> dict[str, Any]:
     """Merge the files of many runs into one tree, as marl-eval reads it.
+
+    Args:
+        paths: of each run its file and the name that its method goes by, which may tell variants apart.
 
     Raises:
         ValueError: if two files hold the same run.
     """
     merged: dict[str, Any] = {}
-    for path in paths:
+    for path, method in paths:
         for environment, tasks in json.loads(path.read_text()).items():
             for task, methods in tasks.items():
-                for method, seeds in methods.items():
+                for seeds in methods.values():
                     runs = merged.setdefault(environment, {}).setdefault(task, {}).setdefault(method, {})
                     for seed, steps in seeds.items():
                         if seed in runs:

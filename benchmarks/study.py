@@ -104,7 +104,7 @@ def coordsum(scenario: str, frames: int) -> Part:
         scenario,
         grid(
             [
-                *grid([f"{GAMES} env=coordsum actor=gru critic=gru chunk_length=32"], ["loss=mappo", "loss=ippo"]),
+                *grid(["mars_vmas.py env=coordsum actor=gru critic=gru chunk_length=32"], ["loss=mappo", "loss=ippo"]),
                 *grid(["mat_vmas.py", "sable_vmas.py"], ["env=coordsum loss=mappo actor.embed_dim=32"]),
                 *grid(
                     ["magpo_coordsum.py chunk_length=32"],

@@ -229,7 +229,9 @@ def missing(command: str, num_seeds: int, folder: Path) -> list[list[str]]:
 def run_part(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> None:
     """Run what is missing of a part, then write its page."""
     folders = {command: folder / "runs" / hashlib.sha1(command.encode()).hexdigest()[:8] for command in part.commands}
-    lines = [line for command, own in folders.items() for line in missing(command, part.num_seeds, own)]
+    left = [missing(command, part.num_seeds, own) for command, own in folders.items()]
+    # seed by seed, so that a study that is stopped has as many of each method
+    lines = [line for turn in itertools.zip_longest(*left) for line in turn if line is not None]
     with ThreadPoolExecutor(jobs) as pool:
         codes = list(pool.map(lambda line: execute(line if "resume=" in line[1] else [*line, *options]), lines))
     if any(codes):

@@ -20,6 +20,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.func import functional_call
+from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.overrides import TorchFunctionMode
 from torchrl.collectors import Collector
@@ -307,7 +308,8 @@ class _Functional(nn.Module):
         return self.module(data)
 
     def call(self, tensors: Mapping[str, Tensor], data: TensorDictBase) -> TensorDictBase:
-        return functional_call(self, dict(tensors), (data,))
+        with _Instead({functional.linear: _linear_of_rows}):
+            return functional_call(self, dict(tensors), (data,))
 
 
 class _Instead(TorchFunctionMode):
@@ -321,6 +323,11 @@ class _Instead(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return self._functions.get(func, func)(*args, **(kwargs or {}))
+
+
+def _linear_of_rows(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer on a matrix of rows: with more dimensions vmap would copy a seed's weights for each of them."""
+    return functional.linear(inputs.flatten(0, -2), weight, bias).unflatten(0, inputs.shape[:-1])
 
 
 def _draw_apart(

@@ -201,6 +201,8 @@ class Run:
     def finish(self, *plots: Callable[[Path], object]) -> float:
         """Measure the best parameters, draw, print the summary line, and close the logs.
 
+        An interrupted run only closes them, and says what else resuming it would do, also after its last frame.
+
         Args:
             *plots: further pictures, functions of the run's folder, such as
                 :func:`~torchrl_marl.evaluation.plot_kl_interval`.
@@ -219,7 +221,10 @@ class Run:
             self._log.artifact(self._checkpoints.best, "checkpoint", {"score": score, "seed": self.cfg.seed})
         if self._interrupted:
             self._log.finish()
-            print(f"Stopped after {self._progress['frames']:,} frames. Go on with 'resume=\"{self.folder}\"'")
+            print(
+                f"Stopped after {self._progress['frames']:,} of {self.cfg.total_frames:,} frames, without absolute "
+                f"metric, pictures and summary. Go on with 'resume=\"{self.folder}\"'"
+            )
             if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise KeyboardInterrupt  # the rest of the grid, too
             return objective

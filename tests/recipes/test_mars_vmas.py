@@ -18,6 +18,7 @@ from torchrl_marl.config import _stored_config
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.objectives import IPPOLoss
+from torchrl_marl.training import Run
 
 GRU = [
     "actor=gru",
@@ -221,6 +222,24 @@ def test_interruption_ends_the_run_with_a_checkpoint_to_go_on_from(
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
     run_recipe(monkeypatch, tmp_path, f"resume={folder}", f"total_frames={stopped_at + 160}")
     assert json.loads((folder / "summary.json").read_text())["frames"] == stopped_at + 160
+
+
+def test_interruption_in_the_last_iteration_says_what_resuming_still_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "record", lambda run, _: run.interrupt())
+        run_recipe(patch, tmp_path, "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    rest = "without absolute metric, pictures and summary"
+    assert f"Stopped after 80 of 80 frames, {rest}. Go on with 'resume=\"{folder}\"'" in capsys.readouterr().out
+    assert not (folder / "summary.json").exists()
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={folder}")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["frames"] == 80
+    assert summary["absolute"] == last_value(folder, "eval/absolute/episode_reward_mean")
+    assert (folder / "learning_curve.png").exists()
 
 
 @pytest.mark.parametrize("override", ["loss=mappo", "optimizer.lr=1", "loss.entropy_coeff=0.5", "seed=7"])

@@ -74,19 +74,23 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
         path: dotted path of ``cfg`` within the whole configuration.
 
     Raises:
-        SystemExit: with the key and the nearest names.
+        SystemExit: with the key and the nearest names, or with the overrides that leave out what the YAML file holds
+            for another target.
     """
     target = cfg.get("_target_")
     known = inspect.signature(get_object(target)).parameters if target else reference
-    for key in cfg:
-        if not str(key).startswith("_"):
-            if key not in known:
-                reader = f"argument of {target}" if target else "key of the configuration"
-                _fail(f"{path}{key}", reader, [f"{path}{name}" for name in known])
-            if isinstance(cfg[key], DictConfig) and "_target_" in cfg[key]:
-                check_keys(cfg[key], DictConfig({}), f"{path}{key}.")
-            elif isinstance(cfg[key], DictConfig) and isinstance(reference.get(key), DictConfig):
-                check_keys(cfg[key], reference[key], f"{path}{key}.")
+    keys = [key for key in cfg if not str(key).startswith("_")]
+    foreign = [f"~{path}{key}" for key in keys if key in reference and key not in known]
+    if foreign:
+        raise SystemExit(f"{target} does not take all that the recipe sets; leave it out with {' '.join(foreign)}")
+    for key in keys:
+        if key not in known:
+            reader = f"argument of {target}" if target else "key of the configuration"
+            _fail(f"{path}{key}", reader, [f"{path}{name}" for name in known])
+        if isinstance(cfg[key], DictConfig) and "_target_" in cfg[key]:
+            check_keys(cfg[key], reference.get(key) or DictConfig({}), f"{path}{key}.")
+        elif isinstance(cfg[key], DictConfig) and isinstance(reference.get(key), DictConfig) and not target:
+            check_keys(cfg[key], reference[key], f"{path}{key}.")
 
 
 def _checked_override(argument: str, folder: Path, name: str) -> str:

@@ -176,6 +176,15 @@ def test_a_key_that_nothing_reads_fails_with_the_nearest_names(
     assert not run_folders(tmp_path)
 
 
+def test_another_optimiser_names_the_overrides_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for optimizer, left_out in (("LBFGS", "~optimizer.eps ~optimizer.fused"), ("RMSprop", "~optimizer.fused")):
+        switch = f"optimizer._target_=torch.optim.{optimizer}"
+        with pytest.raises(SystemExit, match=rf"^torch\.optim\.{optimizer} does not take .* out with {left_out}$"):
+            run_recipe(monkeypatch, tmp_path, switch)
+    run_recipe(monkeypatch, tmp_path, switch, left_out, "total_frames=80")
+    assert (run_folders(tmp_path)[0] / "summary.json").exists()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [["env.scenario=balance"], ["env=coordsum", "env.scenario=CoordSum-2x5", *GRU]],

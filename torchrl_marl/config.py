@@ -49,7 +49,13 @@ def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], f
         def run(cfg: DictConfig) -> float:
             resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True))
             if resolved.resume is not None:
-                resolved = _stored_config(resolved.resume, HydraConfig.get().overrides.task)
+                stored = _stored_config(resolved.resume, HydraConfig.get().overrides.task)
+                if missing := ", ".join(str(key) for key in resolved if key not in stored):
+                    raise SystemExit(
+                        f"{stored.resume} says nothing of {missing}: it is older than that, or another recipe's, and "
+                        "cannot go on here. Its policy can be used: load_policy, python -m torchrl_marl evaluate."
+                    )
+                resolved = stored
             own = _load(config_folder, str(HydraConfig.get().job.config_name))
             known = DictConfig({**dict.fromkeys(_groups(config_folder)), **own})
             check_keys(resolved, known)

@@ -262,6 +262,19 @@ def test_a_resumed_run_refuses_what_would_be_recorded_but_not_take_effect(
         run_recipe(monkeypatch, tmp_path, f"resume={folder}", override)
 
 
+def test_a_checkpoint_of_before_a_key_of_the_configuration_says_what_still_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(monkeypatch, tmp_path, "total_frames=80")
+    checkpoint = find_checkpoint(run_folders(tmp_path)[0])
+    config = read_metadata(checkpoint)["config"]
+    older = {key: value for key, value in config.items() if key not in ("collector", "processes")}
+    monkeypatch.setattr("torchrl_marl.config.read_metadata", lambda _: {"config": older})
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    with pytest.raises(SystemExit, match=rf"^{checkpoint} says nothing of processes, collector: .* load_policy,"):
+        run_recipe(monkeypatch, tmp_path, f"resume={checkpoint}")
+
+
 def test_compile_of_a_resumed_run_is_that_of_vmas_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(monkeypatch, tmp_path, "total_frames=80")
     (folder,) = run_folders(tmp_path)

@@ -135,11 +135,13 @@ def _stored_config(resume: str, overrides: Iterable[str]) -> DictConfig:
     return stored
 
 
+@functools.cache
 def _groups(folder: Path) -> dict[str, list[str]]:
     """Configuration groups and their choices."""
     return {path.name: [file.stem for file in path.glob("*.yaml")] for path in folder.iterdir() if path.is_dir()}
 
 
+@functools.cache
 def _load(folder: Path, name: str) -> DictConfig:
     """A recipe's own file on top of the recipes that its ``defaults`` name."""
     own = DictConfig(OmegaConf.load(folder / f"{name}.yaml"))

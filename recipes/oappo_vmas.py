@@ -1,8 +1,8 @@
-"""OAPPO and HAPPO on VMAS: agents update one after the other, and learn from those whose policies are like theirs.
+"""OAPPO, OATRPO, HAPPO and HATRPO on VMAS: agents update in turn, and learn from those whose policies are like theirs.
 
     python recipes/oappo_vmas.py                       # loss=happo: from their own experience only
     python recipes/oappo_vmas.py loss.own_weight=0.4 loss.kl_threshold=1 env.scenario=navigation
-    python recipes/oappo_vmas.py loss.reuse_matrix=AR  # a fixed mapping
+    python recipes/oappo_vmas.py loss=oatrpo loss.reuse_matrix=AR  # one natural-gradient step a turn; a fixed mapping
 
 Every value of config/oappo_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
 """
@@ -18,7 +18,7 @@ from torchrl_marl.collectors import minibatches, split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.evaluation import plot_reuse_matrix
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.objectives import standardize
+from torchrl_marl.objectives import NaturalGradientLoss, standardize
 from torchrl_marl.training import Run
 
 
@@ -53,6 +53,9 @@ def main(cfg: DictConfig) -> float:
 
         rows = split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length)
         for turn in loss.turns(rows):  # every agent, in random order, then the critic
+            if turn != "critic" and isinstance(loss, NaturalGradientLoss):
+                run.record(loss.step(rows))
+                continue
             for _ in range(cfg.epochs):
                 for minibatch in minibatches(rows, cfg.minibatch_size):
                     losses = compute_loss(minibatch)

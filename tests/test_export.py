@@ -152,8 +152,11 @@ def test_agents_act_on_their_own_inputs_alone(exported: Path) -> None:
         torch.testing.assert_close(alone[name], before[name][:1])
 
 
-def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_computes_something_else_is_not_kept_and_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path, CONTINUOUS, MLP)
+    (run / "policy.pt2").write_text("an earlier one")
     original = export._original
 
     def shifted(*args):
@@ -163,7 +166,8 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     monkeypatch.setattr(export, "_original", shifted)
     with pytest.raises(RuntimeError, match=r"off by 1\.0e-03.*nothing was written"):
         export_policy(run, format="torch_export")
-    assert not list(tmp_path.glob("*.pt2"))
+    assert (run / "policy.pt2").read_text() == "an earlier one"
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "policy.pt2"}
 
 
 @pytest.mark.parametrize(

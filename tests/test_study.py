@@ -10,20 +10,25 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from tests.recipes.runs import RECIPES
-from torchrl_marl.config import check_keys
+from torchrl_marl.config import _checked_override, _groups, _load, check_keys
 
 STUDY = runpy.run_path(str(RECIPES.parent / "benchmarks/study.py"))
 PARTS = {f"{name}-{part.name}": part for name, parts in STUDY["STUDIES"].items() for part in parts}
-TARGETS = ("env", "actor", "critic", "guider", "loss", "optimizer")
+CONFIG = RECIPES / "config"
 
 
 def composed(command: str) -> DictConfig:
+    """The configuration of a command, checked as the recipe does it."""
     recipe, *words = shlex.split(command)
+    assert (RECIPES / recipe).exists()
     flags = dict(word.removeprefix("--").split("=") for word in words if word.startswith("--"))
-    groups = {path.name for path in (RECIPES / "config").iterdir() if path.is_dir()}
-    overrides = [word if word.split("=")[0] in groups else f"++{word}" for word in words if not word.startswith("--")]
-    with initialize_config_dir(str(RECIPES / "config"), version_base=None):
-        return compose(flags.get("config-name", Path(recipe).stem), overrides=overrides)
+    name = flags.get("config-name", Path(recipe).stem)
+    overrides = [_checked_override(word, CONFIG, name) for word in words if not word.startswith("--")]
+    with initialize_config_dir(str(CONFIG), version_base=None):
+        config = compose(name, overrides=[*overrides, "method=its", "environment=its"])  # Hydra's, once it runs
+    resolved = DictConfig(OmegaConf.to_container(config, resolve=True))
+    check_keys(resolved, DictConfig(OmegaConf.merge(dict.fromkeys(_groups(CONFIG)), _load(CONFIG, name))))
+    return resolved
 
 
 def settings(config: DictConfig) -> Iterator[tuple[str, object]]:
@@ -38,11 +43,16 @@ def test_the_recipes_take_every_command_of_a_study_and_its_runs_can_be_compared(
     tasks: dict[str, dict] = {}
     for command in PARTS[name].commands:
         config = composed(command)
-        named = [key for key in TARGETS if config.get(key) is not None]
-        built = {key: OmegaConf.to_container(config[key], resolve=True) for key in named}
-        check_keys(DictConfig(built), DictConfig(dict.fromkeys(built)))
         assert config.evaluation.interval >= config.env.num_envs * config.env.max_steps
         assert tasks.setdefault(config.env.scenario, dict(settings(config))) == dict(settings(config))
+
+
+@pytest.mark.parametrize(
+    "mistake", ["epohcs=8", "evaluation.intervall=9", "loss=marz", "loss.clip_epsilonn=1", "optimizer.fuse=true"]
+)
+def test_a_misspelt_override_of_a_study_is_noticed(mistake: str) -> None:
+    with pytest.raises(SystemExit, match="nearest"):
+        composed(f"seeds.py --config-name=mappo_maze {mistake}")
 
 
 def test_commands_of_a_study_are_distinct() -> None:

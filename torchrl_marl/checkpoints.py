@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-"""Version of what a checkpoint holds; it grows whenever an older file could no longer be resumed."""
+"""Version of what a checkpoint holds; it grows whenever a policy could no longer be read from an older file."""
 
 POLICY_BUILDERS = {f"torchrl_marl.modules.{build.__name__}": build for build in (make_actor, make_recurrent_actor)}
 """What builds a policy that :func:`load_policy` can rebuild, by the name that a run's configuration gives it."""

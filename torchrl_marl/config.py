@@ -49,7 +49,13 @@ def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], f
         def run(cfg: DictConfig) -> float:
             resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True))
             if resolved.resume is not None:
-                resolved = _stored_config(resolved.resume, HydraConfig.get().overrides.task)
+                stored = _stored_config(resolved.resume, HydraConfig.get().overrides.task)
+                if missing := ", ".join(str(key) for key in resolved if key not in stored):
+                    raise SystemExit(
+                        f"{stored.resume} says nothing of {missing}: it is older than that, or another recipe's, and "
+                        "cannot go on here. Its policy can be used: load_policy, python -m torchrl_marl evaluate."
+                    )
+                resolved = stored
             own = _load(config_folder, str(HydraConfig.get().job.config_name))
             known = DictConfig({**dict.fromkeys(_groups(config_folder)), **own})
             check_keys(resolved, known)
@@ -74,19 +80,23 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
         path: dotted path of ``cfg`` within the whole configuration.
 
     Raises:
-        SystemExit: with the key and the nearest names.
+        SystemExit: with the key and the nearest names, or with the overrides that leave out what the YAML file holds
+            for another target.
     """
     target = cfg.get("_target_")
     known = inspect.signature(get_object(target)).parameters if target else reference
-    for key in cfg:
-        if not str(key).startswith("_"):
-            if key not in known:
-                reader = f"argument of {target}" if target else "key of the configuration"
-                _fail(f"{path}{key}", reader, [f"{path}{name}" for name in known])
-            if isinstance(cfg[key], DictConfig) and "_target_" in cfg[key]:
-                check_keys(cfg[key], DictConfig({}), f"{path}{key}.")
-            elif isinstance(cfg[key], DictConfig) and isinstance(reference.get(key), DictConfig):
-                check_keys(cfg[key], reference[key], f"{path}{key}.")
+    keys = [key for key in cfg if not str(key).startswith("_")]
+    foreign = [f"~{path}{key}" for key in keys if key in reference and key not in known]
+    if foreign:
+        raise SystemExit(f"{target} does not take all that the recipe sets; leave it out with {' '.join(foreign)}")
+    for key in keys:
+        if key not in known:
+            reader = f"argument of {target}" if target else "key of the configuration"
+            _fail(f"{path}{key}", reader, [f"{path}{name}" for name in known])
+        if isinstance(cfg[key], DictConfig) and "_target_" in cfg[key]:
+            check_keys(cfg[key], reference.get(key) or DictConfig({}), f"{path}{key}.")
+        elif isinstance(cfg[key], DictConfig) and isinstance(reference.get(key), DictConfig) and not target:
+            check_keys(cfg[key], reference[key], f"{path}{key}.")
 
 
 def _checked_override(argument: str, folder: Path, name: str) -> str:
@@ -125,11 +135,13 @@ def _stored_config(resume: str, overrides: Iterable[str]) -> DictConfig:
     return stored
 
 
+@functools.cache
 def _groups(folder: Path) -> dict[str, list[str]]:
     """Configuration groups and their choices."""
     return {path.name: [file.stem for file in path.glob("*.yaml")] for path in folder.iterdir() if path.is_dir()}
 
 
+@functools.cache
 def _load(folder: Path, name: str) -> DictConfig:
     """A recipe's own file on top of the recipes that its ``defaults`` name."""
     own = DictConfig(OmegaConf.load(folder / f"{name}.yaml"))

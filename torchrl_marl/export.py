@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,8 +64,8 @@ def export_policy(
     Args:
         run: a run's folder (then its best checkpoint) or a checkpoint file.
         format: ``"onnx"`` for ONNX Runtime and its kin, ``"torch_export"`` for ``torch.export.load(path).module()``.
-        path: file to write; ``None`` for ``policy[_group][_agent].onnx`` or ``.pt2`` in the run's folder, or beside the
-            checkpoint.
+        path: file to write, or to replace after the comparison; ``None`` for ``policy[_group][_agent].onnx`` or
+            ``.pt2`` in the run's folder, or beside the checkpoint.
         group: which group, if the run has several.
         agent: index of one agent; ``None`` for the whole group.
         num_observations: number of random inputs with which the written file is compared to the original.
@@ -76,7 +77,7 @@ def export_policy(
         FileNotFoundError: if there is no checkpoint.
         ImportError: if the packages for ONNX are not installed.
         RuntimeError: if the file's results differ from the original's by more than 1e-5 (relative above 1) or in an
-            action; it is deleted then.
+            action; nothing is written then.
         ValueError: if the checkpoint is damaged or holds a policy of another builder, or an argument is out of range.
     """
     if format not in _FORMATS:
@@ -96,17 +97,18 @@ def export_policy(
     example = _random_inputs(actor, shape, 2)
     program = _trace(actor, shape, agent, example)
     metadata = _describe(recorded, shape, agent, example)
-    _FORMATS[format].write(program, path, json.dumps(metadata))
-
     inputs = _random_inputs(actor, shape, num_observations)
     expected = _of_agent(_original(actor, shape, inputs), agent)
-    difference, wrong = _compare(_FORMATS[format].run(path, _of_agent(inputs, agent)), expected)
-    if difference > _TOLERANCE or wrong:
-        path.unlink()
-        raise RuntimeError(
-            f"{format} computes something else than the policy of {checkpoint}: over {num_observations:,} observations "
-            f"it is off by {difference:.1e} and {wrong:,} discrete actions differ; nothing was written"
-        )
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        _FORMATS[format].write(program, written, json.dumps(metadata))
+        difference, wrong = _compare(_FORMATS[format].run(written, _of_agent(inputs, agent)), expected)
+        if difference > _TOLERANCE or wrong:
+            raise RuntimeError(
+                f"{format} computes something else than the policy of {checkpoint}: over {num_observations:,} "
+                f"observations it is off by {difference:.1e} and {wrong:,} discrete actions differ; nothing was written"
+            )
+        written.replace(path)
     print(f"{path}: largest difference from the original over {num_observations:,} observations {difference:.1e}")
     return path
 

@@ -221,7 +221,8 @@ class SeedGroup:
 
     def finish(self) -> float:
         """Finish every seed's run; return the mean over seeds of what :meth:`Run.finish` returns."""
-        return sum(seed.run.finish() for seed in self.seeds) / len(self)
+        *others, last = (seed.run for seed in self.seeds)
+        return (sum(run.conclude() for run in others) + last.finish()) / len(self)
 
     def _finish_iteration(self, batch: TensorDictBase, collecting: float, training: float, bar: tqdm) -> None:
         records = reduce_records(self._records)

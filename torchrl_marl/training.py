@@ -199,7 +199,20 @@ class Run:
         self._records.append({name: value.detach() for name, value in metrics.items()})
 
     def finish(self, *plots: Callable[[Path], object]) -> float:
+        """:meth:`conclude` the run; if it was interrupted and one of a grid, end the grid with it.
+
+        Raises:
+            KeyboardInterrupt: then.
+        """
+        objective = self.conclude(*plots)
+        if self._interrupted and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise KeyboardInterrupt
+        return objective
+
+    def conclude(self, *plots: Callable[[Path], object]) -> float:
         """Measure the best parameters, draw, print the summary line, and close the logs.
+
+        An interrupted run only closes them, and says what else resuming it would do, also after its last frame.
 
         Args:
             *plots: further pictures, functions of the run's folder, such as
@@ -219,9 +232,10 @@ class Run:
             self._log.artifact(self._checkpoints.best, "checkpoint", {"score": score, "seed": self.cfg.seed})
         if self._interrupted:
             self._log.finish()
-            print(f"Stopped after {self._progress['frames']:,} frames. Go on with 'resume=\"{self.folder}\"'")
-            if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise KeyboardInterrupt  # the rest of the grid, too
+            print(
+                f"Stopped after {self._progress['frames']:,} of {self.cfg.total_frames:,} frames, without absolute "
+                f"metric, pictures and summary. Go on with 'resume=\"{self.folder}\"'"
+            )
             return objective
         summary = {
             "final": evaluations[-1][1],

@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import importlib.util
 import io
 import sys
 import warnings
@@ -25,8 +26,13 @@ JAXMARL = ["smax-3m", "simple_spread_3ag", "jaxnav-9x9x2a", "overcooked-cramped_
 @functools.cache  # compiling takes seconds
 def game(scenario):
     package, make = ("jaxmarl", make_jaxmarl) if scenario in JAXMARL else ("jumanji", make_jumanji)
-    pytest.importorskip(package)
+    needs(package)
     return make(scenario, num_envs=3, max_steps=limit(scenario), seed=0, shared_reward=False)
+
+
+def needs(package):
+    if importlib.util.find_spec(package) is None:  # to import JaxMARL is the library's task: it changes sys.stderr
+        pytest.skip(f"needs {package}")
 
 
 def limit(scenario):
@@ -284,6 +290,18 @@ def test_missing_package_names_the_command_that_installs_it(monkeypatch, make, m
         make(num_envs=1)
 
 
+def test_importing_jaxmarl_leaves_the_streams_as_they_are(monkeypatch):
+    def imported(*_):  # JaxMARL does so when Brax is missing
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        raise ImportError
+
+    monkeypatch.setattr("torchrl_marl.envs.jaxmarl.import_extra", imported)
+    before = sys.stdout, sys.stderr
+    with pytest.raises(ImportError):
+        make_jaxmarl(num_envs=1)
+    assert (sys.stdout, sys.stderr) == before
+
+
 @pytest.mark.parametrize(
     ("make", "scenario", "message"),
     [
@@ -294,7 +312,7 @@ def test_missing_package_names_the_command_that_installs_it(monkeypatch, make, m
     ],
 )
 def test_unknown_scenarios_are_named(make, scenario, message):
-    pytest.importorskip("jumanji" if make is make_jumanji else "jaxmarl")
+    needs("jumanji" if make is make_jumanji else "jaxmarl")
     with pytest.raises(ValueError, match=message):
         make(scenario, num_envs=1)
 
@@ -302,7 +320,7 @@ def test_unknown_scenarios_are_named(make, scenario, message):
 @each_scenario
 def test_mars_trains_for_an_iteration(monkeypatch, tmp_path, scenario):
     package = "jaxmarl" if scenario in JAXMARL else "jumanji"
-    pytest.importorskip(package)
+    needs(package)
     overrides = [f"env={package}", f"env.scenario={scenario}", "total_frames=80", "evaluation.interval=80"]
     run_recipe(monkeypatch, tmp_path, *overrides)
     assert (run_folders(tmp_path)[0] / "learning_curve.png").exists()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch.testing import assert_close
+from torchrl.modules import PopArtValueNorm
 
 from tests.objectives.loss_factories import (
     AGENTS,
@@ -614,6 +615,22 @@ def test_an_agent_that_never_lives_can_learn_from_those_who_do():
     data = batch_of(actor, live=1.0)
     data["agents", "mask"][:, 1] = False
     assert set(loss.turns(data)) == {0, 1, 2, "critic"}
+
+
+@every_loss
+def test_the_critics_turn_is_mappos_with_dead_agents_and_normalised_values(cls):
+    outcomes = []
+    for own in (cls, MAPPOLoss):
+        networks = make_networks("categorical", share_parameters=False, value_norm=PopArtValueNorm(shape=1))
+        data = make_batch(networks[0], "categorical", live=0.6)
+        data["value_target"] = 50 + 9 * data["value_target"]
+        data["value_target"][~data["agents", "mask"]] = torch.nan
+        loss = own(*networks)
+        loss.update_value_norm(data)
+        loss.turn = "critic"
+        output = dict(loss(data).select("loss_critic", "explained_variance").items())
+        outcomes.append((output, gradients(output, networks[1]), list(networks[1].buffers())))
+    assert_close(*outcomes, rtol=0, atol=0)
 
 
 # --- natural-gradient steps

@@ -18,6 +18,7 @@ from torchrl_marl.config import _stored_config
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.objectives import IPPOLoss
+from torchrl_marl.training import Run
 
 GRU = [
     "actor=gru",
@@ -175,6 +176,15 @@ def test_a_key_that_nothing_reads_fails_with_the_nearest_names(
     assert not run_folders(tmp_path)
 
 
+def test_another_optimiser_names_the_overrides_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for optimizer, left_out in (("LBFGS", "~optimizer.eps ~optimizer.fused"), ("RMSprop", "~optimizer.fused")):
+        switch = f"optimizer._target_=torch.optim.{optimizer}"
+        with pytest.raises(SystemExit, match=rf"^torch\.optim\.{optimizer} does not take .* out with {left_out}$"):
+            run_recipe(monkeypatch, tmp_path, switch)
+    run_recipe(monkeypatch, tmp_path, switch, left_out, "total_frames=80")
+    assert (run_folders(tmp_path)[0] / "summary.json").exists()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [["env.scenario=balance"], ["env=coordsum", "env.scenario=CoordSum-2x5", *GRU]],
@@ -223,6 +233,24 @@ def test_interruption_ends_the_run_with_a_checkpoint_to_go_on_from(
     assert json.loads((folder / "summary.json").read_text())["frames"] == stopped_at + 160
 
 
+def test_interruption_in_the_last_iteration_says_what_resuming_still_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "record", lambda run, _: run.interrupt())
+        run_recipe(patch, tmp_path, "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    rest = "without absolute metric, pictures and summary"
+    assert f"Stopped after 80 of 80 frames, {rest}. Go on with 'resume=\"{folder}\"'" in capsys.readouterr().out
+    assert not (folder / "summary.json").exists()
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={folder}")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["frames"] == 80
+    assert summary["absolute"] == last_value(folder, "eval/absolute/episode_reward_mean")
+    assert (folder / "learning_curve.png").exists()
+
+
 @pytest.mark.parametrize("override", ["loss=mappo", "optimizer.lr=1", "loss.entropy_coeff=0.5", "seed=7"])
 def test_a_resumed_run_refuses_what_would_be_recorded_but_not_take_effect(
     override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -232,6 +260,19 @@ def test_a_resumed_run_refuses_what_would_be_recorded_but_not_take_effect(
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
     with pytest.raises(SystemExit, match=f"keeps its {override.split('=')[0]}"):
         run_recipe(monkeypatch, tmp_path, f"resume={folder}", override)
+
+
+def test_a_checkpoint_of_before_a_key_of_the_configuration_says_what_still_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(monkeypatch, tmp_path, "total_frames=80")
+    checkpoint = find_checkpoint(run_folders(tmp_path)[0])
+    config = read_metadata(checkpoint)["config"]
+    older = {key: value for key, value in config.items() if key not in ("collector", "processes")}
+    monkeypatch.setattr("torchrl_marl.config.read_metadata", lambda _: {"config": older})
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    with pytest.raises(SystemExit, match=rf"^{checkpoint} says nothing of processes, collector: .* load_policy,"):
+        run_recipe(monkeypatch, tmp_path, f"resume={checkpoint}")
 
 
 def test_compile_of_a_resumed_run_is_that_of_vmas_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

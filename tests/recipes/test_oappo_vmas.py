@@ -35,6 +35,17 @@ def test_without_reuse_a_whole_run_is_happos_bit_for_bit(
     assert len(off["scalars/train/agents/loss_objective.csv"].split()) == 2
 
 
+@pytest.mark.parametrize("method", ["hatrpo", "oatrpo"])
+def test_one_loop_serves_clips_and_natural_gradients(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for recipe in ("oappo_vmas", "oatrpo_vmas"):
+        run_recipe(monkeypatch, tmp_path / recipe, f"loss={method}", "total_frames=80", recipe=recipe)
+    one, other = (curves(run_folders(tmp_path / recipe)[0]) for recipe in ("oappo_vmas", "oatrpo_vmas"))
+    assert one == other
+    assert "scalars/train/agents/step_fraction.csv" in one
+
+
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(monkeypatch, tmp_path / "whole", "total_frames=160", recipe="oappo_vmas")
     run_recipe(monkeypatch, tmp_path / "cut", "total_frames=80", recipe="oappo_vmas")

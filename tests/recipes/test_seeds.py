@@ -14,6 +14,7 @@ from tests.recipes.test_mars_vmas import GRU
 from torchrl_marl.checkpoints import find_checkpoint, load_policy
 from torchrl_marl.envs import make_coordsum
 from torchrl_marl.evaluation.runs import check_comparable, read_runs
+from torchrl_marl.loggers import MetricLog
 from torchrl_marl.seeds import SeedGroup
 
 UNEQUAL = ["minibatch_size=30", "total_frames=320", "evaluation.interval=160"]  # the last minibatch is smaller
@@ -86,6 +87,22 @@ def test_the_seeds_of_a_group_are_compared_as_separate_runs(tmp_path: Path, monk
         command = run.summary["sessions"][0]["command"]
         assert command.startswith("python recipes/seeds.py --config-name=mappo_maze ")
         assert "'seed=[2,5,6]'" in command
+
+
+def test_an_interrupted_grid_ends_after_each_seed_has_closed_its_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = []
+    finish = MetricLog.finish
+    monkeypatch.setattr(MetricLog, "finish", lambda log, *summary: closed.append(log._folder) or finish(log, *summary))
+    monkeypatch.setattr(SeedGroup, "record", lambda group, _: [seed.run.interrupt() for seed in group.seeds])
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(monkeypatch, tmp_path, "-m", "seed=[2,5],[3,6]", recipe="seeds")
+    folders = seeds_of(tmp_path)
+    assert closed == [folders[2], folders[5]]
+    assert len(folders) == 2
+    printed = capsys.readouterr().out
+    assert all(f'resume="{folder}"' in printed for folder in folders.values())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +65,8 @@ def make_jaxmarl(
         ImportError: if JaxMARL is not installed.
         ValueError: if there is no such task or an argument is out of its range.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what else could be installed
+    # it prints what else could be installed, and leaves both streams as they were when Python started
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(sys.stderr):
         import_extra("jaxmarl", "jax")
     forms: dict[str, Callable[[re.Match, int], JaxGame]] = {
         r"smax-(\w+)": _battle,

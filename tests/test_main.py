@@ -40,6 +40,19 @@ def test_evaluate_prints_the_mean_return_of_the_best_policy_with_its_interval(ru
     assert low < mean < high
 
 
+def test_sampled_actions_are_those_of_the_seed_and_not_the_most_likely_ones(run: Path, monkeypatch, capsys) -> None:
+    seed = 4_000_012 + 3
+    env = make_coordsum("CoordSum-2x5", num_envs=20, max_steps=10, seed=seed)
+    policy = load_policy(run)
+    torch.manual_seed(seed)
+    sampled = evaluate(env, policy, seed=seed, max_steps=10, sampled=True).returns
+    likely = evaluate(env, policy, seed=seed, max_steps=10).returns
+    assert not torch.equal(sampled, likely)
+    call(monkeypatch, "evaluate", run, "--episodes", 20, "--sampled")
+    assert f"mean return {sampled.mean():.3f}," in (printed := capsys.readouterr().out)
+    assert "sampled actions" in printed
+
+
 def test_evaluate_films_and_export_writes_where_it_is_told(run: Path, tmp_path: Path, monkeypatch) -> None:
     call(monkeypatch, "evaluate", run, "--episodes", 1, "--video", tmp_path / "film.gif")
     assert (tmp_path / "film.gif").read_bytes().startswith(b"GIF")

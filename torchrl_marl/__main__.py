@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
@@ -16,7 +17,9 @@ from torchrl_marl.evaluation import evaluate, stratified_bootstrap_interval
 from torchrl_marl.export import export_policy
 
 
-def evaluate_run(run: Path, *, episodes: int, video: Path | None, seed: int | None, device: str) -> None:
+def evaluate_run(
+    run: Path, *, episodes: int, video: Path | None, seed: int | None, device: str, sampled: bool = False
+) -> None:
     """Play episodes with a run's best policy; print the mean return, and film one episode if asked to.
 
     The environment is built as the run's configuration says, so evaluate runs that you trust.
@@ -36,11 +39,14 @@ def evaluate_run(run: Path, *, episodes: int, video: Path | None, seed: int | No
         seed = 4_000_012 + int(config["seed"])  # starts that neither training nor its evaluations saw
     if video is not None:
         print(render_episode(make_env(num_envs=1, seed=seed), policy, video, max_steps=max_steps))
-    played = evaluate(make_env(num_envs=episodes, seed=seed), policy, seed=seed, max_steps=max_steps)
+    env = make_env(num_envs=episodes, seed=seed)
+    torch.manual_seed(seed)
+    played = evaluate(env, policy, seed=seed, max_steps=max_steps, sampled=sampled)
     low, high = stratified_bootstrap_interval(played.returns, np.mean)
     print(
         f"{config['method']} on {config['env']['scenario']} after {recorded['frames']:,} frames: mean return "
         f"{played.returns.mean():.3f}, 95 % interval {low:.3f} to {high:.3f} over {episodes} episodes of this policy, "
+        f"{'sampled' if sampled else 'most likely'} actions, "
         f"mean length {played.lengths.float().mean():.1f}"
     )
     if len(played.groups) > 1:
@@ -57,6 +63,7 @@ def main() -> None:
     run.add_argument("run", metavar="RUN", type=Path, help="folder of a run (its best checkpoint), or a checkpoint")
     played = commands.add_parser("evaluate", parents=[run], help="play episodes, print the return, film one")
     played.add_argument("--episodes", type=int, default=100)
+    played.add_argument("--sampled", action="store_true", help="sample actions, where else the most likely are taken")
     played.add_argument("--video", type=Path, metavar="FILE", help="film an episode: FILE.mp4 or FILE.gif")
     played.add_argument("--seed", type=int, help="of the environment; by default one that the run has not used")
     played.add_argument("--device", default="cpu")
@@ -70,7 +77,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.command == "evaluate":
-            evaluate_run(args.run, episodes=args.episodes, video=args.video, seed=args.seed, device=args.device)
+            options = {"video": args.video, "seed": args.seed, "device": args.device, "sampled": args.sampled}
+            evaluate_run(args.run, episodes=args.episodes, **options)
         elif args.command == "check":
             check_env(make_custom(args.factory, num_envs=2))
         else:

@@ -42,8 +42,15 @@ class Episodes(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int | None, max_steps: int) -> Episodes:
-    """Play one episode in every copy of an environment with the policy's deterministic actions.
+def evaluate(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    seed: int | None,
+    max_steps: int,
+    sampled: bool = False,
+) -> Episodes:
+    """Play one episode in every copy of an environment.
 
     It draws random numbers; enclose it in :func:`torchrl_marl.envs.preserve_random_state` during training.
 
@@ -52,6 +59,7 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int | None, ma
         policy: the policy; if it is recurrent, every episode starts from states of zero.
         seed: of the environments; the same seed gives the same starts. ``None`` leaves their random streams alone.
         max_steps: the longest that an episode can be.
+        sampled: sample the policy's actions instead of taking the most likely ones.
 
     Returns:
         The first episode of every copy.
@@ -63,7 +71,7 @@ def evaluate(env: EnvBase, policy: TensorDictModuleBase, *, seed: int | None, ma
     if seed is not None:
         env.set_seed(seed)
     following, steps = env.reset(), []
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
+    with set_exploration_type(ExplorationType.RANDOM if sampled else ExplorationType.DETERMINISTIC):
         for _ in range(max_steps):  # not env.rollout, which would keep a policy's memory of every step
             data, following = env.step_and_maybe_reset(policy(following))
             groups = group_returns(data)

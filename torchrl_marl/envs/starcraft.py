@@ -29,7 +29,7 @@ _RACES = {  # units, their weights, and which of them must not be a whole team
 
 
 class _StarCraftGame(TeamGame):
-    """One game behind SMAC's interface: ``get_obs``, ``get_state``, ``get_avail_actions``, ``timeouts`` and ``step``."""
+    """A game behind SMAC's interface: ``get_obs``, ``get_state``, ``get_avail_actions``, ``timeouts`` and ``step``."""
 
     def __init__(self, env: Any) -> None:
         self.env = env

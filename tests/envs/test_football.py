@@ -1,5 +1,6 @@
 """The wrapper of Google Research Football against the engine where it is built, its logic against a stand-in."""
 
+import logging
 import sys
 import types
 
@@ -132,13 +133,16 @@ def test_the_engine_itself_matches_the_specs_and_repeats_by_seed():
     assert not (first["agents", "observation"][0] == first["agents", "observation"][1]).all()
 
 
-def test_every_step_equals_the_raw_engine():
+def test_every_step_equals_the_raw_engine(caplog):
     pytest.importorskip("gfootball")
     from gfootball.env.config import Config
     from gfootball.env.football_env import FootballEnv
     from gfootball.env.wrappers import Simple115StateWrapper
 
+    caplog.set_level(logging.INFO)  # as Hydra does
     data = rollout(make_football(num_envs=1, seed=7, checkpoints=False), 60)[0]
+    assert data["next", "done"].any()
+    assert not caplog.records
     stream, step, env = random_streams(7, 1), 0, None
     for turn in data.unbind(0):
         if step == 0:

@@ -1,4 +1,8 @@
-"""The wrapper of SMACv2 against a stand-in that answers as the package's interface does; the game is not free."""
+"""The wrapper of SMACv2 against a stand-in that does what the package's source does, quirks included.
+
+Recorded from oxwhirl/smacv2 at 9dabb98: arguments, sizes, what a distribution reads, when a game is started, how
+rewards are scaled, when ``get_stats`` fails. The game is not free software, and no machine of ours has it.
+"""
 
 import sys
 import types
@@ -10,54 +14,127 @@ from torchrl.envs.utils import check_env_specs
 
 from torchrl_marl.envs import check_env, make_smacv2, render_episode
 
-SIZES = {"n_agents": 5, "n_actions": 11, "obs_shape": 82, "state_shape": 120, "episode_limit": 200}  # terran 5 v 5
 DIES, WINS, LIMIT = 3, 5, 8  # steps: agent 0 falls, the enemies are beaten, the game's own limit
+HEALTH = 100  # of an enemy
+DISTRIBUTIONS = {  # what they read of their part of capability_config
+    "weighted_teams": {"unit_types", "weights", "exception_unit_types", "observe"},
+    "surrounded_and_reflect": {"p", "map_x", "map_y"},
+}
 
 
-class StarCraft:
-    """Episode 0 is won, episode 1 reaches the limit, in episode 2 the game crashes and starts again."""
+class Game:
+    """SMAC's environment: episode 0 is won, episode 1 reaches the limit, in episode 2 the game crashes."""
 
-    def __init__(self, **options):
-        self.options, self.episode, self.timeouts, self.actions = options, -1, 0, []
+    def __init__(
+        self,
+        *,
+        map_name,
+        capability_config,
+        conic_fov=False,
+        obs_own_pos=False,
+        use_unit_ranges=False,
+        min_attack_range=2,
+        seed=None,
+        prob_obs_enemy=1.0,
+        action_mask=True,
+    ):
+        assert (conic_fov, obs_own_pos, use_unit_ranges, min_attack_range) == (False, True, True, 2)  # as in the paper
+        assert seed is None or 0 <= seed < 2**32  # or the game does not take it
+        self.map_name, self.seed, self.extended = map_name, seed, (prob_obs_enemy, action_mask)
+        self.shields = map_name == "10gen_protoss"
+        self.n_agents, self.n_enemies = (capability_config[name] for name in ("n_units", "n_enemies"))
+        self.n_actions = 6 + self.n_enemies
+        self.max_reward = 10 * self.n_enemies + 200
+        self._episode_count = self._episode_steps = self.launches = self.episode = 0
+        self.battles_won = self.battles_game = self.timeouts = self.force_restarts = 0
 
     def get_env_info(self):
-        return SIZES
+        allies, enemies, shield = self.n_agents, self.n_enemies, int(self.shields)
+        seen = 4 + enemies * (8 + shield) + (allies - 1) * (8 + shield) + 6 + shield
+        state = allies * (7 + shield) + enemies * (6 + shield) + allies * self.n_actions
+        sizes = {"state_shape": state, "obs_shape": seen, "cap_shape": 3, "n_actions": self.n_actions}
+        return {**sizes, "n_agents": allies, "episode_limit": LIMIT, "agent_features": [], "enemy_features": []}
 
-    def reset(self):
-        self.episode, self.step_count = self.episode + 1, 0  # and returns nothing, as after a failed reset
+    def reset(self, episode_config):
+        self._episode_steps = 0
+        if self._episode_count == 0:
+            self.launches += 1
+            self.max_reward += HEALTH * self.n_enemies
+        return self.get_obs(), self.get_state()
 
     def step(self, actions):
         legal = self.get_avail_actions()
         assert all(available[action] for available, action in zip(legal, actions, strict=True))
-        self.actions, self.step_count = list(actions), self.step_count + 1
         kind = self.episode % 3
-        if kind == 2 and self.step_count == WINS:
+        if kind == 2 and self._episode_steps == WINS - 1:
+            self.force_restarts += 1
+            self.episode += 1
             return 0, True, {}
-        won, timeout = kind == 0 and self.step_count == WINS, kind == 1 and self.step_count == LIMIT
-        self.timeouts += timeout
-        info = {"battle_won": won, "dead_allies": int(self.step_count >= DIES), "dead_enemies": 5 * won}
-        return 0.5 + 10 * won, won or timeout, info
+        self._episode_steps += 1
+        won = kind == 0 and self._episode_steps == WINS
+        timeout = self._episode_steps == LIMIT
+        info = {"battle_won": won, "dead_allies": int(self._episode_steps >= DIES), "dead_enemies": 5 * won}
+        reward = (HEALTH + 10) * self.n_enemies + 200 if won else 0
+        over = won or timeout
+        self.battles_won, self.timeouts = self.battles_won + won, self.timeouts + timeout
+        self.battles_game, self.episode = self.battles_game + over, self.episode + over
+        self._episode_count += over
+        return reward / (self.max_reward / 20), over, info
 
     def get_stats(self):
-        return {"battles_won": 0, "battles_game": self.episode, "timeouts": self.timeouts, "restarts": 0}
+        counts = {"battles_won": self.battles_won, "battles_game": self.battles_game, "timeouts": self.timeouts}
+        return {**counts, "win_rate": self.battles_won / self.battles_game, "restarts": self.force_restarts}
 
     def get_obs(self):
-        return [np.full(82, 10 * self.step_count + agent, dtype=np.float32) for agent in range(5)]
+        size = self.get_env_info()["obs_shape"]
+        return [np.full(size, 10 * self._episode_steps + agent, dtype=np.float32) for agent in range(self.n_agents)]
 
     def get_state(self):
-        return np.full(120, self.step_count, dtype=np.float32)
+        return np.full(self.get_env_info()["state_shape"], self._episode_steps, dtype=np.float32)
 
     def get_avail_actions(self):
-        alive = [self.step_count < DIES, True, True, True, True]
-        return [[0, 1, 1, 1, 1, 1, *[0] * 5] if lives else [1] + [0] * 10 for lives in alive]
+        alive = [agent > 0 or self._episode_steps < DIES for agent in range(self.n_agents)]
+        return [[0, *[1] * 5, *[0] * self.n_enemies] if lives else [1] + [0] * (5 + self.n_enemies) for lives in alive]
+
+
+class StarCraft:
+    """The package's wrapper, which draws teams and starts and hands all else on."""
+
+    def __init__(self, **options):
+        self.capability_config = options["capability_config"]
+        for key in self.capability_config.keys() - {"n_units", "n_enemies"}:
+            given = self.capability_config[key]
+            assert given.keys() - {"dist_type"} == DISTRIBUTIONS[given["dist_type"]]
+        self.env = Game(**options)
+
+    def reset(self):
+        self.env.reset({})  # and it returns nothing, as after a failed reset
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
 
 
 @pytest.fixture(autouse=True)
 def smacv2(monkeypatch):
-    module = types.ModuleType("smacv2.env")
+    module, absl = types.ModuleType("smacv2.env"), types.ModuleType("absl")
     module.StarCraftCapabilityEnvWrapper = StarCraft
+    absl.flags = types.SimpleNamespace(FLAGS=Flags())
+    monkeypatch.setitem(sys.modules, "absl", absl)
     monkeypatch.setitem(sys.modules, "smacv2", types.ModuleType("smacv2"))
     monkeypatch.setitem(sys.modules, "smacv2.env", module)
+    return absl.flags.FLAGS
+
+
+class Flags:
+    """Those of absl: PySC2 cannot start the game before they are parsed."""
+
+    calls = 0
+
+    def is_parsed(self):
+        return self.calls > 0
+
+    def __call__(self, arguments):
+        self.calls += 1
 
 
 def rollout(num_steps, **options):
@@ -75,7 +152,6 @@ def test_observations_masks_and_state_are_grouped():
     assert torch.equal(data["agents", "observation"][0], expected.unsqueeze(-1).expand(4, 5, 82))
     assert torch.equal(data["state"][0], torch.arange(4.0)[:, None].expand(4, 120))
     assert data["agents", "action_mask"][0, 0].sum(-1).tolist() == [5] * 5
-    assert torch.equal(data["next", "agents", "reward"], torch.full((2, 4, 5, 1), 0.5))
 
 
 def test_the_fallen_have_no_action_and_no_part_in_losses():
@@ -100,6 +176,27 @@ def test_a_limit_below_the_games_truncates_first():
     assert not data["terminated"].any()
 
 
+def test_a_battle_won_gives_twenty_in_one_game_whatever_was_reset_before():
+    env = make_smacv2(num_envs=2, seed=0)
+    env.reset()
+    env.rollout(2)
+    reward = env.rollout(WINS, break_when_any_done=False)["next", "agents", "reward"]
+    assert torch.equal(reward[:, :-1], torch.zeros(2, WINS - 1, 5, 1))
+    assert torch.equal(reward[:, -1], torch.full((2, 5, 1), 20.0))
+    assert [game.env.launches for game in env._games] == [1, 1]
+
+
+def test_the_flags_that_the_game_is_started_with_are_parsed_once(smacv2):
+    make_smacv2(num_envs=1)
+    make_smacv2(num_envs=1)
+    assert smacv2.calls == 1
+
+
+@pytest.mark.parametrize(("seed", "expected"), [(3, [3, 4]), (2**32 - 1, [2**32 - 1, 0]), (-1, [2**32 - 1, 0])])
+def test_every_game_has_a_seed_that_it_can_take(seed, expected):
+    assert [game.env.seed for game in make_smacv2(num_envs=2, seed=seed)._games] == expected
+
+
 def test_the_check_knows_the_limit_and_finds_nothing(capsys):
     assert check_env(make_smacv2(num_envs=2, seed=0, max_steps=4), num_steps=12) == []
     assert "4 steps" in capsys.readouterr().out
@@ -107,11 +204,11 @@ def test_the_check_knows_the_limit_and_finds_nothing(capsys):
 
 def test_names_become_configurations():
     game = make_smacv2("zerg_10_vs_11_epo", num_envs=1)._games[0].env
-    capabilities = game.options["capability_config"]
-    assert (game.options["map_name"], capabilities["n_units"], capabilities["n_enemies"]) == ("10gen_zerg", 10, 11)
+    capabilities = game.capability_config
+    assert (game.map_name, capabilities["n_units"], capabilities["n_enemies"]) == ("10gen_zerg", 10, 11)
     assert capabilities["team_gen"]["unit_types"] == ["zergling", "baneling", "hydralisk"]
     assert sum(capabilities["team_gen"]["weights"]) == pytest.approx(1)
-    assert (game.options["prob_obs_enemy"], game.options["action_mask"]) == (0.0, False)
+    assert game.extended == (0.0, False)
 
 
 def test_a_missing_game_gives_the_steps(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -89,7 +90,7 @@ def make_football(
 
     Args:
         scenario: a module of ``gfootball.scenarios``.
-        num_envs: number of environments; each has an engine of its own, all in this process.
+        num_envs: number of environments; each has an engine of its own, all in this process, of 60 MiB.
         num_agents: players that agents control. Papers use 3 in academy_3_vs_1_with_keeper, 2 in the two
             pass_and_shoot scenarios, 4 in the counterattacks and 5_vs_5, 10 in academy_corner and 11_vs_11.
         max_steps: time limit of an episode.
@@ -111,5 +112,6 @@ def make_football(
         raise ValueError(f"gfootball has no scenario {scenario!r}; it has {', '.join(sorted(scenarios))}")
     if not 1 <= num_agents <= 11:
         raise ValueError(f"num_agents must be in 1..11, got {num_agents}")
+    logging.getLogger("absl").setLevel(logging.WARNING)  # the package reports every episode
     games = [_FootballGame(scenario, num_agents, checkpoints) for _ in range(num_envs)]
     return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)

@@ -29,7 +29,7 @@ _RACES = {  # units, their weights, and which of them must not be a whole team
 
 
 class _StarCraftGame(TeamGame):
-    """One game behind SMAC's interface: ``get_obs``, ``get_state``, ``get_avail_actions`` and ``step``'s info."""
+    """A game behind SMAC's interface: ``get_obs``, ``get_state``, ``get_avail_actions``, ``timeouts`` and ``step``."""
 
     def __init__(self, env: Any) -> None:
         self.env = env
@@ -43,13 +43,16 @@ class _StarCraftGame(TeamGame):
             self.env.reset()  # what it returns is not always there
         except FileNotFoundError as error:
             raise FileNotFoundError(_GAME) from error
+        # Until an episode has been played to its end, SMAC would start another game at every reset and add the health
+        # of its enemies to what rewards are divided by.
+        self.env.env._episode_count = max(self.env.env._episode_count, 1)
         return self._seen()
 
     def step(self, action: np.ndarray) -> Turn:
-        timeouts = self.env.get_stats()["timeouts"]
+        timeouts = self.env.timeouts  # get_stats() divides by the number of battles, which may be 0
         reward, over, info = self.env.step(action.tolist())
         # An end without any news is that of a game that had to be started again.
-        truncated = over and (not info or self.env.get_stats()["timeouts"] > timeouts)
+        truncated = over and (not info or self.env.timeouts > timeouts)
         return Turn(self._seen(), [float(reward)] * len(self.layout.agents), over and not truncated, truncated)
 
     def draw(self) -> np.ndarray:
@@ -76,17 +79,17 @@ def make_smacv2(
     """Build a scenario of SMACv2, with teams and starts drawn anew for every episode.
 
     It needs StarCraft II. SMAX (``make_jaxmarl("smax-smacv2_5_units")``) has similar battles in a physics of its own,
-    a thousand times as fast. The reward is the team's, scaled by SMAC so that an episode gives at most 20; dead
-    agents have only the action 0 and are not in ``("agents", "mask")``. Winning and losing are terminations, the time
-    limits truncations, of which SMAC itself makes terminations. The game draws its starts from generators that no seed
-    reaches.
+    a thousand times as fast. The reward is the team's, scaled by SMAC so that a battle won gives about 20, in each copy
+    by the health of its first enemies; dead agents have only the action 0 and are not in ``("agents", "mask")``.
+    Winning and losing are terminations, the time limits truncations, of which SMAC itself makes terminations. Teams and
+    starts are drawn from generators that no seed reaches.
 
     Args:
         scenario: ``RACE_N_vs_M``, or with ``_epo`` behind it for extended partial observability; RACE is terran,
             protoss or zerg; papers use 5_vs_5, 10_vs_10, 10_vs_11, 20_vs_20 and 20_vs_23.
         num_envs: number of environments, each a process of the game.
         max_steps: time limit of an episode; the maps have one of 200 of their own.
-        seed: of the game's own random numbers.
+        seed: of the first game's own random numbers; the following integers are the others'.
         device: where the tensors are.
 
     Returns:
@@ -101,9 +104,12 @@ def make_smacv2(
     if match is None:
         raise ValueError(f"scenario must be RACE_N_vs_M[_epo], such as terran_5_vs_5; got {scenario!r}")
     try:
+        from absl import flags  # pyright: ignore[reportMissingImports]
         from smacv2.env import StarCraftCapabilityEnvWrapper  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ImportError(f"SMACv2 is not on PyPI ({error}): {_PACKAGE}, in an environment of its own") from error
+    if not flags.FLAGS.is_parsed():  # PySC2 reads them when it starts the game
+        flags.FLAGS(["torchrl_marl"])
     race, allies, enemies = match[1], int(match[2]), int(match[3])
     unit_types, weights, exceptions = _RACES[race]
     options: dict[str, Any] = {
@@ -124,9 +130,9 @@ def make_smacv2(
         "obs_own_pos": True,
         "use_unit_ranges": True,
         "min_attack_range": 2,
-        "seed": seed,
     }
     if match[4]:
         options |= {"prob_obs_enemy": 0.0, "action_mask": False}
-    games = [_StarCraftGame(StarCraftCapabilityEnvWrapper(**options)) for _ in range(num_envs)]
+    seeds = [None if seed is None else (seed + index) % 2**32 for index in range(num_envs)]
+    games = [_StarCraftGame(StarCraftCapabilityEnvWrapper(**options, seed=own)) for own in seeds]
     return TeamGamesEnv(games, max_steps=max_steps, shared_reward=False, seed=seed, device=device)

@@ -1,9 +1,8 @@
-"""Policy and game as one compiled function, for games whose step is a pure function of tensors."""
+"""Policy and game as one compiled function, for games whose step is a pure function of tensors, and for VMAS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
@@ -26,7 +25,7 @@ from torchrl.envs import (
 )
 
 from torchrl_marl.envs import TensorEnv, preserve_random_state
-from torchrl_marl.envs.vmas_compiled import VmasGraphs, compile_graph
+from torchrl_marl.envs.vmas_compiled import VmasGraphs
 
 __all__ = ["CompiledCollector"]
 
@@ -36,25 +35,28 @@ _INDUCTOR = {
 }
 _FLAGS = {"done", "terminated", "truncated"}
 _INIT = "is_init"
-_CPU = torch.device("cpu")
 _Entries = dict[NestedKey, Tensor]  # of one step of all environments
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class CompiledCollector:
-    """Run a policy in a game written in Torch without end, and yield ``[num_envs, num_steps]`` steps at a time.
+    """Run a policy in a game written in Torch, or VMAS, without end; yield ``[num_envs, num_steps]`` steps at a time.
 
     It yields what :class:`torchrl.collectors.Collector` yields with the same seeds, in one process, without the ids of
     trajectories. The policy, the game's step and the writing into the batch are one graph without Python between its
     operations; a second one begins new episodes, where any has ended. The policy draws from Torch's generator, as
-    uncompiled. The first batch waits for the compiler, some ten seconds.
+    uncompiled. The first batch waits for the compiler, some ten seconds, in VMAS up to a minute.
+
+    VMAS's step and resets are the graphs of :class:`~torchrl_marl.envs.CompiledVmasEnv`, checked in the same way:
+    equal to VMAS up to rounding, or VMAS goes on itself, with a warning. The environment need not be a compiled one.
 
     Every batch has memory of its own, laid out by step: ``[num_envs, num_steps]`` is a view. The environment's state
     is up to date between batches, so that it can be stored and brought back.
 
     Args:
         env: a :class:`~torchrl_marl.envs.TensorEnv` (CoordSum, the mazes, PaxMen, AeroCombat, or a game of your own),
-            as it is or in :func:`~torchrl_marl.modules.with_recurrent_state`.
+            or :func:`~torchrl_marl.envs.make_env`'s VMAS, as it is or in
+            :func:`~torchrl_marl.modules.with_recurrent_state`.
         policy: what acts, with exploration: any policy that Torch compiles in one piece, such as those of
             :func:`~torchrl_marl.modules.make_actor` and :func:`~torchrl_marl.modules.collection_policy`. Its
             parameters may change, its layers may not.
@@ -63,7 +65,7 @@ class CompiledCollector:
             slowly.
 
     Raises:
-        ValueError: if the environment is not one of those.
+        ValueError: if the environment is not one of those, or agents of one group have different spaces.
 
     Example:
         >>> from torchrl_marl.envs import make_coordsum
@@ -87,12 +89,10 @@ class CompiledCollector:
         with preserve_random_state(), torch.no_grad():
             acted = _leaves(policy(first.copy()).exclude("next"))
         self._shapes = {"root": {**self._first, **acted}, "next": _leaves(env.fake_tensordict()["next"])}
-        compiler = partial(_compiled, compile=compile)
         if isinstance(game, TensorEnv):
-            self._game = _TensorGame(game, self._scribe, compiler)
+            self._game = _TensorGame(game, self._scribe, compile)
         else:
-            actions = [acted[key] for key in game.action_keys]
-            self._game = _VmasGame(game, limit, self._scribe, compiler, actions)
+            self._game = _VmasGame(game, limit, self._scribe, compile, [acted[key] for key in game.action_keys])
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         while True:
@@ -120,7 +120,7 @@ class CompiledCollector:
         with set_exploration_type(ExplorationType.RANDOM):
             for now, then, following in zip(root_steps, next_steps, root_steps[1:], strict=False):
                 self._game.step(now, then, following)
-                if self.env.device != _CPU or then["done"].any():  # no accelerator is waited for
+                if not self._game.waits or then["done"].any():
                     self._game.restart(then["done"], following)
         self._game.end()
         self._first = {key: root_steps[-1][key].clone() for key in self._first}  # does not keep the batch alive
@@ -186,9 +186,10 @@ class _Scribe:
 class _TensorGame:
     """A game whose state a compiled function hands to the next one."""
 
-    def __init__(self, game: TensorEnv, scribe: _Scribe, compiler: Callable[[_Function], _Function]) -> None:
+    def __init__(self, game: TensorEnv, scribe: _Scribe, compile: bool | str) -> None:
         self._game, self._scribe = game, scribe
-        self._step, self._restart = compiler(self._write_step), compiler(self._write_restart)
+        self._step, self._restart = _compiled(self._write_step, compile), _compiled(self._write_restart, compile)
+        self.waits = game.device.type == "cpu"  # no accelerator is waited for
 
     def begin(self) -> None:
         self._state = _contiguous(self._game.state)
@@ -220,16 +221,18 @@ class _TensorGame:
 class _VmasGame:
     """VMAS: policy and its graph of a step as one function; its own step, uncompiled, where the graph does not hold."""
 
+    waits = True
+
     def __init__(
         self,
         env: VmasEnv,
         max_steps: int | None,
         scribe: _Scribe,
-        compiler: Callable[[_Function], _Function],
+        compile: bool | str,
         actions: Sequence[Tensor],
     ) -> None:
-        self._env, self._max_steps, self._scribe, self._compiler = env, max_steps, scribe, compiler
-        self._graphs = VmasGraphs(env, compile_step=self._fuse, compile_reset=compiler)
+        self._env, self._max_steps, self._scribe, self._compile = env, max_steps, scribe, compile
+        self._graphs = VmasGraphs(env, compile_step=self._fuse_step, compile_reset=self._fuse_reset)
         self._graphs.trace_step(actions)
 
     def begin(self) -> None:
@@ -249,29 +252,42 @@ class _VmasGame:
             self._write(_leaves(as_vmas()), *entries)
 
     def restart(self, done: Tensor, following: _Entries) -> None:
-        ended = TensorDict({"_reset": done}, batch_size=self._scribe.batch_size)
-        described = self._graphs.reset(ended).exclude(*_FLAGS)
-        self._scribe.restart(_leaves(described), done, following)
+        self._following = following
+        if self._graphs.try_reset(done) is None:
+            described = VmasEnv._reset(self._env, TensorDict({"_reset": done}, batch_size=self._scribe.batch_size))
+            self._graphs.find_state()
+            self._scribe.restart(_leaves(described.exclude(*_FLAGS)), done, following)
 
     def end(self) -> None: ...
 
-    def _fuse(self, module: GraphModule) -> Callable[..., Sequence[Tensor]]:
-        self._module = module
-        step, num_actions = self._compiler(self._write_step), len(self._env.action_keys)
+    def _fuse_step(self, module: GraphModule) -> Callable[..., Sequence[Tensor]]:
+        self._step, num_actions, compiled = (
+            module,
+            len(self._env.action_keys),
+            _compiled(self._write_step, self._compile),
+        )
 
         def run(*inputs: Tensor) -> Sequence[Tensor]:
-            results = step([value.clone() for value in inputs[num_actions:]], *self._entries)
+            results = compiled(_apart(inputs[num_actions:]), *self._entries)
             self._has_acted = True
             return results
 
         return run
 
-    def _write_step(
-        self, state: list[Tensor], now: _Entries, then: _Entries, following: _Entries
-    ) -> Sequence[Tensor]:
+    def _fuse_reset(self, module: GraphModule) -> Callable[..., Sequence[Tensor]]:
+        self._reset, compiled = module, _compiled(self._write_restart, self._compile)
+        return lambda *inputs: compiled(_apart(inputs), self._following)
+
+    def _write_step(self, state: list[Tensor], now: _Entries, then: _Entries, following: _Entries) -> Sequence[Tensor]:
         data = self._scribe.act(now, then, following)
-        results = self._module(*(data[key] for key in self._env.action_keys), *state)
-        self._write(dict(zip(self._graphs.step_keys, results[1:], strict=False)), now, then, following)
+        results = self._step(*(data[key] for key in self._env.action_keys), *state)
+        self._write(_named(self._step, results), now, then, following)
+        return results
+
+    def _write_restart(self, inputs: list[Tensor], following: _Entries) -> Sequence[Tensor]:
+        results = self._reset(*inputs)
+        described = {key: value for key, value in _named(self._reset, results).items() if key not in _FLAGS}
+        self._scribe.restart(described, inputs[0].unsqueeze(-1), following)
         return results
 
     def _write(self, happened: _Entries, now: _Entries, then: _Entries, following: _Entries) -> None:
@@ -280,9 +296,10 @@ class _VmasGame:
             happened["step_count"] = now["step_count"] + 1
             happened["truncated"] = happened["step_count"] >= self._max_steps
             happened["done"] = happened["done"] | happened["truncated"]
-        for group in self._env.group_map:
-            if (group, "episode_reward") in now:
-                happened[group, "episode_reward"] = now[group, "episode_reward"] + happened[group, "reward"]
+        for group, reward in self._env.reward_keys:
+            total = group, "episode_reward"
+            if total in now:
+                happened[total] = now[total] + happened[group, reward]
         self._scribe.write(happened, then, following)
 
 
@@ -298,9 +315,9 @@ def _game(env: EnvBase) -> tuple[TensorEnv | VmasEnv, int | None]:
     if not isinstance(game, TensorEnv | VmasEnv) or others:
         found = type(game).__name__ + (f" under {', '.join(others)}" if others else "")
         raise ValueError(
-            "CompiledCollector takes a TensorEnv (CoordSumEnv, MazeEnv, PaxMenEnv, AeroCombatEnv or your own) or make_env's "
-            f"VMAS, under no other transforms than those of make_env and with_recurrent_state; got {found}. TorchRL's "
-            "Collector (recipes: collector=default) takes any environment."
+            "CompiledCollector takes a TensorEnv (CoordSumEnv, MazeEnv, PaxMenEnv, AeroCombatEnv or your own) or VMAS, "
+            f"under no transforms but those of make_env and with_recurrent_state; got {found}. TorchRL's Collector "
+            "(recipes: collector=default) takes any environment."
         )
     if isinstance(game, VmasEnv) and any(game.het_specs_map.values()):
         raise ValueError(
@@ -310,26 +327,33 @@ def _game(env: EnvBase) -> tuple[TensorEnv | VmasEnv, int | None]:
     return game, next((one.max_steps for one in transforms if isinstance(one, StepCounter)), None)
 
 
-def _compiled(method: _Function, *, compile: bool | str) -> _Function:
-    """Compile a method, or a graph of VMAS, for arguments that never change their shapes.
+def _compiled(method: _Function, compile: bool | str) -> _Function:
+    """Compile a method for arguments that never change their shapes.
 
     Dynamo's checks that its graph still fits would take longer than a small step. They are left out, and the code is a
     copy of the method's, since Dynamo keeps graphs by code: no other collector must find this one's.
     """
     if not compile:
         return method
-    if isinstance(method, GraphModule):
-        return compile_graph(method) if compile is True else torch.compile(method, backend=compile)
     own = FunctionType(method.__func__.__code__.replace(), method.__func__.__globals__)
     options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
     if compile is True:
-        options |= _INDUCTOR
+        options |= _INDUCTOR | {"cpp_wrapper": not torch.cuda.is_available()}
     compiled = torch.compile(own, fullgraph=True, backend="inductor" if compile is True else compile, options=options)
     return cast("_Function", lambda *arguments: compiled(method.__self__, *arguments))
 
 
 def _leaves(data: TensorDictBase) -> _Entries:
     return dict(data.items(True, True))  # pyright: ignore[reportReturnType]
+
+
+def _named(module: GraphModule, results: Sequence[Tensor]) -> _Entries:
+    return dict(zip(module.meta["keys"], results[1:], strict=False))
+
+
+def _apart(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of one layout, none of which is another one, as Dynamo found them."""
+    return [value.clone(memory_format=torch.contiguous_format) for value in inputs]
 
 
 def _contiguous(state: TensorDictBase) -> _Entries:

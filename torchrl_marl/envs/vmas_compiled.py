@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
@@ -85,22 +85,16 @@ class VmasGraphs:
     Args:
         env: whose own step and reset are left to VMAS.
         compile_step: what compiles a step; it may compute more, but has the arguments and results of what it is given:
-            the actions and tensors of the state; whether the graph holds, entries ``step_keys``, tensors of the state.
-        compile_reset: what compiles a reset.
+            actions and tensors of the state; whether the graph holds, entries ``module.meta["keys"]``, and tensors.
+        compile_reset: what compiles a reset, whose first argument is the mask of environments.
     """
 
-    def __init__(self, env: VmasEnv, *, compile_step: Compiler, compile_reset: Compiler = compile_graph) -> None:
+    def __init__(self, env: VmasEnv, *, compile_step: Compiler, compile_reset: Compiler) -> None:
         self.env, self.refused = env, set[str]()
         self._compile_step, self._compile_reset = compile_step, compile_reset
         self._step_graph: _Graph | None = None
         self._reset_graph: _Graph | None = None
         self._draws: _Draws | None = None
-
-    @property
-    def step_keys(self) -> list[NestedKey]:
-        """Entries that a step of the graph returns."""
-        assert self._step_graph is not None
-        return self._step_graph.keys
 
     def step(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Do what VMAS's step does, with the actions of ``tensordict``."""
@@ -141,14 +135,39 @@ class VmasGraphs:
     def reset(self, tensordict: TensorDictBase | None, **options: Any) -> TensorDictBase:
         """Do what VMAS's reset does, of all environments or where ``"_reset"`` says so."""
         mask = None if tensordict is None else tensordict.get("_reset", None)
-        if tensordict is not None and mask is not None and not mask.all() and "reset" not in self.refused:
-            try:
-                return self._compiled_reset(tensordict, mask.flatten())
-            except _RefusedError as reason:
-                self._refuse("reset", reason)
+        outputs = None if mask is None else self.try_reset(mask)
+        if outputs is not None:
+            return self._reset_graph.data(outputs)  # pyright: ignore[reportOptionalMemberAccess]
         data = VmasEnv._reset(self.env, tensordict, **options)
         self.find_state()
         return data
+
+    @torch.no_grad()
+    def try_reset(self, mask: Tensor) -> Sequence[Tensor] | None:
+        """Reset environments, ``[B, 1]``; return the entries of all, or ``None`` if this reset is VMAS's to do."""
+        if "reset" in self.refused or mask.all():
+            return None
+        stream = self.env._env.vmas_random_state
+        before = list(stream)
+
+        def reset_as_vmas() -> TensorDictBase:
+            stream[:] = before
+            return VmasEnv._reset(self.env, TensorDict({"_reset": mask}, batch_size=self.env.batch_size))
+
+        try:
+            if self._reset_graph is None or self._draws is None:
+                self._draws = _recorded_draws(self.env)
+                first = torch.arange(self.env.num_envs, device=mask.device) == 0
+                inputs = [first, *self._draws.of_all(self.env.num_envs)]
+                self._reset_graph = _Graph(self.env, self._reset_where, inputs, self._compile_reset)
+            draws = self._draws.again(mask.flatten(), stream)
+            after = list(stream)
+            outputs = self._reset_graph.run([mask.flatten(), *draws], reset_as_vmas)
+        except _RefusedError as reason:
+            stream[:] = before
+            return self._refuse("reset", reason)
+        stream[:] = before if outputs is None else after
+        return outputs
 
     def find_state(self) -> None:
         """Find the state's places again, after a reset by VMAS."""
@@ -158,32 +177,6 @@ class VmasGraphs:
                     graph.find_state()
             except _RefusedError as reason:
                 self._refuse(name, reason)
-
-    @torch.no_grad()
-    def _compiled_reset(self, tensordict: TensorDictBase, mask: Tensor) -> TensorDictBase:
-        if self._reset_graph is None or self._draws is None:
-            self._draws = _recorded_draws(self.env)
-            first = torch.arange(self.env.num_envs, device=mask.device) == 0
-            inputs = [first, *self._draws.of_all(self.env.num_envs)]
-            self._reset_graph = _Graph(self.env, self._reset_where, inputs, self._compile_reset)
-        stream = self.env._env.vmas_random_state
-        before = list(stream)
-
-        def reset_as_vmas() -> TensorDictBase:
-            stream[:] = before
-            return VmasEnv._reset(self.env, tensordict)
-
-        draws = self._draws.again(mask, stream)
-        after = list(stream)
-        try:
-            outputs = self._reset_graph.run([mask, *draws], reset_as_vmas)
-        except _RefusedError:
-            stream[:] = before
-            raise
-        if outputs is None:
-            return reset_as_vmas()
-        stream[:] = after
-        return self._reset_graph.data(outputs)
 
     def _reset_where(self, mask: Tensor, *draws: Tensor) -> TensorDictBase:
         """Reset the whole batch with given draws, and keep that only where the mask says so."""
@@ -288,8 +281,6 @@ class _Graph:
         _RefusedError: if it does more than to compute tensors from tensors.
     """
 
-    keys: list[NestedKey]  # of the data
-
     def __init__(
         self, env: VmasEnv, function: Callable[..., TensorDictBase], inputs: Sequence[Tensor], compiler: Compiler
     ) -> None:
@@ -308,6 +299,7 @@ class _Graph:
             self._state.find()
         _check_operations(module)
         self._used = _drop_unused_inputs(module, len(inputs))
+        module.meta["keys"] = self._keys
         self._compiled = compiler(module)
 
     def run(self, inputs: Sequence[Tensor], reference: Callable[[], TensorDictBase]) -> Sequence[Tensor] | None:
@@ -323,7 +315,7 @@ class _Graph:
         before = self._state.read()
         everything = [*inputs, *before]
         valid, *results = self._compiled(*(everything[index] for index in self._used))
-        outputs, after = results[: len(self.keys)], results[len(self.keys) :]
+        outputs, after = results[: len(self._keys)], results[len(self._keys) :]
         self._runs += 1
         if not valid:
             self._misses += 1
@@ -340,7 +332,7 @@ class _Graph:
 
     def data(self, outputs: Sequence[Tensor]) -> TensorDictBase:
         """Return entries as what the function returns."""
-        return self._template.copy().update(dict(zip(self.keys, outputs, strict=True)))
+        return self._template.copy().update(dict(zip(self._keys, outputs, strict=True)))
 
     def find_state(self) -> None:
         """Find the state's places again, after a reset.
@@ -367,7 +359,7 @@ class _Graph:
         state = list(before)
         for index, value in zip(self._changed, after, strict=True):
             state[index] = value
-        pairs = [(key, value, expected[key]) for key, value in zip(self.keys, outputs, strict=True)]
+        pairs = [(key, value, expected[key]) for key, value in zip(self._keys, outputs, strict=True)]
         pairs += [(path, value, true[path]) for path, value in zip(self._paths, state, strict=True)]
         different = [str(name) for name, value, wanted in pairs if not _close(value, wanted)]
         if different:
@@ -379,9 +371,7 @@ class _Graph:
         if changed or list(state.places) != self._paths:
             raise _RefusedError(f"it changes {', '.join(changed) or 'the number of its tensors'}")
 
-    def _trace(
-        self, env: VmasEnv, function: Callable[..., TensorDictBase], inputs: Sequence[Tensor]
-    ) -> GraphModule:
+    def _trace(self, env: VmasEnv, function: Callable[..., TensorDictBase], inputs: Sequence[Tensor]) -> GraphModule:
         def traced(*everything: Tensor) -> list[Tensor]:
             copies = [value.clone() for value in everything[len(inputs) :]]
             self._state.write(copies)
@@ -390,12 +380,12 @@ class _Graph:
                 decisions = tracer.finish()
             state = _State(env)
             self._compare_settings(state)
-            self._template, self.keys = data.empty(recurse=True), list(data.keys(True, True))
+            self._template, self._keys = data.empty(recurse=True), list(data.keys(True, True))
             after = state.read()
             pairs = enumerate(zip(copies, after, strict=True))
             self._changed = [index for index, (copy, value) in pairs if value is not copy or copy._version]
             valid = torch.stack(decisions).all() if decisions else torch.ones((), dtype=torch.bool)
-            return [valid, *(data[key] for key in self.keys), *(after[index] for index in self._changed)]
+            return [valid, *(data[key] for key in self._keys), *(after[index] for index in self._changed)]
 
         return make_fx(traced)(*inputs, *self._state.read())
 

@@ -1,10 +1,11 @@
 """torchrl_marl's MAPPO for speed.py: the loop of recipes/mars_vmas.py without logging, evaluation and checkpoints.
 
-With `compile` as last argument VMAS and the update are compiled, as `compile=true` does in the recipe.
+With `compile` as last argument collection and update are compiled: `collector=compiled compile=true` in the recipe.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from functools import partial
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import torch
 from contender import Setting, Stopwatch, Timing, main
 from torchrl.collectors import Collector
 
-from torchrl_marl.collectors import minibatches
+from torchrl_marl.collectors import CompiledCollector, minibatches
 from torchrl_marl.envs import make_env
 from torchrl_marl.modules import make_actor, make_critic
 from torchrl_marl.objectives import MAPPOLoss, standardize
@@ -29,7 +30,6 @@ def run(iterations: int, setting: Setting, *, compiled: bool = False) -> list[Ti
         max_steps=setting.max_steps,
         seed=setting.seed,
         scenario_kwargs={"n_agents": setting.num_agents},
-        compile=compiled,
     )
     sizes = [setting.width, setting.width]
     actor = make_actor(env, agent_id=False, hidden_sizes=sizes)  # the peers' networks have no agent id
@@ -45,15 +45,13 @@ def run(iterations: int, setting: Setting, *, compiled: bool = False) -> list[Ti
     loss.make_value_estimator(gamma=setting.gamma, lmbda=setting.lmbda)
     optimizer = torch.optim.Adam(loss.parameters(), lr=setting.lr, fused=compiled)
     update = make_update(loss, optimizer, max_grad_norm=setting.max_grad_norm, compile=compiled)
-    collector = Collector(
-        env,
-        actor,
-        frames_per_batch=setting.frames,
-        total_frames=setting.frames * iterations,
-        auto_register_policy_transforms=False,
-    )
+    if compiled:
+        collector = CompiledCollector(env, actor, frames_per_batch=setting.frames)
+    else:
+        options = {"total_frames": -1, "auto_register_policy_transforms": False}
+        collector = Collector(env, actor, frames_per_batch=setting.frames, **options)
     stopwatch = Stopwatch()
-    for batch in stopwatch.watch(collector):
+    for batch in stopwatch.watch(itertools.islice(collector, iterations)):
         with torch.no_grad():
             loss.value_estimator(batch)
             loss.update_value_norm(batch)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import CudaGraphModule
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import CudaGraphModule, TensorDictParams
 from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 __all__ = ["make_update"]
 
 _LOSSES = ("loss_objective", "loss_entropy", "loss_critic")
+_OPTIONS: dict[str, Any] = {
+    "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,  # those of libraries: a fifth of a small step
+    "cpp.use_decompose_tanh": True,  # by exp, to 1e-7
+    "fallback_random": True,  # Torch's generators, as uncompiled
+}
 
 
 def make_update(
@@ -20,8 +28,9 @@ def make_update(
 ) -> Callable[[TensorDictBase], dict[str, Tensor]]:
     """Build the gradient step of a loss with ``loss_objective``, ``loss_entropy`` and ``loss_critic``.
 
-    Nothing in it waits for an accelerator. Compiled, loss and gradients are two graphs, and what is left to Python is
-    clipping and the optimiser's step: take an optimiser with ``fused=True``.
+    Nothing in it waits for an accelerator. Compiled, the loss, its gradients and their norm are one graph, and what is
+    left to Python is the optimiser's step: take one with ``fused=True``. Noise is drawn from Torch's generator, as
+    uncompiled.
 
     Args:
         loss: its gradients are those of the sum of its three losses.
@@ -51,22 +60,71 @@ def make_update(
         >>> measured[0]["grad_norm"] > 0
         tensor(True)
     """
+    objective = _Objective(loss)
+    parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
 
-    def total(minibatch: TensorDictBase) -> tuple[Tensor, TensorDictBase]:
-        losses = loss(minibatch)
-        objective, entropy, critic = (losses[name] for name in _LOSSES)
-        return objective + entropy + critic, losses.detach()
+    def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
+        total, measured = objective(minibatch)
+        total.backward()
+        return {**measured, "grad_norm": torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)}
 
-    compute_total = torch.compile(total) if compile else total
-    parameters = list(loss.parameters())
+    def gradients(minibatch: TensorDictBase) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute what ``differentiate`` leaves in the parameters, as a function that compiles into one graph."""
 
-    def update(minibatch: TensorDictBase) -> TensorDictBase:
-        loss_total, measured = compute_total(minibatch)
-        loss_total.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        def evaluate(values: dict[str, Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, Any]:
+            total, measured = functional_call(objective, (values, buffers), (minibatch,), tie_weights=False)
+            return total, (measured, buffers)
+
+        values = {name: parameter.detach() for name, parameter in parameters.items()}
+        buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+        found, (_, (measured, buffers)) = grad_and_value(evaluate, has_aux=True)(values, buffers)
+        for name, buffer in objective.named_buffers():  # a loss may change its own
+            buffer.copy_(buffers[name])
+        grad_norm = torch.nn.utils.get_total_norm(found.values())
+        scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+        return {name: scale * gradient for name, gradient in found.items()}, {**measured, "grad_norm": grad_norm}
+
+    compute_gradients = torch.compile(gradients, fullgraph=True, options=_OPTIONS)
+
+    def differentiate_compiled(minibatch: TensorDictBase) -> dict[str, Tensor]:
+        found, measured = compute_gradients(minibatch)
+        for name, gradient in found.items():
+            parameters[name].grad = gradient
+        return measured
+
+    one_graph = compile and _replaceable(objective)
+    if compile and not one_graph:
+        objective.compile(options=_OPTIONS)
+    take_gradients = differentiate_compiled if one_graph else differentiate
+
+    def update(minibatch: TensorDictBase) -> dict[str, Tensor]:
+        measured = take_gradients(minibatch)
         optimizer.step()
         optimizer.zero_grad()
-        return measured.set("grad_norm", grad_norm)
+        return measured
 
-    step = CudaGraphModule(update) if cuda_graph else update  # pyright: ignore[reportArgumentType]
-    return lambda minibatch: dict(step(minibatch).items())  # pyright: ignore[reportOptionalMemberAccess]
+    if not cuda_graph:
+        return update
+    recorded = CudaGraphModule(lambda minibatch: TensorDict(update(minibatch)))  # pyright: ignore[reportArgumentType]
+    return lambda minibatch: dict(recorded(minibatch).items())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+class _Objective(nn.Module):
+    """The sum of a loss's parts, and all that it measures."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, minibatch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = self.loss(minibatch)
+        objective, entropy, critic = (losses[name] for name in _LOSSES)
+        return objective + entropy + critic, dict(losses.detach().items())
+
+
+def _replaceable(objective: nn.Module) -> bool:
+    """Whether ``functional_call`` replaces what the losses are computed from, and nothing hangs on ``backward``."""
+    modules = list(objective.modules())
+    held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    tied = len(held) > len(set(held))  # a replaced one would be replaced in one of its places
+    return not tied and not any(isinstance(module, TensorDictParams | DistributedDataParallel) for module in modules)

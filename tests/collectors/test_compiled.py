@@ -1,13 +1,15 @@
 """The compiled collector: what TorchRL's collector collects, from a pure function, uncompiled and compiled."""
 
+import warnings
+
 import pytest
 import torch
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch.testing import assert_close
 from torchrl.collectors import Collector
-from torchrl.envs import StepCounter, TransformedEnv
+from torchrl.envs import RewardScaling, StepCounter, TransformedEnv
 
-from torchrl_marl.collectors import CompiledCollector
+from torchrl_marl.collectors import CompiledCollector, compiled
 from torchrl_marl.envs import RandomState, make_aerocombat, make_coordsum, make_env, make_maze, make_paxmen
 from torchrl_marl.modules import (
     collection_policy,
@@ -17,6 +19,9 @@ from torchrl_marl.modules import (
     with_recurrent_state,
 )
 
+pytest.importorskip("vmas")
+from vmas.scenarios.mpe.simple import Scenario as Simple
+
 GAMES = {
     "CoordSum-3x4": make_coordsum,
     "black_red": make_maze,
@@ -25,12 +30,18 @@ GAMES = {
 }
 
 
+def vmas_and_policy(scenario, **options):
+    return game_and_policy(scenario if isinstance(scenario, str) else scenario(), **options)
+
+
 def game_and_policy(name, *, recurrent=False, num_envs=4, **options):
     """The same ones each time."""
     torch.manual_seed(0)
-    env = GAMES[name](name, num_envs=num_envs, seed=0, **{"max_steps": 7, **options})
+    make = GAMES.get(name, make_env)
+    env = make(name, num_envs=num_envs, seed=0, **{"max_steps": 7, **options})
     if not recurrent:
-        return env, make_actor(env, hidden_sizes=[8], device=env.device)
+        actors = [make_actor(env, group=group, hidden_sizes=[8], device=env.device) for group in env.group_map]
+        return env, TensorDictSequential(*actors) if len(actors) > 1 else actors[0]
     actor = make_recurrent_actor(env, hidden_sizes=[8], recurrent_size=8, head_sizes=[], device=env.device)
     critic = make_recurrent_critic(env, hidden_sizes=[8], recurrent_size=4, head_sizes=[], device=env.device)
     policy = collection_policy(actor, critic)
@@ -158,9 +169,115 @@ def test_a_frame_that_is_left_over_fills_a_step():
     assert next(iter(collector)).shape == (4, 6)
 
 
+class Ending(Simple):
+    """The episodes of some copies end before others'."""
+
+    def done(self):
+        return self.world.agents[0].state.vel[:, 0] > 0.1  # no episode begins with that
+
+
+class Noisy(Simple):
+    """A step of which no graph can be made."""
+
+    def reward(self, agent):
+        return super().reward(agent) + torch.rand(self.world.batch_dim)
+
+
+class Deciding(Simple):
+    """A step whose graph does not hold every fifth time."""
+
+    def make_world(self, batch_dim, device, **options):
+        self.time = torch.zeros(())
+        return super().make_world(batch_dim, device, **options)
+
+    def reward(self, agent):
+        self.time = self.time + 1
+        return super().reward(agent) * (10 if self.time % 5 == 0 else 1)
+
+
+TWO_GROUPS = {"num_good_agents": 1, "num_adversaries": 1, "num_landmarks": 0}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "recurrent", "options"),
+    [
+        ("balance", False, {"num_envs": 12, "max_steps": 50}),
+        (Ending, True, {"max_steps": 50}),
+        (Ending, False, {"time_limit": "terminate"}),
+        (Deciding, True, {}),
+        pytest.param(
+            *("simple_tag", False, {"continuous_actions": False, "scenario_kwargs": TWO_GROUPS}),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_uncompiled_batches_of_vmas_are_those_of_torchrls_collector(scenario, recurrent, options):
+    def both():
+        return vmas_and_policy(scenario, recurrent=recurrent, **options)
+
+    frames = both()[0].batch_size[0] * 30
+    with warnings.catch_warnings(action="error"):
+        collector = CompiledCollector(*both(), frames_per_batch=frames, compile=False)
+        ours = take(collector)
+    theirs = take(torchrls(*both(), frames))
+    assert_same(ours, theirs, tolerance=1e-5)
+    ended = theirs[1]["next", "done"].flatten(1).sum(0)
+    assert ended.any()
+    assert (0 < ended).logical_and(ended < len(theirs[1])).any() == (scenario in ("balance", Ending))
+    assert (collector._game._graphs._step_graph._misses > 0) == (scenario is Deciding)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_batches_of_vmas_are_those_of_torchrls_collector(device):
+    torch.compiler.reset()
+    both = lambda: vmas_and_policy(Ending, max_steps=25, device=device)  # noqa: E731
+    collector = CompiledCollector(*both(), frames_per_batch=200)
+    ours, theirs = take(collector), take(torchrls(*both(), 200))
+    assert theirs[1]["next", "terminated"].any()
+    assert theirs[1]["next", "truncated"].any()
+    assert_same(ours, theirs, tolerance=1e-4)
+    assert not collector._game._graphs.refused
+
+
+@pytest.mark.parametrize("compiled_wrongly", [False, True])
+def test_vmas_goes_on_itself_where_a_step_cannot_be_compiled_or_comes_out_wrong(compiled_wrongly, monkeypatch):
+    scenario, reason = (Simple, r"\('agents', 'reward'\)") if compiled_wrongly else (Noisy, "draws random numbers")
+
+    def miscompiled(method, _):
+        def wrong(*arguments):
+            results = list(method(*arguments))
+            results[[value.shape for value in results].index((4, 1, 1))] += 1e-2
+            return results
+
+        return wrong
+
+    if compiled_wrongly:
+        monkeypatch.setattr(compiled, "_compiled", miscompiled)
+    with pytest.warns(UserWarning, match=f"step of .* goes on as VMAS does it: .*{reason}"):
+        ours = take(CompiledCollector(*vmas_and_policy(scenario), frames_per_batch=40, compile=False))
+    assert_same(ours, take(torchrls(*vmas_and_policy(scenario), 40)), tolerance=1e-6)
+
+
+def test_a_stored_random_state_brings_back_vmass_batches_in_another_process():
+    """As far as one process can show it: with an environment, and graphs, of its own."""
+    env, policy = vmas_and_policy(Ending)
+    collector = CompiledCollector(env, policy, frames_per_batch=40, compile=False)
+    next(iter(collector))
+    saved = RandomState(env).state_dict()
+    collector.reset()
+    expected = next(iter(collector))
+    env, policy = vmas_and_policy(Ending)
+    other = CompiledCollector(env, policy, frames_per_batch=40, compile=False)
+    RandomState(env).load_state_dict(saved)
+    other.reset()
+    assert (next(iter(other)) == expected).all()
+
+
 def test_environments_that_are_no_pure_functions_are_refused():
-    env = make_env("balance", num_envs=2, max_steps=5, seed=0)
-    with pytest.raises(ValueError, match=r"takes a TensorEnv \(CoordSumEnv, .*; got VmasEnv under .*collector=default"):
+    env = TransformedEnv(
+        make_env("balance", num_envs=2, max_steps=5, seed=0), RewardScaling(0.0, 2.0), auto_unwrap=False
+    )
+    with pytest.raises(ValueError, match=r"takes a TensorEnv .*; got VmasEnv under RewardScaling.*collector=default"):
         CompiledCollector(env, make_actor(env), frames_per_batch=10)
     env = TransformedEnv(make_coordsum(num_envs=2), StepCounter())
     with pytest.raises(ValueError, match="got CoordSumEnv under StepCounter"):

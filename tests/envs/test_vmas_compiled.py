@@ -52,9 +52,9 @@ def test_traced_rollouts_with_resets_are_vmas_up_to_the_last_bit(scenario, num_e
     expected = played(VmasEnv(scenario, num_envs=num_envs, clamp_actions=True), 40, resets=(1, 2, 4))
     assert_close(played(env, 40, resets=(1, 2, 4)), expected, rtol=1e-6, atol=1e-6)
     assert any(step[event].any() for step in expected if event in step.keys(True))
-    assert not env._refused
-    assert env._step_graph._misses == 0
-    assert (env._reset_graph._misses == 0) == (scenario == "balance")  # the others try places until one is free
+    assert not env._graphs.refused
+    assert env._graphs._step_graph._misses == 0
+    assert (env._graphs._reset_graph._misses == 0) == (scenario == "balance")  # the others try places until one is free
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -72,7 +72,7 @@ def test_compiled_targets_are_vmas_up_to_rounding(scenario):
     env = make_env(scenario, num_envs=60, max_steps=50, compile=True)
     steps, expected = played(env, 60), played(make_env(scenario, num_envs=60, max_steps=50), 60)
     assert_close(steps, expected, rtol=1e-3, atol=1e-3)
-    assert not env.base_env._refused
+    assert not env.base_env._graphs.refused
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -161,8 +161,8 @@ def test_a_step_in_which_python_decides_otherwise_is_done_by_vmas():
     env, expected = Traced(Deciding(), num_envs=6), played(VmasEnv(Deciding(), num_envs=6), 60)
     steps = played(env, 60)
     assert_close(steps, expected)
-    assert not env._refused
-    assert env._step_graph._misses == 60 // 5
+    assert not env._graphs.refused
+    assert env._graphs._step_graph._misses == 60 // 5
 
 
 def test_a_course_goes_on_from_a_saved_random_state():

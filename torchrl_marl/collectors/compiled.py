@@ -1,8 +1,8 @@
-"""Policy and game as one compiled function, for games whose step is a pure function of tensors."""
+"""Policy and game as one compiled function, for games whose step is a pure function of tensors, and for VMAS."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
@@ -10,17 +10,22 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torch.fx import GraphModule
 from torchrl.envs import (
     Compose,
     EnvBase,
     ExplorationType,
     InitTracker,
+    RewardSum,
+    StepCounter,
     TensorDictPrimer,
     TransformedEnv,
+    VmasEnv,
     set_exploration_type,
 )
 
 from torchrl_marl.envs import TensorEnv, preserve_random_state
+from torchrl_marl.envs.vmas_compiled import VmasGraphs
 
 __all__ = ["CompiledCollector"]
 
@@ -28,26 +33,30 @@ _INDUCTOR = {
     "fallback_random": True,  # Torch's generators, as uncompiled, rather than numbers of its own
     "cpp.use_decompose_tanh": True,  # by exp, to 1e-7: a third of the time of a rollout on a CPU went into tanh
 }
-_FLAGS = ("done", "terminated", "truncated")
+_FLAGS = {"done", "terminated", "truncated"}
 _INIT = "is_init"
 _Entries = dict[NestedKey, Tensor]  # of one step of all environments
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class CompiledCollector:
-    """Run a policy in a game written in Torch without end, and yield ``[num_envs, num_steps]`` steps at a time.
+    """Run a policy in a game written in Torch, or VMAS, without end; yield ``[num_envs, num_steps]`` steps at a time.
 
     It yields what :class:`torchrl.collectors.Collector` yields with the same seeds, in one process, without the ids of
     trajectories. The policy, the game's step and the writing into the batch are one graph without Python between its
     operations; a second one begins new episodes, where any has ended. The policy draws from Torch's generator, as
-    uncompiled. The first batch waits for the compiler, some ten seconds.
+    uncompiled. The first batch waits for the compiler, some ten seconds, in VMAS up to a minute.
+
+    VMAS's step and resets are the graphs of :class:`~torchrl_marl.envs.CompiledVmasEnv`, checked in the same way:
+    equal to VMAS up to rounding, or VMAS goes on itself, with a warning. The environment need not be a compiled one.
 
     Every batch has memory of its own, laid out by step: ``[num_envs, num_steps]`` is a view. The environment's state
     is up to date between batches, so that it can be stored and brought back.
 
     Args:
         env: a :class:`~torchrl_marl.envs.TensorEnv` (CoordSum, the mazes, PaxMen, AeroCombat, or a game of your own),
-            as it is or in :func:`~torchrl_marl.modules.with_recurrent_state`.
+            or :func:`~torchrl_marl.envs.make_env`'s VMAS, as it is or in
+            :func:`~torchrl_marl.modules.with_recurrent_state`.
         policy: what acts, with exploration: any policy that Torch compiles in one piece, such as those of
             :func:`~torchrl_marl.modules.make_actor` and :func:`~torchrl_marl.modules.collection_policy`. Its
             parameters may change, its layers may not.
@@ -56,7 +65,7 @@ class CompiledCollector:
             slowly.
 
     Raises:
-        ValueError: if the environment is not one of those.
+        ValueError: if the environment is not one of those, or agents of one group have different spaces.
 
     Example:
         >>> from torchrl_marl.envs import make_coordsum
@@ -71,17 +80,19 @@ class CompiledCollector:
     def __init__(
         self, env: EnvBase, policy: TensorDictModuleBase, *, frames_per_batch: int, compile: bool | str = True
     ) -> None:
-        self.env, self.policy, self._game = env, policy, _game(env)
+        game, limit = _game(env)
+        self.env, self.policy = env, policy
         self.num_steps = -(-frames_per_batch // env.batch_size.numel())
-        self.reset()
-        self._initial = {key: value for key, value in self._first.items() if key not in self._described()}
+        first = env.reset()
+        self._first = _leaves(first)
+        self._scribe = _Scribe(policy, first, described=game.observation_spec.keys(True, True))
         with preserve_random_state(), torch.no_grad():
-            _, now, after = self._outputs(self._state(), self._first)
-        self._shapes = {"root": {**self._first, **now}, "next": after}
-        self._step, self._restart = self._write_step, self._write_restart
-        if compile:
-            backend = "inductor" if compile is True else compile
-            self._step, self._restart = _compiled(self._step, backend), _compiled(self._restart, backend)
+            acted = _leaves(policy(first.copy()).exclude("next"))
+        self._shapes = {"root": {**self._first, **acted}, "next": _leaves(env.fake_tensordict()["next"])}
+        if isinstance(game, TensorEnv):
+            self._game = _TensorGame(game, self._scribe, compile)
+        else:
+            self._game = _VmasGame(game, limit, self._scribe, compile, [acted[key] for key in game.action_keys])
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         while True:
@@ -100,105 +111,249 @@ class CompiledCollector:
     def _collect(self) -> TensorDictBase:
         root = {key: _empty(self.num_steps + 1, value) for key, value in self._shapes["root"].items()}
         after = {key: _empty(self.num_steps, value) for key, value in self._shapes["next"].items()}
-        root_steps, next_steps, state = _unbind(root), _unbind(after), self._state()
-        for name in _FLAGS:
+        root_steps, next_steps = _unbind(root), _unbind(after)
+        for name in _FLAGS & root.keys():
             root[name].zero_()
         for key, value in self._first.items():
             root_steps[0][key].copy_(value)
+        self._game.begin()
         with set_exploration_type(ExplorationType.RANDOM):
             for now, then, following in zip(root_steps, next_steps, root_steps[1:], strict=False):
-                state = self._step(state, now, then, following)
-                if self._game.device.type != "cpu" or then["done"].any():  # no accelerator is waited for
-                    state = self._restart(state, then["done"], following)
-        self._game.state = TensorDict(state, batch_size=self._game.batch_size)
+                self._game.step(now, then, following)
+                if not self._game.waits or then["done"].any():
+                    self._game.restart(then["done"], following)
+        self._game.end()
         self._first = {key: root_steps[-1][key].clone() for key in self._first}  # does not keep the batch alive
         batch = {key: value[:-1].transpose(0, 1) for key, value in root.items()}
         following = {key: value.transpose(0, 1) for key, value in after.items()}
-        shape = (*self._game.batch_size, self.num_steps)
-        result = self._nest(batch, shape).set("next", self._nest(following, shape))
+        shape = (*self.env.batch_size, self.num_steps)
+        result = self._scribe.nest(batch, shape).set("next", self._scribe.nest(following, shape))
         result.names = [None, "time"]
         return result
 
-    def _write_step(self, state: _Entries, now: _Entries, then: _Entries, following: _Entries) -> _Entries:
-        """Play a step from the entries ``now``; write what the policy adds to them, and what comes ``then``."""
-        state, acted, happened = self._outputs(state, now)
-        for key, value in acted.items():
-            now[key].copy_(value)
-        for key, value in happened.items():
-            then[key].copy_(value)
-            if key in self._first and key not in _FLAGS:
-                following[key].copy_(value)
-        return state
 
-    def _write_restart(self, state: _Entries, done: Tensor, following: _Entries) -> _Entries:
-        """Begin new episodes where the last ones are ``done``."""
-        restarted = self._game.rules.restart(self._tensordict(state), done.squeeze(-1))
-        for key, value in {**_leaves(self._game.rules.describe(restarted)), **self._initial}.items():
-            mask = done.reshape(-1, *(1 for _ in value.shape[1:]))
-            following[key].copy_(torch.where(mask, value, following[key]))
-        return _contiguous(restarted)
+class _Scribe:
+    """Lets a policy act, and writes what there is before and after a step where it belongs.
 
-    def _outputs(self, state: _Entries, now: _Entries) -> tuple[_Entries, _Entries, _Entries]:
-        """Return the state after a step, what the policy adds to the entries before it, and those after it."""
-        data = self.policy(self._nest(now, self._game.batch_size))
+    Args:
+        policy: what acts.
+        first: what there is at the start of an episode.
+        described: entries of it that the game tells anew in each state; the others begin episodes as they are.
+    """
+
+    def __init__(self, policy: TensorDictModuleBase, first: TensorDictBase, *, described: Iterable[NestedKey]) -> None:
+        self.policy, self.batch_size = policy, first.batch_size
+        groups = first.items(True, False)
+        self._groups = {key: value.batch_size[1:] for key, value in groups if isinstance(value, TensorDictBase)}
+        self._carried = set(_leaves(first)) - _FLAGS
+        self._initial = {key: value for key, value in _leaves(first).items() if key in self._carried - {*described}}
+
+    def nest(self, entries: Mapping[NestedKey, Tensor], batch_size: Sequence[int]) -> TensorDict:
+        """Return entries as a TensorDict; group by group, as setting them one by one is slow to compile."""
+        data = TensorDict({key: value for key, value in entries.items() if isinstance(key, str)}, batch_size=batch_size)
+        for group, size in self._groups.items():
+            path = (group,) if isinstance(group, str) else group
+            own = {key[-1]: value for key, value in entries.items() if isinstance(key, tuple) and key[:-1] == path}
+            data[group] = TensorDict(own, batch_size=(*batch_size, *size))
+        return data
+
+    def act(self, now: _Entries, then: _Entries, following: _Entries) -> TensorDictBase:
+        """Let the policy act from the entries ``now``; write what it adds to them, and its memory after the step."""
+        data = self.policy(self.nest(now, self.batch_size))
         memory = _leaves(data.pop("next")) if "next" in data.keys() else {}
-        after, happened = self._game.rules.step(self._tensordict(state), data["agents", "action"])
         if _INIT in now:
             memory[_INIT] = torch.zeros_like(now[_INIT])
-        acted = {key: value for key, value in _leaves(data).items() if key not in self._first}
-        return _contiguous(after), acted, {**_leaves(happened), **memory}
+        for key, value in _leaves(data).items():
+            if key not in self._carried and key not in _FLAGS:
+                now[key].copy_(value)
+        self.write(memory, then, following)
+        return data
 
-    def _described(self) -> set[NestedKey]:
-        return {*_leaves(self._game.rules.describe(self._game.state)), *_FLAGS}
+    def write(self, entries: _Entries, then: _Entries, following: _Entries) -> None:
+        """Write what there is after a step."""
+        for key, value in entries.items():
+            then[key].copy_(value)
+            if key in self._carried:
+                following[key].copy_(value)
 
-    def _state(self) -> _Entries:
-        return _contiguous(self._game.state)
+    def restart(self, described: _Entries, done: Tensor, following: _Entries) -> None:
+        """Write what there is at the start of new episodes, where the last ones are ``done``."""
+        for key, value in {**described, **self._initial}.items():
+            mask = done.reshape(-1, *(1 for _ in value.shape[1:]))
+            following[key].copy_(torch.where(mask, value, following[key]))
+
+
+class _TensorGame:
+    """A game whose state a compiled function hands to the next one."""
+
+    def __init__(self, game: TensorEnv, scribe: _Scribe, compile: bool | str) -> None:
+        self._game, self._scribe = game, scribe
+        self._step, self._restart = _compiled(self._write_step, compile), _compiled(self._write_restart, compile)
+        self.waits = game.device.type == "cpu"  # no accelerator is waited for
+
+    def begin(self) -> None:
+        self._state = _contiguous(self._game.state)
+
+    def step(self, now: _Entries, then: _Entries, following: _Entries) -> None:
+        self._state = self._step(self._state, now, then, following)
+
+    def restart(self, done: Tensor, following: _Entries) -> None:
+        self._state = self._restart(self._state, done, following)
+
+    def end(self) -> None:
+        self._game.state = self._tensordict(self._state)
+
+    def _write_step(self, state: _Entries, now: _Entries, then: _Entries, following: _Entries) -> _Entries:
+        data = self._scribe.act(now, then, following)
+        after, happened = self._game.rules.step(self._tensordict(state), data["agents", "action"])
+        self._scribe.write(_leaves(happened), then, following)
+        return _contiguous(after)
+
+    def _write_restart(self, state: _Entries, done: Tensor, following: _Entries) -> _Entries:
+        restarted = self._game.rules.restart(self._tensordict(state), done.squeeze(-1))
+        self._scribe.restart(_leaves(self._game.rules.describe(restarted)), done, following)
+        return _contiguous(restarted)
 
     def _tensordict(self, state: Mapping[NestedKey, Tensor]) -> TensorDict:
         return TensorDict(dict(state), batch_size=self._game.batch_size)
 
-    def _nest(self, entries: Mapping[NestedKey, Tensor], batch_size: tuple[int, ...]) -> TensorDict:
-        """Put entries of the group where they belong; a few lines, as setting them one by one is slow to compile."""
-        agents = {key[1]: value for key, value in entries.items() if isinstance(key, tuple)}
-        rest = {key: value for key, value in entries.items() if isinstance(key, str)}
-        group = TensorDict(agents, batch_size=(*batch_size, self._game.rules.num_agents))
-        return TensorDict({**rest, "agents": group}, batch_size=batch_size)
+
+class _VmasGame:
+    """VMAS: policy and its graph of a step as one function; its own step, uncompiled, where the graph does not hold."""
+
+    waits = True
+
+    def __init__(
+        self,
+        env: VmasEnv,
+        max_steps: int | None,
+        scribe: _Scribe,
+        compile: bool | str,
+        actions: Sequence[Tensor],
+    ) -> None:
+        self._env, self._max_steps, self._scribe, self._compile = env, max_steps, scribe, compile
+        self._graphs = VmasGraphs(env, compile_step=self._fuse_step, compile_reset=self._fuse_reset)
+        self._graphs.trace_step(actions)
+
+    def begin(self) -> None:
+        self._graphs.find_state()
+
+    def step(self, *entries: _Entries) -> None:
+        now, *_ = self._entries = entries
+        self._has_acted = False
+
+        def as_vmas() -> TensorDictBase:
+            actions = {key: now[key] for key in self._env.action_keys}
+            return VmasEnv._step(self._env, self._scribe.nest(actions, self._scribe.batch_size))
+
+        if self._graphs.try_step([now[key] for key in self._env.action_keys], as_vmas) is None:
+            if not self._has_acted:
+                self._scribe.act(*entries)
+            self._write(_leaves(as_vmas()), *entries)
+
+    def restart(self, done: Tensor, following: _Entries) -> None:
+        self._following = following
+        if self._graphs.try_reset(done) is None:
+            described = VmasEnv._reset(self._env, TensorDict({"_reset": done}, batch_size=self._scribe.batch_size))
+            self._graphs.find_state()
+            self._scribe.restart(_leaves(described.exclude(*_FLAGS)), done, following)
+
+    def end(self) -> None: ...
+
+    def _fuse_step(self, module: GraphModule) -> Callable[..., Sequence[Tensor]]:
+        self._step, num_actions, compiled = (
+            module,
+            len(self._env.action_keys),
+            _compiled(self._write_step, self._compile),
+        )
+
+        def run(*inputs: Tensor) -> Sequence[Tensor]:
+            results = compiled(_apart(inputs[num_actions:]), *self._entries)
+            self._has_acted = True
+            return results
+
+        return run
+
+    def _fuse_reset(self, module: GraphModule) -> Callable[..., Sequence[Tensor]]:
+        self._reset, compiled = module, _compiled(self._write_restart, self._compile)
+        return lambda *inputs: compiled(_apart(inputs), self._following)
+
+    def _write_step(self, state: list[Tensor], now: _Entries, then: _Entries, following: _Entries) -> Sequence[Tensor]:
+        data = self._scribe.act(now, then, following)
+        results = self._step(*(data[key] for key in self._env.action_keys), *state)
+        self._write(_named(self._step, results), now, then, following)
+        return results
+
+    def _write_restart(self, inputs: list[Tensor], following: _Entries) -> Sequence[Tensor]:
+        results = self._reset(*inputs)
+        described = {key: value for key, value in _named(self._reset, results).items() if key not in _FLAGS}
+        self._scribe.restart(described, inputs[0].unsqueeze(-1), following)
+        return results
+
+    def _write(self, happened: _Entries, now: _Entries, then: _Entries, following: _Entries) -> None:
+        """Write what VMAS returns, with what transforms make of it in ``make_env``'s environments."""
+        if self._max_steps is not None:
+            happened["step_count"] = now["step_count"] + 1
+            happened["truncated"] = happened["step_count"] >= self._max_steps
+            happened["done"] = happened["done"] | happened["truncated"]
+        for group, reward in self._env.reward_keys:
+            total = group, "episode_reward"
+            if total in now:
+                happened[total] = now[total] + happened[group, reward]
+        self._scribe.write(happened, then, following)
 
 
-def _game(env: EnvBase) -> TensorEnv:
-    """Return the game below the transforms that hold a policy's memory, and refuse all else."""
+def _game(env: EnvBase) -> tuple[TensorEnv | VmasEnv, int | None]:
+    """Return the game below its transforms and its time limit, if one of them is that; refuse all else."""
     game, transforms = env, []
     while isinstance(game, TransformedEnv):
         own = game.transform
         transforms += list(own) if isinstance(own, Compose) else [own]
         game = game.base_env
-    others = [type(one).__name__ for one in transforms if not isinstance(one, InitTracker | TensorDictPrimer)]
-    if not isinstance(game, TensorEnv) or others:
+    allowed = (InitTracker, TensorDictPrimer) + (StepCounter, RewardSum) * isinstance(game, VmasEnv)
+    others = [type(one).__name__ for one in transforms if not isinstance(one, allowed)]
+    if not isinstance(game, TensorEnv | VmasEnv) or others:
         found = type(game).__name__ + (f" under {', '.join(others)}" if others else "")
         raise ValueError(
-            "CompiledCollector takes a TensorEnv (CoordSumEnv, MazeEnv, PaxMenEnv, AeroCombatEnv or your own), under "
-            f"no transforms but those of with_recurrent_state; got {found}. TorchRL's Collector (recipes: "
-            "collector=default) takes any environment."
+            "CompiledCollector takes a TensorEnv (CoordSumEnv, MazeEnv, PaxMenEnv, AeroCombatEnv or your own) or VMAS, "
+            f"under no transforms but those of make_env and with_recurrent_state; got {found}. TorchRL's Collector "
+            "(recipes: collector=default) takes any environment."
         )
-    return game
+    if isinstance(game, VmasEnv) and any(game.het_specs_map.values()):
+        raise ValueError(
+            f"CompiledCollector takes groups of agents with equal spaces; in {game.scenario_name!r} they differ. "
+            "TorchRL's Collector (recipes: collector=default) takes any environment."
+        )
+    return game, next((one.max_steps for one in transforms if isinstance(one, StepCounter)), None)
 
 
-def _compiled(method: _Function, backend: str) -> _Function:
+def _compiled(method: _Function, compile: bool | str) -> _Function:
     """Compile a method for arguments that never change their shapes.
 
     Dynamo's checks that its graph still fits would take longer than a small step. They are left out, and the code is a
     copy of the method's, since Dynamo keeps graphs by code: no other collector must find this one's.
     """
+    if not compile:
+        return method
     own = FunctionType(method.__func__.__code__.replace(), method.__func__.__globals__)
     options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    if backend == "inductor":
-        options |= _INDUCTOR
-    compiled = torch.compile(own, fullgraph=True, backend=backend, options=options)
+    if compile is True:
+        options |= _INDUCTOR | {"cpp_wrapper": not torch.cuda.is_available()}
+    compiled = torch.compile(own, fullgraph=True, backend="inductor" if compile is True else compile, options=options)
     return cast("_Function", lambda *arguments: compiled(method.__self__, *arguments))
 
 
 def _leaves(data: TensorDictBase) -> _Entries:
     return dict(data.items(True, True))  # pyright: ignore[reportReturnType]
+
+
+def _named(module: GraphModule, results: Sequence[Tensor]) -> _Entries:
+    return dict(zip(module.meta["keys"], results[1:], strict=False))
+
+
+def _apart(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of one layout, none of which is another one, as Dynamo found them."""
+    return [value.clone(memory_format=torch.contiguous_format) for value in inputs]
 
 
 def _contiguous(state: TensorDictBase) -> _Entries:

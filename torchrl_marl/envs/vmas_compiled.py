@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from types import NoneType
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
@@ -29,6 +28,13 @@ _DENSE_CHECKS = 32  # first runs of a graph, which are all checked
 _TOLERANCE = 1e-3  # relative and absolute
 _MAX_ROWS = 0.02  # share of environments that may differ by more: rounding decides whether a contact or a goal is there
 _MAX_MISSES = 0.5  # share of runs left to VMAS beyond which there is nothing to gain
+
+Compiler = Callable[[GraphModule], Callable[..., Sequence[Tensor]]]
+
+
+def compile_graph(module: GraphModule) -> Callable[..., Sequence[Tensor]]:
+    """Compile a graph of VMAS by itself."""
+    return torch.compile(module, dynamic=False, options={"cpp_wrapper": not torch.cuda.is_available()})
 
 
 class CompiledVmasEnv(VmasEnv):
@@ -51,102 +57,148 @@ class CompiledVmasEnv(VmasEnv):
     the same.
     """
 
-    compiler: Callable[[GraphModule], Callable[..., Sequence[Tensor]]] = partial(
-        torch.compile, dynamic=False, options={"cpp_wrapper": not torch.cuda.is_available()}
-    )
+    compiler: Compiler = staticmethod(compile_graph)
     """What compiles a graph."""
 
-    _step_graph: _Graph | None = None
-    _reset_graph: _Graph | None = None
-    _draws: _Draws | None = None
-    _refused: frozenset[str] = frozenset()
+    _graphs: VmasGraphs | None = None
 
     def to(self, device: torch.device | str) -> EnvBase:
         """Move the environment; it is traced anew."""
-        self._step_graph = self._reset_graph = None
+        self._graphs = None
         return super().to(device)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if "step" not in self._refused:
-            try:
-                return self._compiled_step(tensordict)
-            except _RefusedError as reason:
-                self._refuse("step", reason)
-        return super()._step(tensordict)
+        return self._own_graphs().step(tensordict)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **options: Any) -> TensorDictBase:
+        return self._own_graphs().reset(tensordict, **options)
+
+    def _own_graphs(self) -> VmasGraphs:
+        if self._graphs is None:
+            self._graphs = VmasGraphs(self, compile_step=self.compiler, compile_reset=self.compiler)
+        return self._graphs
+
+
+class VmasGraphs:
+    """A step and the reset of a part of the batch as graphs, which act on an environment in VMAS's place.
+
+    Args:
+        env: whose own step and reset are left to VMAS.
+        compile_step: what compiles a step; it may compute more, but has the arguments and results of what it is given:
+            actions and tensors of the state; whether the graph holds, entries ``module.meta["keys"]``, and tensors.
+        compile_reset: what compiles a reset, whose first argument is the mask of environments.
+    """
+
+    def __init__(self, env: VmasEnv, *, compile_step: Compiler, compile_reset: Compiler) -> None:
+        self.env, self.refused = env, set[str]()
+        self._compile_step, self._compile_reset = compile_step, compile_reset
+        self._step_graph: _Graph | None = None
+        self._reset_graph: _Graph | None = None
+        self._draws: _Draws | None = None
+
+    def step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Do what VMAS's step does, with the actions of ``tensordict``."""
+
+        def step_as_vmas() -> TensorDictBase:
+            return VmasEnv._step(self.env, tensordict)
+
+        outputs = self.try_step([tensordict.get(key) for key in self.env.action_keys], step_as_vmas)
+        return step_as_vmas() if outputs is None else self._step_graph.data(outputs)  # pyright: ignore[reportOptionalMemberAccess]
+
+    @torch.no_grad()
+    def try_step(
+        self, actions: Sequence[Tensor], step_as_vmas: Callable[[], TensorDictBase]
+    ) -> Sequence[Tensor] | None:
+        """Take a step and return its entries, or ``None`` if this step is VMAS's to take."""
+        self.trace_step(actions)
+        if self._step_graph is None or "step" in self.refused:
+            return None
+        try:
+            return self._step_graph.run(actions, step_as_vmas)
+        except _RefusedError as reason:
+            return self._refuse("step", reason)
+
+    def trace_step(self, actions: Sequence[Tensor]) -> None:
+        """Make the graph of a step, from the state that VMAS is in, which stays as it is."""
+        if self._step_graph is not None or "step" in self.refused:
+            return
+        acting = self.env.full_action_spec.zero()
+
+        def step(*actions: Tensor) -> TensorDictBase:
+            return VmasEnv._step(self.env, acting.update(dict(zip(self.env.action_keys, actions, strict=True))))
+
+        try:
+            self._step_graph = _Graph(self.env, step, actions, self._compile_step)
+        except _RefusedError as reason:
+            self._refuse("step", reason)
+
+    def reset(self, tensordict: TensorDictBase | None, **options: Any) -> TensorDictBase:
+        """Do what VMAS's reset does, of all environments or where ``"_reset"`` says so."""
         mask = None if tensordict is None else tensordict.get("_reset", None)
-        if tensordict is not None and mask is not None and not mask.all() and "reset" not in self._refused:
-            try:
-                return self._compiled_reset(tensordict, mask.flatten())
-            except _RefusedError as reason:
-                self._refuse("reset", reason)
-        data = super()._reset(tensordict, **options)
-        for name, graph in (("step", self._step_graph), ("reset", self._reset_graph)):
-            try:
-                if graph is not None and name not in self._refused:
-                    graph.find_state()
-            except _RefusedError as reason:
-                self._refuse(name, reason)
+        outputs = None if mask is None else self.try_reset(mask)
+        if outputs is not None:
+            return self._reset_graph.data(outputs)  # pyright: ignore[reportOptionalMemberAccess]
+        data = VmasEnv._reset(self.env, tensordict, **options)
+        self.find_state()
         return data
 
     @torch.no_grad()
-    def _compiled_step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        actions = [tensordict.get(key) for key in self.action_keys]
-        step = super()._step
-        if self._step_graph is None:
-            acting = tensordict.select(*self.action_keys)
-            self._step_graph = _Graph(
-                self, lambda *actions: step(acting.update(dict(zip(self.action_keys, actions, strict=True)))), actions
-            )
-        _, data = self._step_graph.run(actions, lambda: step(tensordict))
-        return data
-
-    @torch.no_grad()
-    def _compiled_reset(self, tensordict: TensorDictBase, mask: Tensor) -> TensorDictBase:
-        if self._reset_graph is None or self._draws is None:
-            self._draws = _recorded_draws(self)
-            first = torch.arange(self.num_envs, device=mask.device) == 0
-            self._reset_graph = _Graph(self, self._reset_where, [first, *self._draws.of_all(self.num_envs)])
-        reset, stream = super()._reset, self._env.vmas_random_state
+    def try_reset(self, mask: Tensor) -> Sequence[Tensor] | None:
+        """Reset environments, ``[B, 1]``; return the entries of all, or ``None`` if this reset is VMAS's to do."""
+        if "reset" in self.refused or mask.all():
+            return None
+        stream = self.env._env.vmas_random_state
         before = list(stream)
 
         def reset_as_vmas() -> TensorDictBase:
             stream[:] = before
-            return reset(tensordict)
+            return VmasEnv._reset(self.env, TensorDict({"_reset": mask}, batch_size=self.env.batch_size))
 
-        draws = self._draws.again(mask, stream)
-        after = list(stream)
         try:
-            valid, data = self._reset_graph.run([mask, *draws], reset_as_vmas)
-        except _RefusedError:
+            if self._reset_graph is None or self._draws is None:
+                self._draws = _recorded_draws(self.env)
+                first = torch.arange(self.env.num_envs, device=mask.device) == 0
+                inputs = [first, *self._draws.of_all(self.env.num_envs)]
+                self._reset_graph = _Graph(self.env, self._reset_where, inputs, self._compile_reset)
+            draws = self._draws.again(mask.flatten(), stream)
+            after = list(stream)
+            outputs = self._reset_graph.run([mask.flatten(), *draws], reset_as_vmas)
+        except _RefusedError as reason:
             stream[:] = before
-            raise
-        if valid:
-            stream[:] = after
-        return data
+            return self._refuse("reset", reason)
+        stream[:] = before if outputs is None else after
+        return outputs
+
+    def find_state(self) -> None:
+        """Find the state's places again, after a reset by VMAS."""
+        for name, graph in (("step", self._step_graph), ("reset", self._reset_graph)):
+            try:
+                if graph is not None and name not in self.refused:
+                    graph.find_state()
+            except _RefusedError as reason:
+                self._refuse(name, reason)
 
     def _reset_where(self, mask: Tensor, *draws: Tensor) -> TensorDictBase:
         """Reset the whole batch with given draws, and keep that only where the mask says so."""
-        state = _State(self)
+        vmas, state = self.env._env, _State(self.env)
         before = [value.clone() for value in state.read()]
         with _Draws(draws):
-            self._env.scenario.env_reset_world_at(None)
-        self._env.steps = torch.zeros_like(self._env.steps)
+            vmas.scenario.env_reset_world_at(None)
+        vmas.steps = torch.zeros_like(vmas.steps)
         state.find()
         after = state.read()
         if len(before) != len(after):
             raise _RefusedError("a reset changes the number of its tensors")
         state.write([_choose_rows(mask, *pair) for pair in zip(after, before, strict=True)])
-        self._env.reset = lambda **_: None  # for VmasEnv's reset, which also reads the observations
+        vmas.reset = lambda **_: None  # for VmasEnv's reset, which also reads the observations
         try:
-            return super()._reset()
+            return VmasEnv._reset(self.env)
         finally:
-            del self._env.reset
+            del vmas.reset
 
     def _refuse(self, name: str, reason: _RefusedError) -> None:
-        self._refused |= {name}
-        warnings.warn(f"The {name} of {self.scenario_name!r} goes on as VMAS does it: {reason}.", stacklevel=3)
+        self.refused.add(name)
+        warnings.warn(f"The {name} of {self.env.scenario_name!r} goes on as VMAS does it: {reason}.", stacklevel=3)
 
 
 class _RefusedError(Exception):
@@ -223,12 +275,15 @@ class _Graph:
         env: at the state to trace from, which stays as it is.
         function: what to trace: computes the data from tensors, and changes the environment's state.
         inputs: to trace with.
+        compiler: see :class:`VmasGraphs`.
 
     Raises:
         _RefusedError: if it does more than to compute tensors from tensors.
     """
 
-    def __init__(self, env: CompiledVmasEnv, function: Callable[..., TensorDictBase], inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, env: VmasEnv, function: Callable[..., TensorDictBase], inputs: Sequence[Tensor], compiler: Compiler
+    ) -> None:
         self._env, self._state, self._runs, self._misses = env, _State(env), 0, 0
         start = _State(env)
         before, settings = start.read(), start.settings()
@@ -243,15 +298,16 @@ class _Graph:
             start.restore(before, settings)
             self._state.find()
         _check_operations(module)
-        self._used = _drop_unused_inputs(module)
-        self._compiled = env.compiler(module)
+        self._used = _drop_unused_inputs(module, len(inputs))
+        module.meta["keys"] = self._keys
+        self._compiled = compiler(module)
 
-    def run(self, inputs: Sequence[Tensor], reference: Callable[[], TensorDictBase]) -> tuple[bool, TensorDictBase]:
-        """Compute and change the state; return whether Python would decide as while tracing, and the data.
+    def run(self, inputs: Sequence[Tensor], reference: Callable[[], TensorDictBase]) -> Sequence[Tensor] | None:
+        """Compute, change the state and return the data's entries; ``None`` if Python would decide otherwise.
 
         Args:
             inputs: the function's.
-            reference: VMAS's own way, for checks and where Python would decide otherwise.
+            reference: VMAS's own way, for checks.
 
         Raises:
             _RefusedError: with the state as it was, if the results differ or Python decides otherwise too often.
@@ -265,17 +321,18 @@ class _Graph:
             self._misses += 1
             if self._misses > _MAX_MISSES * max(self._runs, _DENSE_CHECKS):
                 raise _RefusedError("what it does depends too often on what its tensors hold")
-            return False, reference()
+            return None
         if self._runs <= _DENSE_CHECKS or self._runs.bit_count() == 1:
             self._check(before, outputs, after, reference)
         places = list(self._state.places.values())
         for index, value in zip(self._changed, after, strict=True):
             box, key = places[index]
             box[key] = value
-        data = self._template.copy()
-        for key, value in zip(self._keys, outputs, strict=True):
-            data.set(key, value)
-        return True, data
+        return outputs
+
+    def data(self, outputs: Sequence[Tensor]) -> TensorDictBase:
+        """Return entries as what the function returns."""
+        return self._template.copy().update(dict(zip(self._keys, outputs, strict=True)))
 
     def find_state(self) -> None:
         """Find the state's places again, after a reset.
@@ -314,9 +371,7 @@ class _Graph:
         if changed or list(state.places) != self._paths:
             raise _RefusedError(f"it changes {', '.join(changed) or 'the number of its tensors'}")
 
-    def _trace(
-        self, env: CompiledVmasEnv, function: Callable[..., TensorDictBase], inputs: Sequence[Tensor]
-    ) -> GraphModule:
+    def _trace(self, env: VmasEnv, function: Callable[..., TensorDictBase], inputs: Sequence[Tensor]) -> GraphModule:
         def traced(*everything: Tensor) -> list[Tensor]:
             copies = [value.clone() for value in everything[len(inputs) :]]
             self._state.write(copies)
@@ -379,7 +434,7 @@ class _Draws(TorchDispatchMode):
         return [torch.cat(rows)[order] for rows in zip(*drawn, strict=True)]
 
 
-def _recorded_draws(env: CompiledVmasEnv) -> _Draws:
+def _recorded_draws(env: VmasEnv) -> _Draws:
     """What VMAS draws for one environment: the least of some tries, as a scenario may try until a place is free."""
     state = _State(env)
     before, recorded = state.read(), []
@@ -536,11 +591,11 @@ def _is_mask(index: object) -> bool:
     return isinstance(index, Tensor) and index.dtype is torch.bool
 
 
-def _drop_unused_inputs(module: GraphModule) -> list[int]:
-    """Leave only the inputs that something is computed from; return their numbers."""
+def _drop_unused_inputs(module: GraphModule, num_first: int) -> list[int]:
+    """Leave only the first inputs and those that something is computed from; return their numbers."""
     module.graph.eliminate_dead_code()
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    used = [index for index, node in enumerate(inputs) if node.users]
+    used = [index for index, node in enumerate(inputs) if node.users or index < num_first]
     for index in set(range(len(inputs))) - set(used):
         module.graph.erase_node(inputs[index])
     module.recompile()

@@ -20,7 +20,7 @@ from torchrl_marl.evaluation import (
     stratified_bootstrap_interval,
 )
 from torchrl_marl.evaluation.comparison import compare
-from torchrl_marl.evaluation.figures import draw_aggregates
+from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves
 from torchrl_marl.evaluation.runs import check_comparable, read_runs
 
 TASKS = ("balance", "navigation")
@@ -201,6 +201,16 @@ def test_the_figures_show_statistics_over_runs_and_tasks(tmp_path: Path, monkeyp
     thresholds = np.linspace(0, 1, 101)
     shares = [(ours / top > threshold).mean() for threshold in thresholds]
     np.testing.assert_allclose(drawn["profile"].center, 100 * np.array(shares))
+
+
+def test_the_legend_stays_within_a_figure_of_one_panel() -> None:
+    point = np.array([0.0, 1.0])
+    methods = {f"a method with a long name {index}": Band(point, point, point, point) for index in range(6)}
+    figure = draw_curves({"task": methods}, ylabel="return")
+    figure.draw_without_rendering()
+    extent = figure.legends[0].get_window_extent()
+    assert len(figure.legends) == 1
+    assert 0 <= extent.x0 < extent.x1 <= figure.bbox.width
 
 
 def test_the_page_lists_every_command_commit_seed_and_what_was_left_out(studied: tuple) -> None:

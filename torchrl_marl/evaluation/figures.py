@@ -189,4 +189,8 @@ def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], linewidth=1.7, label=method, **style) for method, style in styles.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)), frameon=False, fontsize=9)
+    for columns in range(min(5, len(handles)), 0, -1):  # the most that fit
+        legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()

@@ -13,6 +13,8 @@ from torch.func import functional_call, grad_and_value
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from torchrl_marl.objectives import MARPOLoss
+
 __all__ = ["make_update"]
 
 _LOSSES = ("loss_objective", "loss_entropy", "loss_critic")
@@ -71,15 +73,11 @@ def make_update(
     def gradients(minibatch: TensorDictBase) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Compute what ``differentiate`` leaves in the parameters, as a function that compiles into one graph."""
 
-        def evaluate(values: dict[str, Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, Any]:
-            total, measured = functional_call(objective, (values, buffers), (minibatch,), tie_weights=False)
-            return total, (measured, buffers)
+        def evaluate(values: dict[str, Tensor]) -> tuple[Tensor, Any]:
+            return functional_call(objective, values, (minibatch,), tie_weights=False)
 
         values = {name: parameter.detach() for name, parameter in parameters.items()}
-        buffers = {name: buffer.clone() for name, buffer in objective.named_buffers()}
-        found, (_, (measured, buffers)) = grad_and_value(evaluate, has_aux=True)(values, buffers)
-        for name, buffer in objective.named_buffers():  # a loss may change its own
-            buffer.copy_(buffers[name])
+        found, (_, measured) = grad_and_value(evaluate, has_aux=True)(values)
         grad_norm = torch.nn.utils.get_total_norm(found.values())
         scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
         return {name: scale * gradient for name, gradient in found.items()}, {**measured, "grad_norm": grad_norm}
@@ -123,8 +121,10 @@ class _Objective(nn.Module):
 
 
 def _replaceable(objective: nn.Module) -> bool:
-    """Whether ``functional_call`` replaces what the losses are computed from, and nothing hangs on ``backward``."""
+    """Whether the loss is a pure function of parameters that ``functional_call`` can replace."""
     modules = list(objective.modules())
     held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     tied = len(held) > len(set(held))  # a replaced one would be replaced in one of its places
-    return not tied and not any(isinstance(module, TensorDictParams | DistributedDataParallel) for module in modules)
+    # DistributedDataParallel averages within backward, and MARPO's forward moves its target, which grad forbids
+    kinds = TensorDictParams | DistributedDataParallel | MARPOLoss
+    return not tied and not any(isinstance(module, kinds) for module in modules)

@@ -29,7 +29,7 @@ def build(device="cpu", method=MARSLoss, make_game=make_coordsum, **options):
 
 
 def trained(loss, rows, device="cpu", size=32, **options):
-    """What 2 epochs measured, and the parameters they led to; always from the same start."""
+    """What 2 epochs measured, and the parameters and buffers they led to; always from the same start."""
     loss = copy.deepcopy(loss)
     adam = torch.optim.Adam(loss.parameters(), lr=1e-2, fused=options != {}, capturable="cuda_graph" in options)
     update = make_update(loss, adam, max_grad_norm=0.1, **options)
@@ -37,7 +37,7 @@ def trained(loss, rows, device="cpu", size=32, **options):
     measured = [update(minibatch) for _ in range(2) for minibatch in minibatches(rows, size)]
     assert all(len(minibatch) == size for minibatch in minibatches(rows, size)) or size != 32
     names = [key for key in measured[0] if not key.startswith("explained")]  # a quotient of small numbers
-    return [{name: step[name].clone() for name in names} for step in measured], [*loss.parameters()]
+    return [{name: step[name].clone() for name in names} for step in measured], [*loss.parameters(), *loss.buffers()]
 
 
 def test_an_update_is_the_step_of_a_plain_loop():
@@ -56,7 +56,7 @@ def test_an_update_is_the_step_of_a_plain_loop():
             expected.append({**losses, "grad_norm": norm})
     for step, true in zip(measured, expected, strict=True):
         assert all(torch.equal(value, true[name]) and not value.requires_grad for name, value in step.items())
-    assert all(torch.equal(*pair) for pair in zip(parameters, loss.parameters(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(parameters, [*loss.parameters(), *loss.buffers()], strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

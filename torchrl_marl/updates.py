@@ -13,15 +13,15 @@ from torch.func import functional_call, grad_and_value
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from torchrl_marl.collectors.compiled import INDUCTOR_OPTIONS
 from torchrl_marl.objectives import MARPOLoss
 
 __all__ = ["make_update"]
 
 _LOSSES = ("loss_objective", "loss_entropy", "loss_critic")
 _OPTIONS: dict[str, Any] = {
+    **INDUCTOR_OPTIONS,
     "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,  # those of libraries: a fifth of a small step
-    "cpp.use_decompose_tanh": True,  # by exp, to 1e-7
-    "fallback_random": True,  # Torch's generators, as uncompiled
 }
 
 
@@ -82,18 +82,18 @@ def make_update(
         scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
         return {name: scale * gradient for name, gradient in found.items()}, {**measured, "grad_norm": grad_norm}
 
-    compute_gradients = torch.compile(gradients, fullgraph=True, options=_OPTIONS)
-
-    def differentiate_compiled(minibatch: TensorDictBase) -> dict[str, Tensor]:
+    def differentiate_at_once(minibatch: TensorDictBase) -> dict[str, Tensor]:
         found, measured = compute_gradients(minibatch)
         for name, gradient in found.items():
             parameters[name].grad = gradient
         return measured
 
-    one_graph = compile and _replaceable(objective)
-    if compile and not one_graph:
+    take_gradients, compute_gradients = differentiate, gradients
+    if compile and _replaceable(objective):
+        take_gradients = differentiate_at_once
+        compute_gradients = torch.compile(gradients, fullgraph=True, options=_OPTIONS)
+    elif compile:
         objective.compile(options=_OPTIONS)
-    take_gradients = differentiate_compiled if one_graph else differentiate
 
     def update(minibatch: TensorDictBase) -> dict[str, Tensor]:
         measured = take_gradients(minibatch)

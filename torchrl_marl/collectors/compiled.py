@@ -29,7 +29,7 @@ from torchrl_marl.envs.vmas_compiled import VmasGraphs
 
 __all__ = ["CompiledCollector"]
 
-_INDUCTOR = {
+INDUCTOR_OPTIONS = {
     "fallback_random": True,  # Torch's generators, as uncompiled, rather than numbers of its own
     "cpp.use_decompose_tanh": True,  # by exp, to 1e-7: a third of the time of a rollout on a CPU went into tanh
 }
@@ -338,7 +338,7 @@ def _compiled(method: _Function, compile: bool | str) -> _Function:
     own = FunctionType(method.__func__.__code__.replace(), method.__func__.__globals__)
     options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
     if compile is True:
-        options |= _INDUCTOR | {"cpp_wrapper": not torch.cuda.is_available()}
+        options |= INDUCTOR_OPTIONS | {"cpp_wrapper": not torch.cuda.is_available()}
     compiled = torch.compile(own, fullgraph=True, backend="inductor" if compile is True else compile, options=options)
     return cast("_Function", lambda *arguments: compiled(method.__self__, *arguments))
 

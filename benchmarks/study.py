@@ -4,18 +4,21 @@ A study is a table of the recipes' commands, each for several seeds. Stop it whe
 finished runs and goes on with begun ones. In the end each part gets a page by recipes/compare.py, FOLDER/PART/page/.
 `papers` has the scale of the papers, 20 M frames and 10 seeds, at the recipes' settings or, on CoordSum, those that
 MAGPO's authors publish; tune first where that matters (`sweep=METHOD`), and put what you find into the table.
+Where the table has a list of commands, the one that does best on tuning seeds is run; see FOLDER/PART/tuning.json.
 """
 
 import argparse
 import hashlib
 import itertools
+import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from omegaconf import OmegaConf
 
@@ -27,10 +30,14 @@ class Part:
     """What stands on one page."""
 
     name: str
-    commands: Sequence[str]  # without seed and folder
+    commands: Sequence[
+        str | Sequence[str]
+    ]  # without seed and folder; of several in a list, the best on the tuning seeds
     num_seeds: int
     baseline: str  # as recipes/compare.py calls it
     split: Sequence[str] = ()
+    tuning_seeds: Sequence[int] = (1000,)  # none of those that results are reported on
+    tuning: str = ""  # overrides of tuning runs
 
 
 def grid(*choices: Sequence[str]) -> list[str]:
@@ -118,8 +125,52 @@ def coordsum(scenario: str, frames: int) -> Part:
     )
 
 
+WIDTHS = {  # of trust regions, from narrow to wide
+    "mars": [f"loss.target_ratios=[{low},{high}]" for low, high in ((0.8, 1.25), (0.5, 2), (0.33, 3))],
+    "maspo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.2, 0.4, 0.8)],
+    "mappo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.2, 0.4, 0.8)],
+}
+LEARNING_RATES = [f"optimizer.lr={lr}" for lr in (5e-4, 1e-3, 2e-3)]
+
+
+def tuned(name: str, task: str, setting: str, tuning: str, tuning_seeds: Sequence[int]) -> Part:
+    """MARS, MASPO and MAPPO, each with the best of its widths and learning rates."""
+    return Part(
+        name,
+        [grid([task], [f"loss={method}"], widths, LEARNING_RATES, [setting]) for method, widths in WIDTHS.items()],
+        num_seeds=5,
+        baseline="mappo",
+        tuning=tuning,
+        tuning_seeds=tuning_seeds,
+    )
+
+
+def tuned_vmas(scenario: str) -> Part:
+    return tuned(
+        scenario,
+        f"mars_vmas.py env.scenario={scenario}",
+        "total_frames=240000 evaluation.interval=24000 evaluation.video=false env.num_envs=240 "
+        "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]",
+        "total_frames=120000",
+        (1000,),
+    )
+
+
 STUDIES = {
-    "cores": [*mazes(256_000), coordsum("CoordSum-3x10", 512_000), coordsum("CoordSum-5x20", 256_000)],
+    "cores": [
+        *mazes(256_000),
+        coordsum("CoordSum-3x10", 512_000),
+        coordsum("CoordSum-5x20", 256_000),
+        tuned_vmas("balance"),
+        tuned_vmas("navigation"),
+        tuned(
+            "aerocombat",
+            "seeds.py env=aerocombat",
+            "total_frames=576000 evaluation.interval=57600 frames_per_batch=14400 minibatch_size=3600",
+            "total_frames=288000",
+            (1000, 1001),
+        ),
+    ],
     "small": [
         Part(
             "mazes",
@@ -213,13 +264,13 @@ STUDIES = {
 }
 
 
-def missing(command: str, num_seeds: int, folder: Path) -> list[list[str]]:
+def missing(command: str, seeds: Iterable[int], folder: Path) -> list[list[str]]:
     """The recipes' command lines that are left to do of one line of the table."""
     recipe, *overrides = shlex.split(command)
     runs = [path.parent for path in folder.rglob("config.yaml")]  # some may have ended before their first checkpoint
     runs = [run for run in runs if any((run / "checkpoints").glob("checkpoint-*"))]
     begun = {OmegaConf.load(run / "config.yaml").seed: run for run in runs}
-    fresh = [seed for seed in range(num_seeds) if seed not in begun]
+    fresh = [seed for seed in seeds if seed not in begun]
     alone = "mars_vmas.py" if recipe == "seeds.py" else recipe
     left = [[alone, f"resume={run}"] for run in begun.values() if not (run / "summary.json").exists()]
     groups = [str(fresh).replace(" ", "")] if recipe == "seeds.py" and fresh else fresh
@@ -228,17 +279,53 @@ def missing(command: str, num_seeds: int, folder: Path) -> list[list[str]]:
 
 def run_part(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> None:
     """Run what is missing of a part, then write its page."""
-    folders = {command: folder / "runs" / hashlib.sha1(command.encode()).hexdigest()[:8] for command in part.commands}
-    left = [missing(command, part.num_seeds, own) for command, own in folders.items()]
+    commands = chosen(part, folder, jobs=jobs, options=options)
+    run_commands(commands, range(part.num_seeds), folder / "runs", jobs=jobs, options=options)
+    if any((folder / "runs").rglob("summary.json")):
+        paths = [str(folder / "runs"), "--output", str(folder / "page")]
+        execute(["compare.py", *paths, "--baseline", part.baseline, "--split", *part.split])
+
+
+def chosen(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> list[str]:
+    """Of each list of commands the one with the highest mean of the last fifth of evaluations over the tuning seeds.
+
+    A command that fails, because it diverges for example, is not chosen.
+    """
+    lists = [command for command in part.commands if not isinstance(command, str)]
+    tuned = {command: f"{command} {part.tuning}".strip() for commands in lists for command in commands}
+    folders = run_commands([*tuned.values()], part.tuning_seeds, folder / "tuning", jobs=jobs, options=options)
+    scores = {}
+    for command, words in tuned.items():
+        summaries = [json.loads(path.read_text()) for path in folders[words].rglob("summary.json")]
+        if len(summaries) == len(part.tuning_seeds):
+            scores[command] = mean(summary["last_fifth"] for summary in summaries)
+    if tuned:
+        record = {"seeds": part.tuning_seeds, "overrides": part.tuning, "last_fifth": scores}
+        (folder / "tuning.json").write_text(json.dumps(record, indent=1))
+    for commands in lists:
+        if not scores.keys() & set(commands):
+            raise SystemExit(f"Every command that {part.name} chooses from has failed: {'; '.join(commands)}.")
+    return [
+        command
+        if isinstance(command, str)
+        else max((choice for choice in command if choice in scores), key=scores.__getitem__)
+        for command in part.commands
+    ]
+
+
+def run_commands(
+    commands: Sequence[str], seeds: Iterable[int], folder: Path, *, jobs: int, options: Sequence[str]
+) -> dict[str, Path]:
+    """Run what is missing of commands; return the folder of each."""
+    folders = {command: folder / hashlib.sha1(command.encode()).hexdigest()[:8] for command in commands}
+    left = [missing(command, seeds, own) for command, own in folders.items()]
     # seed by seed, so that a study that is stopped has as many of each method
     lines = [line for turn in itertools.zip_longest(*left) for line in turn if line is not None]
     with ThreadPoolExecutor(jobs) as pool:
         codes = list(pool.map(lambda line: execute(line if "resume=" in line[1] else [*line, *options]), lines))
     if any(codes):
-        print(f"{sum(map(bool, codes))} of {len(codes)} commands of {part.name} failed; the same command tries again.")
-    if any((folder / "runs").rglob("summary.json")):
-        paths = [str(folder / "runs"), "--output", str(folder / "page")]
-        execute(["compare.py", *paths, "--baseline", part.baseline, "--split", *part.split])
+        print(f"{sum(map(bool, codes))} of {len(codes)} commands failed; the same command tries again.")
+    return folders
 
 
 def execute(line: Sequence[str]) -> int:

@@ -1,8 +1,9 @@
 """The studies of benchmarks/study.py: the recipes take their commands, compare their runs, and nothing is run twice."""
 
+import json
 import runpy
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,13 @@ def composed(command: str) -> DictConfig:
     return resolved
 
 
+def commands_of(part: object) -> list[str]:
+    """All commands, with and without those to choose from as they are run in tuning."""
+    lists = [[command] if isinstance(command, str) else command for command in part.commands]
+    tuning = [f"{command} {part.tuning}" for commands in lists if len(commands) > 1 for command in commands]
+    return [command for commands in lists for command in commands] + tuning
+
+
 def settings(config: DictConfig) -> Iterator[tuple[str, object]]:
     """What recipes/compare.py wants equal on a task."""
     yield from (("frames", config.total_frames), ("interval", config.evaluation.interval))
@@ -40,11 +48,12 @@ def settings(config: DictConfig) -> Iterator[tuple[str, object]]:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_the_recipes_take_every_command_of_a_study_and_its_runs_can_be_compared(name: str) -> None:
-    tasks: dict[str, dict] = {}
-    for command in PARTS[name].commands:
+    tasks: dict[tuple, dict] = {}
+    for command in commands_of(PARTS[name]):
         config = composed(command)
         assert config.evaluation.interval >= config.env.num_envs * config.env.max_steps
-        assert tasks.setdefault(config.env.scenario, dict(settings(config))) == dict(settings(config))
+        task = (config.env.scenario, bool(PARTS[name].tuning) and command.endswith(PARTS[name].tuning))
+        assert tasks.setdefault(task, dict(settings(config))) == dict(settings(config))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +66,12 @@ def test_a_misspelt_override_of_a_study_is_noticed(mistake: str) -> None:
 
 def test_commands_of_a_study_are_distinct() -> None:
     for part in PARTS.values():
-        assert len(set(part.commands)) == len(part.commands)
+        assert len(set(commands_of(part))) == len(commands_of(part))
+
+
+def test_nothing_is_tuned_on_the_seeds_that_are_reported() -> None:
+    for part in PARTS.values():
+        assert not set(part.tuning_seeds) & set(range(part.num_seeds))
 
 
 def make_run(folder: Path, seed: int, *, checkpoint: bool, finished: bool) -> Path:
@@ -77,16 +91,63 @@ def test_finished_runs_are_skipped_and_begun_ones_go_on(tmp_path: Path) -> None:
     make_run(tmp_path, 2, checkpoint=False, finished=False)  # killed before it had anything to go on from
     for attempt in ("before", "later"):
         make_run(tmp_path / attempt, 0, checkpoint=False, finished=False)  # hides no finished run of its seed
-    left = STUDY["missing"]("oappo_vmas.py loss=happo", 4, tmp_path)
+    left = STUDY["missing"]("oappo_vmas.py loss=happo", range(4), tmp_path)
     new = ["oappo_vmas.py", "loss=happo", f"folder={tmp_path}"]
     assert left == [["oappo_vmas.py", f"resume={begun}"], [*new, "seed=2"], [*new, "seed=3"]]
 
 
 def test_the_seeds_that_a_group_lacks_train_together_and_begun_ones_alone(tmp_path: Path) -> None:
     begun = make_run(tmp_path, 1, checkpoint=True, finished=False)
-    left = STUDY["missing"]("seeds.py loss=mars", 3, tmp_path)
+    left = STUDY["missing"]("seeds.py loss=mars", range(3), tmp_path)
     assert left == [["mars_vmas.py", f"resume={begun}"], ["seeds.py", "loss=mars", f"folder={tmp_path}", "seed=[0,2]"]]
     make_run(tmp_path, 0, checkpoint=True, finished=True)
     make_run(tmp_path, 2, checkpoint=True, finished=True)
     (begun / "summary.json").touch()
-    assert STUDY["missing"]("seeds.py loss=mars", 3, tmp_path) == []
+    assert STUDY["missing"]("seeds.py loss=mars", range(3), tmp_path) == []
+
+
+def run_with_scores(part: object, scores: dict[str, float], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run a part with a recipe that scores what is said, and fails where nothing is; return its command lines."""
+    lines = []
+
+    def execute(line: Sequence[str]) -> int:
+        recipe, *words = line
+        lines.append(shlex.join(word for word in line if not word.startswith("folder=")))
+        if recipe == "compare.py":
+            return 0
+        if words[0] not in scores:
+            return 1
+        values = dict(word.split("=") for word in words)
+        run = make_run(Path(values["folder"]), int(values["seed"]), checkpoint=True, finished=True)
+        # a constant for each seed: who looks at one seed alone still orders them right, who mixes them up does not
+        last_fifth = scores[words[0]] + 10 * int(values["seed"])
+        (run / "summary.json").write_text(json.dumps({"last_fifth": last_fifth}))
+        return 0
+
+    monkeypatch.setitem(STUDY["run_part"].__globals__, "execute", execute)
+    STUDY["run_part"](part, folder, jobs=1, options=["device=cpu"])
+    return lines
+
+
+def test_of_several_commands_the_best_on_the_tuning_seeds_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = ["r.py w=1", "r.py w=2", "r.py w=3"]
+    part = STUDY["Part"]("its", [choices, "r.py w=4"], 2, "mappo", tuning_seeds=(-3, -2), tuning="n=1")
+    scores = {"w=1": -5.0, "w=2": -1.0, "w=4": 9.0}  # the third diverges
+    lines = run_with_scores(part, scores, tmp_path, monkeypatch)
+    assert lines[:6] == [f"r.py w={w} n=1 seed={seed} device=cpu" for seed in (-3, -2) for w in (1, 2, 3)]
+    assert lines[6:10] == [f"r.py w={w} seed={seed} device=cpu" for seed in (0, 1) for w in (2, 4)]
+    record = json.loads((tmp_path / "tuning.json").read_text())
+    assert record == {"seeds": [-3, -2], "overrides": "n=1", "last_fifth": {"r.py w=1": -30.0, "r.py w=2": -26.0}}
+
+    again = run_with_scores(part, scores, tmp_path, monkeypatch)
+    assert [line.split()[1] for line in again] == ["w=3", "w=3", str(tmp_path / "runs")]  # what failed is tried again
+
+
+def test_a_choice_of_nothing_but_failures_ends_the_study_and_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = STUDY["Part"]("its", [["r.py w=1", "r.py w=2"]], 2, "mappo")
+    with pytest.raises(SystemExit, match=r"its .*has failed: r.py w=1; r.py w=2"):
+        run_with_scores(part, {}, tmp_path, monkeypatch)

@@ -18,20 +18,20 @@ from omegaconf import DictConfig
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torch.distributions import Categorical
 from torch.func import functional_call
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.overrides import TorchFunctionMode
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
-from torchrl.modules import MaskedCategorical, ProbabilisticActor, TanhNormal
+from torchrl.modules import ProbabilisticActor, TanhNormal
 from tqdm import tqdm
 
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.random_streams import random_streams
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
+from torchrl_marl.modules.distributions import InversionCategorical, InversionMaskedCategorical
 from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, standardize
 from torchrl_marl.objectives.ratio import RatioLoss
 from torchrl_marl.training import Run, reduce_records, stop_signals
@@ -40,8 +40,8 @@ __all__ = ["Seed", "SeedGroup"]
 
 _LOSSES = (MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss)  # their forward changes nothing
 _OPTIMIZERS = (Adam, AdamW, RMSprop, SGD)  # they treat every element alike
-_DISTRIBUTIONS = (Categorical, MaskedCategorical, TanhNormal)
-_DRAWS = (torch.multinomial, torch.Tensor.normal_)  # what these draw with
+_DISTRIBUTIONS = (InversionCategorical, InversionMaskedCategorical, TanhNormal)
+_DRAWS = (torch.Tensor.uniform_, torch.Tensor.normal_)  # what these draw with
 
 
 class Seed:

@@ -10,10 +10,10 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
-from torch.distributions import Categorical
-from torchrl.modules import MLP, MaskedCategorical, ProbabilisticActor, TanhNormal
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
 
 from torchrl_marl.modules.agent_networks import AgentNetworks
+from torchrl_marl.modules.distributions import InversionCategorical, InversionMaskedCategorical
 from torchrl_marl.modules.group import GroupShape
 
 __all__ = [
@@ -61,9 +61,9 @@ def make_policy(
         keys = [(name, "logits")]
         masked = {
             "in_keys": {"logits": keys[0], "mask": (name, "action_mask")},
-            "distribution_class": MaskedCategorical,
+            "distribution_class": InversionMaskedCategorical,
         }
-        distribution = masked if shape.masked else {"in_keys": keys, "distribution_class": Categorical}
+        distribution = masked if shape.masked else {"in_keys": keys, "distribution_class": InversionCategorical}
     head = TensorDictModule(network.to(device), in_keys=[in_key], out_keys=keys)
     return ProbabilisticActor(
         TensorDictSequential([*before, head]) if before else head,

@@ -13,24 +13,29 @@ from importlib.metadata import version
 import torch
 from contender import Setting, Stopwatch, Timing, main
 from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
 
 from torchrl_marl.collectors import CompiledCollector, minibatches
-from torchrl_marl.envs import make_env
+from torchrl_marl.envs import make_coordsum, make_env
 from torchrl_marl.modules import make_actor, make_critic
 from torchrl_marl.objectives import MAPPOLoss, standardize
 from torchrl_marl.updates import make_update
 
 
-def run(iterations: int, setting: Setting, *, compiled: bool = False) -> list[Timing]:
+def task(setting: Setting) -> EnvBase:
+    """A scenario of VMAS, or CoordSum with ten actions."""
+    options = {"num_envs": setting.num_envs, "max_steps": setting.max_steps, "seed": setting.seed}
+    if setting.scenario == "CoordSum":
+        return make_coordsum(f"CoordSum-{setting.num_agents}x10", **options)
+    return make_env(setting.scenario, **options, scenario_kwargs={"n_agents": setting.num_agents})
+
+
+def run(
+    iterations: int, setting: Setting, *, compiled: bool = False, stopwatch: Stopwatch | None = None
+) -> list[Timing]:
     torch.set_num_threads(setting.threads)
     torch.manual_seed(setting.seed)
-    env = make_env(
-        setting.scenario,
-        num_envs=setting.num_envs,
-        max_steps=setting.max_steps,
-        seed=setting.seed,
-        scenario_kwargs={"n_agents": setting.num_agents},
-    )
+    env = task(setting)
     sizes = [setting.width, setting.width]
     actor = make_actor(env, agent_id=False, hidden_sizes=sizes)  # the peers' networks have no agent id
     critic = make_critic(env, hidden_sizes=sizes)
@@ -50,7 +55,7 @@ def run(iterations: int, setting: Setting, *, compiled: bool = False) -> list[Ti
     else:
         options = {"total_frames": -1, "auto_register_policy_transforms": False}
         collector = Collector(env, actor, frames_per_batch=setting.frames, **options)
-    stopwatch = Stopwatch()
+    stopwatch = stopwatch or Stopwatch()
     for batch in stopwatch.watch(itertools.islice(collector, iterations)):
         with torch.no_grad():
             loss.value_estimator(batch)

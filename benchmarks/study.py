@@ -156,6 +156,8 @@ def tuned_vmas(scenario: str) -> Part:
     )
 
 
+AEROCOMBAT = "seeds.py env=aerocombat frames_per_batch=14400 minibatch_size=3600"
+
 STUDIES = {
     "cores": [
         *mazes(256_000),
@@ -165,10 +167,50 @@ STUDIES = {
         tuned_vmas("navigation"),
         tuned(
             "aerocombat",
-            "seeds.py env=aerocombat",
-            "total_frames=576000 evaluation.interval=57600 frames_per_batch=14400 minibatch_size=3600",
+            AEROCOMBAT,
+            "total_frames=576000 evaluation.interval=57600",
             "total_frames=288000",
             (1000, 1001),
+        ),
+        Part(
+            "mars_ablations",
+            [
+                grid([AEROCOMBAT], [choice], ratios, ["total_frames=864000 evaluation.interval=57600"])
+                for choice, ratios in (
+                    (
+                        "loss=mars",
+                        [f"loss.target_ratios=[{low},{up}]" for low in (0.33, 0.5, 0.8) for up in (1.25, 2, 3)],
+                    ),
+                    ("loss=mars_multiplicative", [f"loss.target_ratios.ratio={ratio}" for ratio in (1.25, 2, 3)]),
+                    ("loss=mars_additive", [f"loss.target_ratios.epsilon={epsilon}" for epsilon in (0.2, 0.5, 0.8)]),
+                )
+            ],
+            num_seeds=5,
+            baseline="mars",
+            tuning="total_frames=288000",
+            tuning_seeds=(1000, 1001),
+        ),
+        Part(
+            "magpo_navigation",
+            grid(
+                [
+                    *grid(
+                        ["mars_vmas.py actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]"],
+                        ["loss=mappo", "loss=ippo"],
+                    ),
+                    *grid(["mat_vmas.py", "sable_vmas.py"], ["loss=mappo actor.embed_dim=32"]),
+                    *grid(
+                        ["magpo_vmas.py actor.hidden_sizes=[64,64] guider.embed_dim=32"],
+                        ["loss=magpo loss.guider_learner_ratio=1.3 loss.rl_coeff=2", "loss=ctds"],
+                    ),
+                ],
+                [
+                    "env.scenario=navigation env.num_envs=120 total_frames=120000 evaluation.interval=12000 "
+                    "evaluation.video=false"
+                ],
+            ),
+            num_seeds=5,
+            baseline="mappo",
         ),
     ],
     "small": [

@@ -22,10 +22,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the page")
     parser.add_argument("--baseline", help="method over which the probability of improvement is given")
     parser.add_argument("--split", nargs="*", default=[], metavar="KEY", help="keys that tell variants apart")
+    parser.add_argument("--metrics", nargs="*", default=[], metavar="NAME", help="to draw, as train/agents/max_ratio")
     arguments = parser.parse_args()
     command = shlex.join(["python", "recipes/compare.py", *sys.argv[1:]])
     try:
-        compare(arguments.runs, arguments.output, baseline=arguments.baseline, split=arguments.split, command=command)
+        compare(
+            arguments.runs,
+            arguments.output,
+            baseline=arguments.baseline,
+            split=arguments.split,
+            metrics=arguments.metrics,
+            command=command,
+        )
     except ValueError as error:
         raise SystemExit(str(error)) from error
     print(arguments.output / "page.html")

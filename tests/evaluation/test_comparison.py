@@ -203,6 +203,35 @@ def test_the_figures_show_statistics_over_runs_and_tasks(tmp_path: Path, monkeyp
     np.testing.assert_allclose(drawn["profile"].center, 100 * np.array(shares))
 
 
+def test_metrics_of_training_are_drawn_at_every_step_and_over_decades_logarithmically(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = {"mars": ([0.5, 0.25, 0.3], [2.0, 3.0, 4.0]), "mappo": ([0.8, 0.7, 0.6], [3.0, 300.0, 3.0])}
+    for method, metrics in ratios.items():
+        for seed in range(3):
+            run = write_run(tmp_path / "runs", f"method={method}", f"seed={seed}", final=1.0 + seed)
+            for name, values in zip(("min_ratio", "max_ratio"), metrics, strict=True):
+                path = run / f"scalars/train/agents/{name}.csv"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(f"{50 * step},{value}\n" for step, value in enumerate(values)))
+    figures = {}
+    monkeypatch.setattr(
+        "torchrl_marl.evaluation.comparison.write_page",
+        lambda *_, blocks, **__: figures.update({x.name: x.figure for x in blocks if hasattr(x, "figure")}),
+    )
+    names = ("train/agents/min_ratio", "train/agents/max_ratio")
+    compare([tmp_path / "runs"], tmp_path / "page", metrics=names)
+    for index, (name, scale) in enumerate(zip(names, ("linear", "log"), strict=True)):
+        (axes,) = figures[name.replace("/", "_")].axes
+        assert axes.get_yscale() == scale
+        for line in axes.lines:
+            np.testing.assert_allclose(line.get_xdata(), [0, 50, 100])
+            np.testing.assert_allclose(line.get_ydata(), ratios[line.get_label()][index])
+
+    with pytest.raises(ValueError, match=r"no metric 'train/ratio'; it has eval.*, train/agents/max_ratio, train"):
+        compare([tmp_path / "runs"], tmp_path / "page", metrics=["train/ratio"])
+
+
 def test_the_legend_stays_within_a_figure_of_one_panel() -> None:
     point = np.array([0.0, 1.0])
     methods = {f"a method with a long name {index}": Band(point, point, point, point) for index in range(6)}

@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves, draw_improvements
 from torchrl_marl.evaluation.page import Block, Code, Heading, Paragraph, Picture, Table, write_page
 from torchrl_marl.evaluation.records import merge_records
-from torchrl_marl.evaluation.runs import FinishedRun, RunGroups, check_comparable, group_runs, read_runs
+from torchrl_marl.evaluation.runs import FinishedRun, RunGroups, check_comparable, group_runs, read_metric, read_runs
 from torchrl_marl.evaluation.statistics import (
     iqm,
     min_max_normalize,
@@ -34,7 +34,13 @@ _PERCENT = np.linspace(0, 100, 101)
 
 
 def compare(
-    roots: Sequence[Path], output: Path, *, baseline: str | None = None, split: Sequence[str] = (), command: str = ""
+    roots: Sequence[Path],
+    output: Path,
+    *,
+    baseline: str | None = None,
+    split: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    command: str = "",
 ) -> None:
     """Write a page that compares runs: ``README.md`` with pictures, ``page.html``, ``evaluations.json``.
 
@@ -43,10 +49,11 @@ def compare(
         output: folder for the page.
         baseline: method over which the probability of improvement is given; ``None`` leaves that part out.
         split: configuration keys whose values tell variants of one method apart.
+        metrics: what else runs log and the page draws, such as ``train/agents/min_ratio``.
         command: what was called, for the page to state.
 
     Raises:
-        ValueError: if runs cannot be compared, there are none, or none is of the baseline.
+        ValueError: if runs cannot be compared, there are none, none is of the baseline, or one did not log a metric.
         ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
     """
     runs, left_out = read_runs(roots, split=split)
@@ -61,6 +68,7 @@ def compare(
         *([Paragraph(_warning(groups))] if _fewest_seeds(groups) < 10 else []),
         Heading("Learning curves"),
         Picture(_curves(groups), "curves", "Evaluation return over frames: IQM over seeds with its 95 % interval."),
+        *_logged(groups, metrics),
         Heading("Returns"),
         _returns(groups),
         *_aggregates(groups),
@@ -85,19 +93,43 @@ def _scores(runs: Sequence[FinishedRun]) -> NDArray[np.float64]:
     return np.array([run.summary["absolute"] for run in runs])
 
 
-def _common_curves(runs: Sequence[FinishedRun]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Frames and values."""
+
+
+def _returns_of(run: FinishedRun) -> Curve:
+    return run.frames, run.returns
+
+
+def _common_curves(runs: Sequence[FinishedRun], curve: Callable[[FinishedRun], Curve] = _returns_of) -> Curve:
     """Return the frames that all runs were evaluated at (an interrupted one has more) and ``[runs, evaluations]``."""
-    frames = reduce(np.intersect1d, [run.frames for run in runs])
-    return frames, np.stack([run.returns[np.isin(run.frames, frames)] for run in runs])
+    curves = [curve(run) for run in runs]
+    frames = reduce(np.intersect1d, [frames for frames, _ in curves])
+    return frames, np.stack([values[np.isin(own, frames)] for own, values in curves])
 
 
-def _curves(groups: RunGroups) -> Any:
+def _curves(
+    groups: RunGroups, curve: Callable[[FinishedRun], Curve] = _returns_of, ylabel: str = "evaluation return"
+) -> Any:
     bands: dict[str, dict[str, Band]] = defaultdict(dict)
     for task, methods in groups.items():
         for method, runs in methods.items():
-            frames, returns = _common_curves(runs)
-            bands[task][method] = Band(frames, *_estimate(returns[:, None], sample_efficiency))
-    return draw_curves(bands, ylabel="evaluation return")
+            frames, values = _common_curves(runs, curve)
+            bands[task][method] = Band(frames, *_estimate(values[:, None], sample_efficiency))
+    return draw_curves(bands, ylabel=ylabel)
+
+
+def _logged(groups: RunGroups, metrics: Sequence[str]) -> list[Block]:
+    """Draw what runs log while they train, a figure for each metric; what spans decades gets a logarithmic axis."""
+    blocks: list[Block] = [Heading("While they train")] if metrics else []
+    for metric in metrics:
+        figure = _curves(groups, partial(read_metric, metric=metric), metric)
+        for axes in figure.axes:
+            values = np.concatenate([line.get_ydata() for line in axes.lines])
+            axes.set_yscale("log" if 0 < 20 * values.min() < values.max() else "linear")
+        text = f"{metric} over frames: IQM over seeds with its 95 % interval."
+        blocks.append(Picture(figure, metric.replace("/", "_"), text))
+    return blocks
 
 
 def _estimate(scores: Any, statistic: Callable[..., Any]) -> tuple[Any, Any, Any]:

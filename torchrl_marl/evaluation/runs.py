@@ -92,6 +92,21 @@ def group_runs(runs: Iterable[FinishedRun]) -> RunGroups:
     return {task: dict(methods) for task, methods in groups.items()}
 
 
+def read_metric(run: FinishedRun, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return frames and values of a metric that a run logged, ``[steps]`` each.
+
+    Raises:
+        ValueError: if it did not; the message says what it logged.
+    """
+    path = run.folder / "scalars" / f"{metric}.csv"
+    if not path.exists():
+        scalars = run.folder / "scalars"
+        there = sorted(str(file.relative_to(scalars).with_suffix("")) for file in scalars.rglob("*.csv"))
+        raise ValueError(f"{run.folder} has no metric {metric!r}; it has {', '.join(there)}.")
+    steps = np.loadtxt(path, delimiter=",", ndmin=2)
+    return steps[:, 0], steps[:, 1]
+
+
 def _read(folder: Path, split: Sequence[str]) -> FinishedRun:
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     flat = _flat(config)

@@ -162,7 +162,7 @@ STUDIES = {
     "cores": [
         *mazes(256_000),
         coordsum("CoordSum-3x10", 512_000),
-        coordsum("CoordSum-5x20", 512_000),
+        coordsum("CoordSum-5x20", 256_000),
         tuned_vmas("balance"),
         tuned_vmas("navigation"),
         tuned(

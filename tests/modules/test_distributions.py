@@ -12,18 +12,20 @@ LOGITS = torch.tensor([[0.3, -1.2, 2.0, 0.0], [1.0, 1.0, -3.0, 0.5]])
 MASK = torch.tensor([[True, True, False, True], [False, True, True, False]])
 
 
-def with_uniform(value: float, probs: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What is drawn when the uniform number has this value."""
-    monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor: tensor.fill_(value))
+def with_uniform(value: int, probs: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What is drawn when the uniform number is this one of ``0..2**31 - 1``."""
+    monkeypatch.setattr(torch.Tensor, "random_", lambda tensor, to: tensor.fill_(value * to // 2**31))
     return draw_by_inversion(probs).tolist()
 
 
-@pytest.mark.parametrize(("uniform", "expected"), [(0.8, 0), (0.76, 0), (0.74, 1), (0.26, 1), (0.24, 2), (0.1, 2)])
-def test_a_uniform_number_u_draws_where_the_distribution_function_reaches_1_minus_u(uniform, expected, monkeypatch):
-    assert with_uniform(uniform, torch.tensor([0.25, 0.5, 0.25]), monkeypatch) == expected
+@pytest.mark.parametrize(("uniform", "expected"), [(0.2, 0), (0.24, 0), (0.26, 1), (0.74, 1), (0.76, 2), (0.9, 2)])
+def test_a_uniform_number_draws_the_first_entry_at_which_the_distribution_function_exceeds_it(
+    uniform, expected, monkeypatch
+):
+    assert with_uniform(int(uniform * 2**31), torch.tensor([0.25, 0.5, 0.25]), monkeypatch) == expected
 
 
-@pytest.mark.parametrize(("uniform", "expected"), [(0.0, [3, 0, 3]), (1 - 2**-53, [1, 0, 2])])
+@pytest.mark.parametrize(("uniform", "expected"), [(0, [1, 0, 2]), (2**31 - 1, [3, 0, 3])])
 def test_the_ends_of_the_uniform_numbers_draw_nothing_of_probability_zero(uniform, expected, monkeypatch):
     probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1e-9, 1.0, 0.0]])
     assert with_uniform(uniform, probs, monkeypatch) == expected

@@ -15,9 +15,9 @@ __all__ = ["InversionCategorical", "InversionMaskedCategorical", "draw_by_invers
 def draw_by_inversion(probs: Tensor) -> Tensor:
     """Draw an index for each row of probabilities, by inversion of the distribution function.
 
-    ``torch.multinomial`` takes an exponential number for each entry of a row, this one uniform number for the row.
-    Sums are taken over multiples of ``2**-32``, which are exact in any order, as a GPU takes them: what has probability
-    0 is never drawn.
+    ``torch.multinomial`` takes an exponential number for each entry of a row, this one uniform number for the row. It
+    counts in multiples of ``2**-31``, whose sums are exact in any order, as a GPU takes them: what has probability 0 is
+    never drawn.
 
     Args:
         probs: ``[..., K]``; rows that sum to 1.
@@ -29,10 +29,10 @@ def draw_by_inversion(probs: Tensor) -> Tensor:
         >>> draw_by_inversion(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
         tensor([1, 2])
     """
-    cumulative = (probs.float() * 2**32).long().cumsum(-1)
-    uniform = torch.empty_like(cumulative[..., :1], dtype=torch.float64).uniform_()
-    threshold = ((1 - uniform) * cumulative[..., -1:]).ceil()  # from 1 to the sum
-    return (cumulative < threshold).sum(-1)
+    cumulative = (probs.float() * 2**31).long().cumsum(-1)
+    total = cumulative[..., -1:]
+    below_total = torch.empty_like(total).random_(2**31) * total >> 31
+    return (cumulative <= below_total).sum(-1)
 
 
 class InversionCategorical(Categorical):

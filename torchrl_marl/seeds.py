@@ -41,7 +41,7 @@ __all__ = ["Seed", "SeedGroup"]
 _LOSSES = (MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss)  # their forward changes nothing
 _OPTIMIZERS = (Adam, AdamW, RMSprop, SGD)  # they treat every element alike
 _DISTRIBUTIONS = (InversionCategorical, InversionMaskedCategorical, TanhNormal)
-_DRAWS = (torch.Tensor.random_, torch.Tensor.normal_)  # what these draw with
+_DRAWS = (torch.randint_like, torch.Tensor.normal_)  # what these draw with
 
 
 class Seed:

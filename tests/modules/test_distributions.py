@@ -14,7 +14,7 @@ MASK = torch.tensor([[True, True, False, True], [False, True, True, False]])
 
 def with_uniform(value: int, probs: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What is drawn when the uniform number is this one of ``0..2**31 - 1``."""
-    monkeypatch.setattr(torch.Tensor, "random_", lambda tensor, to: tensor.fill_(value * to // 2**31))
+    monkeypatch.setattr(torch, "randint_like", lambda tensor, high: torch.full_like(tensor, value * high // 2**31))
     return draw_by_inversion(probs).tolist()
 
 

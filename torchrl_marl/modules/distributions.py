@@ -1,4 +1,4 @@
-"""Discrete distributions that draw an action from one uniform number: a tenth of the time of ``torch.multinomial``."""
+"""Discrete distributions that draw an action from one uniform number, in a fraction of the time of ``torch.multinomial``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw_by_inversion(probs: Tensor) -> Tensor:
     """
     cumulative = (probs.float() * 2**31).long().cumsum(-1)
     total = cumulative[..., -1:]
-    below_total = torch.empty_like(total).random_(2**31) * total >> 31
+    below_total = torch.randint_like(total, 2**31) * total >> 31
     return (cumulative <= below_total).sum(-1)
 
 

@@ -1,4 +1,4 @@
-"""Discrete distributions that draw an action from one uniform number, in a fraction of the time of ``torch.multinomial``."""
+"""Discrete distributions that draw an action from one uniform number, faster than ``torch.multinomial``."""
 
 from __future__ import annotations
 

@@ -53,10 +53,9 @@ def torch_contenders(game: str, num_envs: int, arguments: argparse.Namespace) ->
     frames = num_envs * arguments.num_steps
     options = {"total_frames": -1, "auto_register_policy_transforms": False}
     yield BASIS, iter(Collector(*build(), frames_per_batch=frames, **options)).__next__
-    if game != "simple_spread":  # VMAS is no pure function
-        for name, compile in (("uncompiled", False), ("compiled", True)):
-            collector = CompiledCollector(*build(), frames_per_batch=frames, compile=compile)
-            yield f"CompiledCollector, {name}", iter(collector).__next__
+    for name, compile in (("uncompiled", False), ("compiled", True)):
+        collector = CompiledCollector(*build(), frames_per_batch=frames, compile=compile)
+        yield f"CompiledCollector, {name}", iter(collector).__next__
 
 
 def jax_coordsum(num_envs: int, arguments: argparse.Namespace) -> Contender:

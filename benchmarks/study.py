@@ -172,23 +172,21 @@ STUDIES = {
             "total_frames=288000",
             (1000, 1001),
         ),
-        Part(
+        Part(  # nothing but the penalty and where the targets lie: in all, the upper one is six times the lower
             "mars_ablations",
-            [
-                grid([AEROCOMBAT], [choice], ratios, ["total_frames=864000 evaluation.interval=57600"])
-                for choice, ratios in (
-                    (
-                        "loss=mars",
-                        [f"loss.target_ratios=[{low},{up}]" for low in (0.33, 0.5, 0.8) for up in (1.25, 2, 3)],
-                    ),
-                    ("loss=mars_multiplicative", [f"loss.target_ratios.ratio={ratio}" for ratio in (1.25, 2, 3)]),
-                    ("loss=mars_additive", [f"loss.target_ratios.epsilon={epsilon}" for epsilon in (0.2, 0.5, 0.8)]),
-                )
-            ],
+            grid(
+                [AEROCOMBAT],
+                [
+                    "loss=mars loss.target_ratios=[0.5,3]",
+                    "loss=mars_multiplicative loss.target_ratios.ratio=2.449",
+                    "loss=mars_additive loss.target_ratios.epsilon=0.714",
+                    "loss=mappo_asymmetric loss.clip_epsilon=[0.5,2]",
+                    "loss=maspo_asymmetric loss.clip_epsilon=[0.5,2]",
+                ],
+                ["total_frames=864000 evaluation.interval=57600 optimizer.lr=2e-3"],
+            ),
             num_seeds=5,
             baseline="mars",
-            tuning="total_frames=288000",
-            tuning_seeds=(1000, 1001),
         ),
         Part(
             "magpo_navigation",

@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,15 @@ def test_the_legend_stays_within_a_figure_of_one_panel() -> None:
     extent = figure.legends[0].get_window_extent()
     assert len(figure.legends) == 1
     assert 0 <= extent.x0 < extent.x1 <= figure.bbox.width
+
+
+def test_rows_of_a_legend_are_of_equal_length() -> None:
+    point = np.array([0.0, 1.0])
+    panels = {task: {f"method{index}": Band(point, point, point, point) for index in range(6)} for task in "ab"}
+    figure = draw_curves(panels, ylabel="return")
+    figure.draw_without_rendering()
+    heights = [round(text.get_window_extent().y0) for text in figure.legends[0].get_texts()]
+    assert sorted(Counter(heights).values()) == [3, 3]
 
 
 def test_the_page_lists_every_command_commit_seed_and_what_was_left_out(studied: tuple) -> None:

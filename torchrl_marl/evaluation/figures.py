@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -189,8 +190,9 @@ def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], linewidth=1.7, label=method, **style) for method, style in styles.items()]
-    for columns in range(min(5, len(handles)), 0, -1):  # the most that fit
+    for most in range(min(5, len(handles)), 0, -1):  # the most that fit
+        columns = math.ceil(len(handles) / math.ceil(len(handles) / most))  # in rows as equal as can be
         legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
-        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+        if legend.get_window_extent().width <= figure.bbox.width or most == 1:
             break
         legend.remove()

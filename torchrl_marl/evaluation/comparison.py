@@ -120,13 +120,13 @@ def _curves(
 
 
 def _logged(groups: RunGroups, metrics: Sequence[str]) -> list[Block]:
-    """Draw what runs log while they train, a figure for each metric; what spans decades gets a logarithmic axis."""
+    """Draw what runs log while they train, a figure for each metric; what spans a decade gets a logarithmic axis."""
     blocks: list[Block] = [Heading("While they train")] if metrics else []
     for metric in metrics:
         figure = _curves(groups, partial(read_metric, metric=metric), metric)
         for axes in figure.axes:
             values = np.concatenate([line.get_ydata() for line in axes.lines])
-            axes.set_yscale("log" if 0 < 20 * values.min() < values.max() else "linear")
+            axes.set_yscale("log" if 0 < 10 * values.min() < values.max() else "linear")
         text = f"{metric} over frames: IQM over seeds with its 95 % interval."
         blocks.append(Picture(figure, metric.replace("/", "_"), text))
     return blocks

@@ -15,7 +15,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ import torch
 from contender import Setting, Stopwatch
 from matplotlib.figure import Figure
 from ours import run
+from speed import race
 from tensordict import TensorDictBase
 
 STEPS = 10
@@ -58,7 +58,7 @@ class Point:
 
 
 class Scale(Stopwatch):
-    """A stopwatch that also weighs the batch, and times by the processor alone."""
+    """A stopwatch that also weighs the batch."""
 
     bytes_per_frame = 0.0
 
@@ -108,7 +108,7 @@ def draw(points: Sequence[Point]) -> Figure:
             color = {"navigation": "#0072b2", "CoordSum": "#d55e00"}[scenario]
             values = [point.microseconds for point in line]
             axes.plot([point.value for point in line], values, style, marker="o", ms=3, label=name, color=color)
-        axes.set(xlabel=LABELS[grows], xscale="log", yscale="log")
+        axes.set(xlabel=LABELS[grows], yscale="log")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("processor time of a frame (µs)")
@@ -126,22 +126,20 @@ def main() -> None:
     parser.add_argument("--point", help=argparse.SUPPRESS)  # what a process of this script measures
     arguments = parser.parse_args()
     if arguments.point:
-        print("POINT " + json.dumps(asdict(measure(**json.loads(arguments.point)))))
+        print("TIMINGS " + json.dumps(asdict(measure(**json.loads(arguments.point)))))
         return
-    points = []
+    points, threads = [], Setting().threads
     modes = [False, True] if arguments.compiled else [False]
     for scenario, grows, compiled in itertools.product(arguments.scenario, arguments.grows, modes):
         for value in GROWS[grows]:
             what = {"scenario": scenario, "grows": grows, "value": value, "compiled": compiled}
             words = json.dumps({**what, "iterations": arguments.iterations})
-            process = subprocess.run([sys.executable, __file__, "--point", words], capture_output=True, text=True)
-            lines = [line for line in process.stdout.splitlines() if line.startswith("POINT ")]
-            if not lines:
-                print(f"{what} failed:\n{process.stderr[-2000:]}", file=sys.stderr)
+            try:
+                points.append(Point(**race([sys.executable, __file__, "--point", words], threads)))
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
                 continue
-            points.append(Point(**json.loads(lines[0].removeprefix("POINT "))))
             print(points[-1], file=sys.stderr, flush=True)
-    threads = Setting().threads
     machine = f"Torch {torch.__version__}, {threads} thread, {os.cpu_count()} cores, {platform.machine()}"
     print(f"{table(points)}\n\n{machine}, load {os.getloadavg()[0]:.1f}.")
     if arguments.output:

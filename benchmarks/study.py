@@ -30,9 +30,7 @@ class Part:
     """What stands on one page."""
 
     name: str
-    commands: Sequence[
-        str | Sequence[str]
-    ]  # without seed and folder; of several in a list, the best on the tuning seeds
+    commands: Sequence[str | Sequence[str]]  # without seed and folder; of a list the best on the tuning seeds
     num_seeds: int
     baseline: str  # as recipes/compare.py calls it
     split: Sequence[str] = ()
@@ -101,27 +99,32 @@ def mazes(frames: int) -> list[Part]:
     ]
 
 
-def coordsum(scenario: str, frames: int) -> Part:
+def guided(name: str, ppo: str, autoregressive: str, magpo: str, setting: str) -> Part:
     """MAGPO's comparison at one setting for all methods, which none of them was tuned for."""
-    setting = (
-        f"env.scenario={scenario} total_frames={frames} evaluation.interval={frames // 10} evaluation.video=false "
-        "env.num_envs=64 frames_per_batch=2048 minibatch_size=512 epochs=4 optimizer.lr=5e-4"
-    )
     return Part(
-        scenario,
+        name,
         grid(
             [
-                *grid(["mars_vmas.py env=coordsum actor=gru critic=gru chunk_length=32"], ["loss=mappo", "loss=ippo"]),
-                *grid(["mat_vmas.py", "sable_vmas.py"], ["env=coordsum loss=mappo actor.embed_dim=32"]),
-                *grid(
-                    ["magpo_coordsum.py chunk_length=32"],
-                    ["loss=magpo loss.guider_learner_ratio=1.3 loss.rl_coeff=2", "loss=ctds"],
-                ),
+                *grid([ppo], ["loss=mappo", "loss=ippo"]),
+                *grid(["mat_vmas.py", "sable_vmas.py"], [autoregressive]),
+                *grid([magpo], ["loss=magpo loss.guider_learner_ratio=1.3 loss.rl_coeff=2", "loss=ctds"]),
             ],
             [setting],
         ),
         num_seeds=5,
         baseline="mappo",
+    )
+
+
+def coordsum(scenario: str, frames: int) -> Part:
+    """With memories."""
+    return guided(
+        scenario,
+        "mars_vmas.py env=coordsum actor=gru critic=gru chunk_length=32",
+        "env=coordsum loss=mappo actor.embed_dim=32",
+        "magpo_coordsum.py chunk_length=32",
+        f"env.scenario={scenario} total_frames={frames} evaluation.interval={frames // 10} evaluation.video=false "
+        "env.num_envs=64 frames_per_batch=2048 minibatch_size=512 epochs=4 optimizer.lr=5e-4",
     )
 
 
@@ -188,27 +191,13 @@ STUDIES = {
             num_seeds=5,
             baseline="mars",
         ),
-        Part(
+        guided(
             "magpo_navigation",
-            grid(
-                [
-                    *grid(
-                        ["mars_vmas.py actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]"],
-                        ["loss=mappo", "loss=ippo"],
-                    ),
-                    *grid(["mat_vmas.py", "sable_vmas.py"], ["loss=mappo actor.embed_dim=32"]),
-                    *grid(
-                        ["magpo_vmas.py actor.hidden_sizes=[64,64] guider.embed_dim=32"],
-                        ["loss=magpo loss.guider_learner_ratio=1.3 loss.rl_coeff=2", "loss=ctds"],
-                    ),
-                ],
-                [
-                    "env.scenario=navigation env.num_envs=120 total_frames=120000 evaluation.interval=12000 "
-                    "evaluation.video=false"
-                ],
-            ),
-            num_seeds=5,
-            baseline="mappo",
+            "mars_vmas.py actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]",
+            "loss=mappo actor.embed_dim=32",
+            "magpo_vmas.py actor.hidden_sizes=[64,64] guider.embed_dim=32",
+            "env.scenario=navigation env.num_envs=120 total_frames=120000 evaluation.interval=12000 "
+            "evaluation.video=false",
         ),
     ],
     "small": [

@@ -22,6 +22,8 @@ from torchrl_marl.modules import (
 pytest.importorskip("vmas")
 from vmas.scenarios.mpe.simple import Scenario as Simple
 
+from tests.envs.vmas_scenarios import Deciding, Noisy
+
 GAMES = {
     "CoordSum-3x4": make_coordsum,
     "black_red": make_maze,
@@ -174,25 +176,6 @@ class Ending(Simple):
 
     def done(self):
         return self.world.agents[0].state.vel[:, 0] > 0.1  # no episode begins with that
-
-
-class Noisy(Simple):
-    """A step of which no graph can be made."""
-
-    def reward(self, agent):
-        return super().reward(agent) + torch.rand(self.world.batch_dim)
-
-
-class Deciding(Simple):
-    """A step whose graph does not hold every fifth time."""
-
-    def make_world(self, batch_dim, device, **options):
-        self.time = torch.zeros(())
-        return super().make_world(batch_dim, device, **options)
-
-    def reward(self, agent):
-        self.time = self.time + 1
-        return super().reward(agent) * (10 if self.time % 5 == 0 else 1)
 
 
 TWO_GROUPS = {"num_good_agents": 1, "num_adversaries": 1, "num_landmarks": 0}

@@ -10,6 +10,8 @@ from torchrl_marl.envs import CompiledVmasEnv, RandomState, make_env
 pytest.importorskip("vmas")
 from vmas.scenarios.mpe.simple import Scenario as Simple
 
+from tests.envs.vmas_scenarios import Deciding, Noisy
+
 
 class Traced(CompiledVmasEnv):
     """The graphs as they were traced: VMAS's own operations in its own order."""
@@ -100,11 +102,6 @@ def test_a_wrong_graph_is_found_and_vmas_goes_on(frozen):
     assert_close(steps, expected)
 
 
-class Noisy(Simple):
-    def reward(self, agent):
-        return super().reward(agent) + torch.rand(self.world.batch_dim)
-
-
 class Counting(Simple):
     def make_world(self, *args, **options):
         self.count = 0
@@ -145,16 +142,6 @@ def test_a_step_that_no_graph_repeats_is_left_to_vmas(scenario, reason):
     with pytest.warns(UserWarning, match=reason):
         steps = played(Traced(scenario(), num_envs=6), 5)
     assert_close(steps, expected)
-
-
-class Deciding(Simple):
-    def make_world(self, batch_dim, device, **options):
-        self.time = torch.zeros(())
-        return super().make_world(batch_dim, device, **options)
-
-    def reward(self, agent):
-        self.time = self.time + 1
-        return super().reward(agent) * (10 if self.time % 5 == 0 else 1)
 
 
 def test_a_step_in_which_python_decides_otherwise_is_done_by_vmas():

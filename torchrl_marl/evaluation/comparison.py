@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves, draw_improvements
 from torchrl_marl.evaluation.page import Block, Code, Heading, Paragraph, Picture, Table, write_page
 from torchrl_marl.evaluation.records import merge_records
-from torchrl_marl.evaluation.runs import FinishedRun, RunGroups, check_comparable, group_runs, read_metric, read_runs
+from torchrl_marl.evaluation.runs import (
+    Curve,
+    FinishedRun,
+    RunGroups,
+    check_comparable,
+    group_runs,
+    read_metric,
+    read_runs,
+)
 from torchrl_marl.evaluation.statistics import (
     iqm,
     min_max_normalize,
@@ -91,10 +99,6 @@ def compare(
 def _scores(runs: Sequence[FinishedRun]) -> NDArray[np.float64]:
     """Absolute metrics, ``[runs]``."""
     return np.array([run.summary["absolute"] for run in runs])
-
-
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Frames and values."""
 
 
 def _returns_of(run: FinishedRun) -> Curve:

@@ -41,6 +41,9 @@ class FinishedRun:
         return self.config["seed"]
 
 
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Frames and values, ``[steps]`` each."""
+
 RunGroups = dict[str, dict[str, list[FinishedRun]]]
 """Runs by task and method, in the order of their seeds."""
 
@@ -92,25 +95,28 @@ def group_runs(runs: Iterable[FinishedRun]) -> RunGroups:
     return {task: dict(methods) for task, methods in groups.items()}
 
 
-def read_metric(run: FinishedRun, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def read_metric(run: FinishedRun, metric: str) -> Curve:
     """Return frames and values of a metric that a run logged, ``[steps]`` each.
 
     Raises:
         ValueError: if it did not; the message says what it logged.
     """
-    path = run.folder / "scalars" / f"{metric}.csv"
-    if not path.exists():
-        scalars = run.folder / "scalars"
+    scalars = run.folder / "scalars"
+    if not (scalars / f"{metric}.csv").exists():
         there = sorted(str(file.relative_to(scalars).with_suffix("")) for file in scalars.rglob("*.csv"))
         raise ValueError(f"{run.folder} has no metric {metric!r}; it has {', '.join(there)}.")
-    steps = np.loadtxt(path, delimiter=",", ndmin=2)
+    return _curve(run.folder, metric)
+
+
+def _curve(folder: Path, metric: str) -> Curve:
+    steps = np.loadtxt(folder / "scalars" / f"{metric}.csv", delimiter=",", ndmin=2)
     return steps[:, 0], steps[:, 1]
 
 
 def _read(folder: Path, split: Sequence[str]) -> FinishedRun:
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     flat = _flat(config)
-    evaluations = np.loadtxt(folder / "scalars/eval/reward/episode_reward_mean.csv", delimiter=",", ndmin=2)
+    frames, returns = _curve(folder, "eval/reward/episode_reward_mean")
     return FinishedRun(
         folder=folder,
         task=flat["env.scenario"],
@@ -118,8 +124,8 @@ def _read(folder: Path, split: Sequence[str]) -> FinishedRun:
         method=" ".join([flat["method"], *(f"{key.rpartition('.')[2]}={flat.get(key)}" for key in split)]),
         config=flat,
         summary=json.loads((folder / "summary.json").read_text()),
-        frames=evaluations[:, 0],
-        returns=evaluations[:, 1],
+        frames=frames,
+        returns=returns,
     )
 
 

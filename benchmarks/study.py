@@ -129,11 +129,11 @@ def coordsum(scenario: str, frames: int) -> Part:
 
 
 WIDTHS = {  # of trust regions, from narrow to wide
-    "mars": [f"loss.target_ratios=[{low},{high}]" for low, high in ((0.8, 1.25), (0.5, 2), (0.33, 3))],
-    "maspo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.2, 0.4, 0.8)],
-    "mappo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.2, 0.4, 0.8)],
+    "mars": [f"loss.target_ratios=[{low},{high}]" for low, high in ((0.8, 1.25), (0.5, 2), (0.33, 3), (0.2, 5))],
+    "maspo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.2, 0.4, 0.8, 1.6)],
+    "mappo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.1, 0.2, 0.4, 0.8)],
 }
-LEARNING_RATES = [f"optimizer.lr={lr}" for lr in (5e-4, 1e-3, 2e-3)]
+LEARNING_RATES = [f"optimizer.lr={lr}" for lr in (5e-4, 1e-3, 2e-3, 4e-3)]
 
 
 def tuned(name: str, task: str, setting: str, tuning: str, tuning_seeds: Sequence[int]) -> Part:
@@ -148,15 +148,14 @@ def tuned(name: str, task: str, setting: str, tuning: str, tuning_seeds: Sequenc
     )
 
 
+SMALL_VMAS = (
+    "total_frames=240000 evaluation.interval=24000 evaluation.video=false env.num_envs=240 "
+    "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]"
+)
+
+
 def tuned_vmas(scenario: str) -> Part:
-    return tuned(
-        scenario,
-        f"mars_vmas.py env.scenario={scenario}",
-        "total_frames=240000 evaluation.interval=24000 evaluation.video=false env.num_envs=240 "
-        "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]",
-        "total_frames=120000",
-        (1000,),
-    )
+    return tuned(scenario, f"mars_vmas.py env.scenario={scenario}", SMALL_VMAS, "total_frames=120000", (1000,))
 
 
 AEROCOMBAT = "seeds.py env=aerocombat frames_per_batch=14400 minibatch_size=3600"
@@ -174,6 +173,27 @@ STUDIES = {
             "total_frames=576000 evaluation.interval=57600",
             "total_frames=288000",
             (1000, 1001),
+        ),
+        tuned(
+            "paxmen",
+            "mars_vmas.py env=paxmen actor=gru critic=gru chunk_length=25 env.num_envs=120 frames_per_batch=12000 "
+            "minibatch_size=3000 actor.hidden_sizes=[64] critic.hidden_sizes=[64] actor.recurrent_size=64 "
+            "critic.recurrent_size=64 actor.head_sizes=[64]",
+            "total_frames=720000 evaluation.interval=72000 evaluation.video=false",
+            "total_frames=360000",
+            (1000,),
+        ),
+        Part(
+            "compiled",
+            grid(
+                ["mars_vmas.py env.scenario=balance", "mars_vmas.py env.scenario=navigation"],
+                ["loss=mars", "loss=mappo"],
+                ["compile=false", "collector=compiled compile=true"],
+                [SMALL_VMAS],
+            ),
+            num_seeds=5,
+            baseline="mars compile=False",
+            split=("compile",),
         ),
         Part(  # nothing but the penalty and where the targets lie: in all, the upper one is six times the lower
             "mars_ablations",
@@ -309,10 +329,11 @@ def missing(command: str, seeds: Iterable[int], folder: Path) -> list[list[str]]
 def run_part(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> None:
     """Run what is missing of a part, then write its page."""
     commands = chosen(part, folder, jobs=jobs, options=options)
-    run_commands(commands, range(part.num_seeds), folder / "runs", jobs=jobs, options=options)
-    if any((folder / "runs").rglob("summary.json")):
-        paths = [str(folder / "runs"), "--output", str(folder / "page")]
-        execute(["compare.py", *paths, "--baseline", part.baseline, "--split", *part.split])
+    folders = run_commands(commands, range(part.num_seeds), folder / "runs", jobs=jobs, options=options)
+    paths = [str(path) for path in folders.values() if any(path.rglob("summary.json"))]
+    if paths:
+        output = ["--output", str(folder / "page")]
+        execute(["compare.py", *paths, *output, "--baseline", part.baseline, "--split", *part.split])
 
 
 def chosen(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> list[str]:

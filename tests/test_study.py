@@ -122,6 +122,7 @@ def run_with_scores(part: object, scores: dict[str, float], folder: Path, monkey
         # a constant for each seed: who looks at one seed alone still orders them right, who mixes them up does not
         last_fifth = scores[words[0]] + 10 * int(values["seed"])
         (run / "summary.json").write_text(json.dumps({"last_fifth": last_fifth}))
+        (run / "setting").write_text(words[0])
         return 0
 
     monkeypatch.setitem(STUDY["run_part"].__globals__, "execute", execute)
@@ -141,8 +142,19 @@ def test_of_several_commands_the_best_on_the_tuning_seeds_is_run(
     record = json.loads((tmp_path / "tuning.json").read_text())
     assert record == {"seeds": [-3, -2], "overrides": "n=1", "last_fifth": {"r.py w=1": -30.0, "r.py w=2": -26.0}}
 
-    again = run_with_scores(part, scores, tmp_path, monkeypatch)
-    assert [line.split()[1] for line in again] == ["w=3", "w=3", str(tmp_path / "runs")]  # what failed is tried again
+    *again, page = run_with_scores(part, scores, tmp_path, monkeypatch)
+    assert [line.split()[1] for line in again] == ["w=3", "w=3"]  # what failed is tried again
+    assert settings_on(page) == {"w=2", "w=4"}
+
+    wider = STUDY["Part"]("its", [[*choices, "r.py w=5"], "r.py w=4"], 2, "mappo", tuning_seeds=(-3, -2), tuning="n=1")
+    *_, page = run_with_scores(wider, {**scores, "w=5": -0.5}, tmp_path, monkeypatch)
+    assert settings_on(page) == {"w=5", "w=4"}  # not what was chosen before, though its runs are still there
+
+
+def settings_on(page: str) -> set[str]:
+    """Which settings a page of run_with_scores compares."""
+    paths = shlex.split(page.partition(" --output")[0])[1:]
+    return {(path / "setting").read_text() for folder in paths for path in Path(folder).rglob("seed0")}
 
 
 def test_a_choice_of_nothing_but_failures_ends_the_study_and_names_them(

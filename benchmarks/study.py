@@ -116,6 +116,13 @@ def guided(name: str, ppo: str, autoregressive: str, magpo: str, setting: str) -
     )
 
 
+def coordsum_setting(scenario: str, frames: int) -> str:
+    return (
+        f"env.scenario={scenario} total_frames={frames} evaluation.interval={frames // 10} evaluation.video=false "
+        "env.num_envs=64 frames_per_batch=2048 minibatch_size=512 epochs=4 optimizer.lr=5e-4"
+    )
+
+
 def coordsum(scenario: str, frames: int) -> Part:
     """With memories."""
     return guided(
@@ -123,8 +130,7 @@ def coordsum(scenario: str, frames: int) -> Part:
         "mars_vmas.py env=coordsum actor=gru critic=gru chunk_length=32",
         "env=coordsum loss=mappo actor.embed_dim=32",
         "magpo_coordsum.py chunk_length=32",
-        f"env.scenario={scenario} total_frames={frames} evaluation.interval={frames // 10} evaluation.video=false "
-        "env.num_envs=64 frames_per_batch=2048 minibatch_size=512 epochs=4 optimizer.lr=5e-4",
+        coordsum_setting(scenario, frames),
     )
 
 
@@ -180,7 +186,7 @@ STUDIES = {
             "minibatch_size=3000 actor.hidden_sizes=[64] critic.hidden_sizes=[64] actor.recurrent_size=64 "
             "critic.recurrent_size=64 actor.head_sizes=[64]",
             "total_frames=720000 evaluation.interval=72000 evaluation.video=false",
-            "total_frames=360000",
+            "total_frames=288000",
             (1000,),
         ),
         Part(
@@ -218,6 +224,38 @@ STUDIES = {
             "magpo_vmas.py actor.hidden_sizes=[64,64] guider.embed_dim=32",
             "env.scenario=navigation env.num_envs=120 total_frames=120000 evaluation.interval=12000 "
             "evaluation.video=false",
+        ),
+        Part(
+            "magpo_ablations",
+            grid(
+                ["magpo_coordsum.py chunk_length=32 loss=magpo"],
+                [
+                    f"loss.guider_learner_ratio={delta} loss.rl_coeff={coefficient} guider={guider}"
+                    for delta, coefficient, guider in (
+                        *((1.3, 2, "sable"), (1.3, 0, "sable"), (1.3, 2, "mat")),
+                        *((1.1, 2, "sable"), (2, 2, "sable")),
+                    )
+                ],
+                [coordsum_setting("CoordSum-3x10", 512_000)],
+            ),
+            num_seeds=5,
+            baseline="magpo guider_learner_ratio=1.3 rl_coeff=2 _target_=torchrl_marl.modules.make_sable",
+            split=("loss.guider_learner_ratio", "loss.rl_coeff", "guider._target_"),
+        ),
+        Part(  # the pairs of the paper's Figure 4
+            "marpo_sensitivity",
+            grid(
+                ["marpo_vmas.py"],
+                [
+                    f"loss.kl_bias={bias} loss.ema_rate={rate}"
+                    for bias, rate in ((0.08, 0.08), (0.05, 0.05), (0.1, 0.08), (0.1, 0.01))
+                ],
+                ["env.scenario=navigation", "env.scenario=balance"],
+                [SMALL_VMAS],
+            ),
+            num_seeds=5,
+            baseline="marpo kl_bias=0.08 ema_rate=0.08",
+            split=("loss.kl_bias", "loss.ema_rate"),
         ),
     ],
     "small": [

@@ -1,8 +1,8 @@
-"""Returns of random and of scripted agents in PaxMen and AeroCombat: `python benchmarks/games_baselines.py`.
+"""Returns of random and of scripted agents in games and in VMAS's transport: `python benchmarks/games_baselines.py`.
 
 What trained agents have to beat, over 320 episodes each, with the standard error of the mean. Scripted agents in
 AeroCombat chase the nearest enemy that they know of, as the opponents do. Those in PaxMen eat, go to a dot that they
-see, or else follow corridors without turning back, at random where these branch.
+see, or else follow corridors without turning back, at random where these branch. Transport's script is VMAS's own.
 """
 
 import argparse
@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.envs import EnvBase
+from vmas.scenarios.transport import HeuristicPolicy
 
-from torchrl_marl.envs import AeroCombatEnv, PaxMenEnv, TensorEnv
+from torchrl_marl.envs import AeroCombatEnv, PaxMenEnv, make_env
 from torchrl_marl.evaluation.episodes import episode_returns
 
 _EAT = 4
@@ -57,7 +59,19 @@ def pursuer(env: AeroCombatEnv) -> Callable[[TensorDictBase], TensorDictBase]:
     return act
 
 
-def returns_of(env: TensorEnv, policy: Callable[[TensorDictBase], TensorDictBase], max_steps: int) -> Tensor:
+def carrier(env: EnvBase) -> Callable[[TensorDictBase], TensorDictBase]:
+    """VMAS's heuristic: every agent gets behind the package and pushes it to the goal."""
+    script = HeuristicPolicy(continuous_action=True)
+
+    def act(data: TensorDictBase) -> TensorDictBase:
+        observation = data["agents", "observation"]
+        action = script.compute_action(observation.flatten(0, 1), u_range=1.0)
+        return data.set(("agents", "action"), action.unflatten(0, observation.shape[:2]))
+
+    return act
+
+
+def returns_of(env: EnvBase, policy: Callable[[TensorDictBase], TensorDictBase], max_steps: int) -> Tensor:
     """Return of the first episode of each copy, ``[num_envs]``."""
     data = env.rollout(max_steps, policy, break_when_any_done=False)
     first = data["next", "done"].squeeze(-1).int().argmax(-1, keepdim=True)
@@ -73,6 +87,7 @@ def main() -> None:
     for name, make, script, max_steps in (
         ("PaxMen-4", lambda: PaxMenEnv(4, num_envs=episodes, seed=0), explorer, 200),
         ("AeroCombat-2v2", lambda: AeroCombatEnv(2, num_envs=episodes, seed=0), pursuer, 240),
+        ("transport", lambda: make_env("transport", num_envs=episodes, max_steps=300, seed=0), carrier, 300),
     ):
         scores = []
         for act in (lambda env: env.rand_action, script):

@@ -190,6 +190,21 @@ STUDIES = {
             (1000,),
         ),
         Part(
+            "transport",
+            grid(
+                ["mars_vmas.py env.scenario=transport"],
+                ["loss=mars", "loss=mappo"],
+                [
+                    "env.continuous_actions=false env.num_envs=1200 env.max_steps=300 gamma=0.97 lmbda=0.9 "
+                    "frames_per_batch=60000 minibatch_size=6000 optimizer.lr=2e-3 loss.entropy_coeff=0.001 "
+                    "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64] collector=compiled compile=true "
+                    "total_frames=30000000 evaluation.interval=600000"
+                ],
+            ),
+            num_seeds=3,
+            baseline="mappo",
+        ),
+        Part(
             "compiled",
             grid(
                 ["mars_vmas.py env.scenario=balance", "mars_vmas.py env.scenario=navigation"],

@@ -135,11 +135,13 @@ def coordsum(scenario: str, frames: int) -> Part:
 
 
 WIDTHS = {  # of trust regions, from narrow to wide
-    "mars": [f"loss.target_ratios=[{low},{high}]" for low, high in ((0.8, 1.25), (0.5, 2), (0.33, 3), (0.2, 5))],
-    "maspo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.2, 0.4, 0.8, 1.6)],
-    "mappo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.1, 0.2, 0.4, 0.8)],
+    "mars": [
+        f"loss.target_ratios=[{low},{high}]" for low, high in ((0.8, 1.25), (0.5, 2), (0.33, 3), (0.2, 5), (0.1, 10))
+    ],
+    "maspo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.2, 0.4, 0.8, 1.6, 3.2)],
+    "mappo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.1, 0.2, 0.3, 0.4, 0.8)],
 }
-LEARNING_RATES = [f"optimizer.lr={lr}" for lr in (5e-4, 1e-3, 2e-3, 4e-3)]
+LEARNING_RATES = [f"optimizer.lr={lr}" for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)]
 
 
 def tuned(name: str, task: str, setting: str, tuning: str, tuning_seeds: Sequence[int]) -> Part:

@@ -144,7 +144,7 @@ WIDTHS = {  # of trust regions, from narrow to wide
 LEARNING_RATES = [f"optimizer.lr={lr}" for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)]
 
 
-def tuned(name: str, task: str, setting: str, tuning: str, tuning_seeds: Sequence[int]) -> Part:
+def tuned(name: str, task: str, setting: str, tuning: str) -> Part:
     """MARS, MASPO and MAPPO, each with the best of its widths and learning rates."""
     return Part(
         name,
@@ -152,7 +152,6 @@ def tuned(name: str, task: str, setting: str, tuning: str, tuning_seeds: Sequenc
         num_seeds=5,
         baseline="mappo",
         tuning=tuning,
-        tuning_seeds=tuning_seeds,
     )
 
 
@@ -163,10 +162,8 @@ SMALL_VMAS = (
 
 
 def tuned_vmas(scenario: str) -> Part:
-    return tuned(scenario, f"mars_vmas.py env.scenario={scenario}", SMALL_VMAS, "total_frames=120000", (1000,))
+    return tuned(scenario, f"mars_vmas.py env.scenario={scenario}", SMALL_VMAS, "total_frames=120000")
 
-
-AEROCOMBAT = "seeds.py env=aerocombat frames_per_batch=14400 minibatch_size=3600"
 
 STUDIES = {
     "cores": [
@@ -177,10 +174,10 @@ STUDIES = {
         tuned_vmas("navigation"),
         tuned(
             "aerocombat",
-            AEROCOMBAT,
+            "mars_vmas.py env=aerocombat env.num_envs=240 frames_per_batch=14400 minibatch_size=1800 "
+            "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64] collector=compiled compile=true",
+            "total_frames=1440000 evaluation.interval=144000 evaluation.video=false",
             "total_frames=576000 evaluation.interval=57600",
-            "total_frames=288000",
-            (1000, 1001),
         ),
         tuned(
             "paxmen",
@@ -189,7 +186,6 @@ STUDIES = {
             "critic.recurrent_size=64 actor.head_sizes=[64]",
             "total_frames=720000 evaluation.interval=72000 evaluation.video=false",
             "total_frames=288000",
-            (1000,),
         ),
         Part(
             "transport",
@@ -221,7 +217,7 @@ STUDIES = {
         Part(  # nothing but the penalty and where the targets lie: in all, the upper one is six times the lower
             "mars_ablations",
             grid(
-                [AEROCOMBAT],
+                ["seeds.py env=aerocombat frames_per_batch=14400 minibatch_size=3600"],
                 [
                     "loss=mars loss.target_ratios=[0.5,3]",
                     "loss=mars_multiplicative loss.target_ratios.ratio=2.449",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -147,15 +148,16 @@ class SeedGroup:
             optimizer: of ``parameters()``.
 
         Raises:
-            FloatingPointError: if a loss or a gradient of any seed is NaN or infinite.
+            FloatingPointError: if a loss or a gradient of any seed is NaN or infinite, which ends all of them; the
+                others go on alone from their checkpoints.
         """
         first = self.seeds[0].run
-        self._evaluate_and_save(optimizer)
-        data = iter(collector)
-        collector.reset()
         total = len(self) * first.cfg.total_frames
         bar = tqdm(total=total, unit=" frames", unit_scale=True, desc=f"{first.cfg.method}, {len(self)} seeds")
-        with bar, stop_signals(self._interrupt):
+        with self._ended_together(collector), bar, stop_signals(self._interrupt):
+            self._evaluate_and_save(optimizer)
+            data = iter(collector)
+            collector.reset()
             while not first.is_over:
                 start = time.perf_counter()
                 batch = next(data)
@@ -167,7 +169,18 @@ class SeedGroup:
                 if first.evaluation_is_due(batch[0].numel()):
                     self._evaluate_and_save(optimizer)
                     collector.reset()
-        collector.shutdown()
+
+    @contextmanager
+    def _ended_together(self, collector: Collector) -> Iterator[None]:
+        """Close the logs of all seeds when one fails, and end the collector in any case."""
+        try:
+            yield
+        except Exception:
+            for seed in self.seeds:
+                seed.run.fail()
+            raise
+        finally:
+            collector.shutdown()
 
     @torch.no_grad()
     def estimate_advantages(self, batch: TensorDictBase) -> None:

@@ -212,7 +212,8 @@ class Run:
     def conclude(self, *plots: Callable[[Path], object]) -> float:
         """Measure the best parameters, draw, print the summary line, and close the logs.
 
-        An interrupted run only closes them, and says what else resuming it would do, also after its last frame.
+        An interrupted run only closes them, and says what else resuming it would do, also after its last frame: Ctrl-C
+        while the best parameters are measured or drawn is such an interruption.
 
         Args:
             *plots: further pictures, functions of the run's folder, such as
@@ -230,6 +231,13 @@ class Run:
         if self._checkpoints.best is not None:
             score = max(score for _, score in evaluations)
             self._log.artifact(self._checkpoints.best, "checkpoint", {"score": score, "seed": self.cfg.seed})
+        returns = torch.empty(0)
+        if not self._interrupted:
+            try:
+                returns = self._absolute_returns()
+                self._draw(plots)
+            except KeyboardInterrupt:
+                self._interrupted = True
         if self._interrupted:
             self._log.finish()
             print(
@@ -240,7 +248,7 @@ class Run:
         summary = {
             "final": evaluations[-1][1],
             "best": max(score for _, score in evaluations),
-            "absolute": self._absolute_metric(),
+            "absolute": returns.mean().item(),
             "last_fifth": objective,
             "frames": self._progress["frames"],
             "frames_per_second": self._progress["frames"] / max(self._progress["seconds"], 1e-9),
@@ -248,8 +256,8 @@ class Run:
             "git_commit": git_commit(),
             "sessions": self._progress["sessions"],
         }
-        self._log.log({LAST_FIFTH: objective}, self._progress["frames"])
-        self._draw(plots)
+        metrics = {LAST_FIFTH: objective, **_statistics("eval/absolute/episode_reward", returns)}
+        self._log.log(metrics, self._progress["frames"])
         self._log.finish(summary)
         print(
             f"{self.cfg.method} on {self.cfg.env.scenario}, seed {self.cfg.seed}: final return {summary['final']:.3f}, "
@@ -335,14 +343,13 @@ class Run:
         metadata = {"config": _plain(self.cfg), "actor": record, "frames": frames}
         self._checkpoints.save(frames=frames, score=score, metadata=metadata)
 
-    def _absolute_metric(self) -> float:
-        """Return of the best parameters over ten times as many episodes, on starts that no evaluation has used."""
+    def _absolute_returns(self) -> Tensor:
+        """Returns of the best parameters in ten times as many episodes, on starts that no evaluation has used."""
         with preserve_random_state():
             env = self._make_env(num_envs=10 * self.cfg.evaluation.episodes, seed=self.seed(2))
             episodes = evaluate(env, self._best_policy(), seed=self.seed(2), max_steps=self.cfg.env.max_steps)
         self._evaluations.add_absolute(episodes.metrics())
-        self._log.log(_statistics("eval/absolute/episode_reward", episodes.returns), self._progress["frames"])
-        return episodes.returns.mean().item()
+        return episodes.returns
 
     def _best_policy(self) -> TensorDictModuleBase:
         return load_policy(self.folder, actor=copy.deepcopy(self._actor))
@@ -366,8 +373,14 @@ class Run:
             if ("loss_" in name or "grad_norm" in name) and not math.isfinite(value):
                 self._stop(name, value)
 
+    def fail(self) -> None:
+        """Close the logs of a run that cannot go on; W&B marks it as failed."""
+        if self._leads:
+            with suppress(Exception):  # a full disk stops the logs, too
+                self._log.finish(failed=True)
+
     def _stop(self, name: str, value: object) -> NoReturn:
-        self._log.finish(failed=True)
+        self.fail()
         raise FloatingPointError(
             f"Iteration {self._progress['iteration']} ({self._progress['frames']:,} frames): {name} is {value}. "
             f"Last good checkpoint: {self._checkpoints.latest}"
@@ -381,8 +394,7 @@ class Run:
         except FloatingPointError:
             raise
         except Exception as error:
-            with suppress(Exception):  # a full disk stops the logs, too
-                self._log.finish(failed=True)
+            self.fail()
             raise RuntimeError(
                 f"Stopped after {self._progress['frames']:,} frames. {type(error).__name__}: {error}. "
                 f"Last good checkpoint: {self._checkpoints.latest}. Go on with 'resume=\"{self.folder}\"'"

@@ -251,6 +251,23 @@ def test_interruption_in_the_last_iteration_says_what_resuming_still_does(
     assert (folder / "learning_curve.png").exists()
 
 
+@pytest.mark.parametrize("step", ["_absolute_returns", "_draw"])
+def test_an_interruption_after_the_last_iteration_ends_as_cleanly(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_recipe(monkeypatch, tmp_path / "whole", "total_frames=80")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, step, lambda *_: signal.raise_signal(signal.SIGINT))
+        run_recipe(patch, tmp_path / "stopped", "total_frames=80")
+    (folder,) = run_folders(tmp_path / "stopped")
+    assert f"Go on with 'resume=\"{folder}\"'" in capsys.readouterr().out
+    assert not (folder / "summary.json").exists()
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={folder}")
+    assert curves(folder) == curves(*run_folders(tmp_path / "whole"))
+    assert (folder / "summary.json").exists()
+
+
 @pytest.mark.parametrize("override", ["loss=mappo", "optimizer.lr=1", "loss.entropy_coeff=0.5", "seed=7"])
 def test_a_resumed_run_refuses_what_would_be_recorded_but_not_take_effect(
     override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """Seeds that train together, against the recipe that trains one at a time."""
 
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,22 @@ def test_the_seeds_of_a_group_are_compared_as_separate_runs(tmp_path: Path, monk
         command = run.summary["sessions"][0]["command"]
         assert command.startswith("python recipes/seeds.py --config-name=mappo_maze ")
         assert "'seed=[2,5,6]'" in command
+
+
+def test_a_nan_in_one_seed_ends_all_of_them_with_their_logs_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    closed = {}
+    monkeypatch.setattr(MetricLog, "finish", lambda log, failed: closed.__setitem__(log._folder, failed))
+    record = SeedGroup.record
+    diverge = torch.tensor([0.0, math.nan])
+    monkeypatch.setattr(SeedGroup, "record", lambda group, metrics: record(group, metrics | {"loss_critic": diverge}))
+    with pytest.raises(FloatingPointError, match="loss_critic is nan") as stopped:
+        run_recipe(monkeypatch, tmp_path, "env.scenario=CoordSum-2x5", "seed=[2,5]", recipe="seeds")
+    folders = seeds_of(tmp_path)
+    assert closed == {folders[2]: True, folders[5]: True}
+    assert str(folders[5]) in str(stopped.value)
 
 
 def test_an_interrupted_grid_ends_after_each_seed_has_closed_its_logs(

@@ -134,11 +134,11 @@ def coordsum(scenario: str, frames: int) -> Part:
     )
 
 
-WIDTHS = {  # of trust regions, from narrow to wide
+WIDTHS = {  # of trust regions, from narrow to wide; clip_epsilon lies between 0 and 1
     "mars": [
         f"loss.target_ratios=[{low},{high}]" for low, high in ((0.8, 1.25), (0.5, 2), (0.33, 3), (0.2, 5), (0.1, 10))
     ],
-    "maspo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.2, 0.4, 0.8, 1.6, 3.2)],
+    "maspo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.2, 0.4, 0.6, 0.8, 0.95)],
     "mappo": [f"loss.clip_epsilon={epsilon}" for epsilon in (0.1, 0.2, 0.3, 0.4, 0.8)],
 }
 LEARNING_RATES = [f"optimizer.lr={lr}" for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)]
@@ -390,7 +390,7 @@ def run_part(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> 
 def chosen(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> list[str]:
     """Of each list of commands the one with the highest mean of the last fifth of evaluations over the tuning seeds.
 
-    A command that fails, because it diverges for example, is not chosen.
+    A command that fails, because it diverges for example, is not chosen; in tuning.json its score is null.
     """
     lists = [command for command in part.commands if not isinstance(command, str)]
     tuned = {command: f"{command} {part.tuning}".strip() for commands in lists for command in commands}
@@ -401,7 +401,8 @@ def chosen(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> li
         if len(summaries) == len(part.tuning_seeds):
             scores[command] = mean(summary["last_fifth"] for summary in summaries)
     if tuned:
-        record = {"seeds": part.tuning_seeds, "overrides": part.tuning, "last_fifth": scores}
+        every = {command: scores.get(command) for command in tuned}
+        record = {"seeds": part.tuning_seeds, "overrides": part.tuning, "last_fifth": every}
         (folder / "tuning.json").write_text(json.dumps(record, indent=1))
     for commands in lists:
         if not scores.keys() & set(commands):

@@ -1,5 +1,6 @@
 """The studies of benchmarks/study.py: the recipes take their commands, compare their runs, and nothing is run twice."""
 
+import itertools
 import json
 import runpy
 import shlex
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tests.recipes.runs import RECIPES
 from torchrl_marl.config import _checked_override, _groups, _load, check_keys
+from torchrl_marl.modules import GroupShape, make_actor, make_critic
 
 STUDY = runpy.run_path(str(RECIPES.parent / "benchmarks/study.py"))
 PARTS = {f"{name}-{part.name}": part for name, parts in STUDY["STUDIES"].items() for part in parts}
@@ -54,6 +57,17 @@ def test_the_recipes_take_every_command_of_a_study_and_its_runs_can_be_compared(
         assert config.evaluation.interval >= config.env.num_envs * config.env.max_steps
         task = (config.env.scenario, bool(PARTS[name].tuning) and command.endswith(PARTS[name].tuning))
         assert tasks.setdefault(task, dict(settings(config))) == dict(settings(config))
+
+
+@pytest.mark.parametrize("name", [name for name, part in PARTS.items() if part.tuning])
+def test_the_losses_take_every_value_that_a_study_chooses_from(name: str) -> None:
+    """A setting that always fails would leave its method with fewer choices than the others have."""
+    shape = GroupShape("agents", num_agents=2, observation_size=3, num_actions=2)
+    actor, critic = make_actor(shape), make_critic(shape)
+    lists = [command for command in PARTS[name].commands if not isinstance(command, str)]
+    assert len({len(commands) for commands in lists}) == 1
+    for command in itertools.chain.from_iterable(lists):
+        instantiate(composed(command).loss, actor, critic)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +154,8 @@ def test_of_several_commands_the_best_on_the_tuning_seeds_is_run(
     assert lines[:6] == [f"r.py w={w} n=1 seed={seed} device=cpu" for seed in (-3, -2) for w in (1, 2, 3)]
     assert lines[6:10] == [f"r.py w={w} seed={seed} device=cpu" for seed in (0, 1) for w in (2, 4)]
     record = json.loads((tmp_path / "tuning.json").read_text())
-    assert record == {"seeds": [-3, -2], "overrides": "n=1", "last_fifth": {"r.py w=1": -30.0, "r.py w=2": -26.0}}
+    last_fifth = {"r.py w=1": -30.0, "r.py w=2": -26.0, "r.py w=3": None}
+    assert record == {"seeds": [-3, -2], "overrides": "n=1", "last_fifth": last_fifth}
 
     *again, page = run_with_scores(part, scores, tmp_path, monkeypatch)
     assert [line.split()[1] for line in again] == ["w=3", "w=3"]  # what failed is tried again

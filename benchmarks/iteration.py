@@ -194,7 +194,7 @@ CASES: dict[str, Callable[[], Profile]] = {
             num_envs,
         )
         for name in ("navigation", "balance")
-        for num_envs in (64, 600)
+        for num_envs in (64, 600, 4096)
     },
     "CoordSum-3x10, 600": lambda: mars(make_coordsum(num_envs=600, seed=0), size_of(600)),
     "PaxMen-4, 600": lambda: mars(make_paxmen(num_envs=600, seed=0), size_of(600)),

@@ -138,6 +138,12 @@ def test_settings_of_one_method_are_not_seeds_but_variants_if_asked_for(tmp_path
     assert [run.method for run in runs] == ["mars lr=0.001", "mars lr=0.01"]
 
 
+def test_variants_that_differ_in_what_a_key_names_are_called_by_its_last_part(tmp_path: Path) -> None:
+    write_run(tmp_path, "loss._target_=torchrl_marl.objectives.MARSLoss")
+    (run,), _ = read_runs([tmp_path], split=["loss._target_", "optimizer.lr"])
+    assert run.method == "mars loss=MARSLoss lr=0.001"
+
+
 def test_trials_of_tuning_are_no_results(tmp_path: Path) -> None:
     write_run(tmp_path)
     write_run(tmp_path / "tuning", "optimizer.lr=0.5", final=9.0)

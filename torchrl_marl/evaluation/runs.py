@@ -121,12 +121,19 @@ def _read(folder: Path, split: Sequence[str]) -> FinishedRun:
         folder=folder,
         task=flat["env.scenario"],
         environment=flat.get("environment", flat["recipe"]),  # the former is new
-        method=" ".join([flat["method"], *(f"{key.rpartition('.')[2]}={flat.get(key)}" for key in split)]),
+        method=" ".join([flat["method"], *(_setting(key, flat.get(key)) for key in split)]),
         config=flat,
         summary=json.loads((folder / "summary.json").read_text()),
         frames=frames,
         returns=returns,
     )
+
+
+def _setting(key: str, value: object) -> str:
+    """A setting in the name of a variant, without the parts that all share: ``guider=make_sable``."""
+    if key.endswith("._target_"):
+        key, value = key.removesuffix("._target_"), str(value).rpartition(".")[2]
+    return f"{key.rpartition('.')[2]}={value}"
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -78,7 +78,7 @@ def draw_curves(tasks: Mapping[str, Mapping[str, Band]], *, ylabel: str) -> Figu
     Raises:
         ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
     """
-    columns = min(3, len(tasks))
+    columns = 2 if len(tasks) == 4 else min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure, panels = _subplots(_WIDTH if columns > 1 else 0.6 * _WIDTH, 2.35 * rows + 0.3, rows, columns)
     styles = method_styles({method for curves in tasks.values() for method in curves})

@@ -258,7 +258,7 @@ STUDIES = {
         Part(  # the pairs of the paper's Figure 4
             "marpo_sensitivity",
             grid(
-                ["marpo_vmas.py"],
+                ["marpo_vmas.py chunk_length=5"],
                 [
                     f"loss.kl_bias={bias} loss.ema_rate={rate}"
                     for bias, rate in ((0.08, 0.08), (0.05, 0.05), (0.1, 0.08), (0.1, 0.01))

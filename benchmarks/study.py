@@ -165,6 +165,27 @@ def tuned_vmas(scenario: str) -> Part:
     return tuned(scenario, f"mars_vmas.py env.scenario={scenario}", SMALL_VMAS, "total_frames=120000")
 
 
+def tuned_marpo(scenario: str) -> Part:
+    """MARPO, RPO and MAPPO, each with the best of 18 settings; reflection has a coefficient, so fewer widths."""
+    clips = [f"loss.clip_epsilon={epsilon}" for epsilon in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)]
+    reflections = grid(
+        ["loss.clip_epsilon=0.2", "loss.clip_epsilon=0.4"], [f"loss.reflection_coeff={c}" for c in (0.1, 0.3, 1)]
+    )
+    choices = {"marpo": reflections, "rpo": reflections, "mappo": clips}
+    rates = ["optimizer.lr=1e-3", "optimizer.lr=2e-3", "optimizer.lr=4e-3"]
+    return Part(
+        f"marpo_{scenario}",
+        [
+            grid([f"marpo_vmas.py chunk_length=5 env.scenario={scenario} loss={method}"], settings, rates, [SMALL_VMAS])
+            for method, settings in choices.items()
+        ],
+        num_seeds=5,
+        baseline="mappo",
+        tuning_seeds=(1000, 1001),
+        tuning="total_frames=120000",
+    )
+
+
 STUDIES = {
     "cores": [
         *mazes(256_000),
@@ -270,6 +291,7 @@ STUDIES = {
             baseline="marpo kl_bias=0.08 ema_rate=0.08",
             split=("loss.kl_bias", "loss.ema_rate"),
         ),
+        *(tuned_marpo(scenario) for scenario in ("navigation", "reverse_transport", "balance")),
     ],
     "small": [
         Part(

@@ -255,9 +255,12 @@ def test_interruption_in_the_last_iteration_says_what_resuming_still_does(
 def test_an_interruption_after_the_last_iteration_ends_as_cleanly(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def press_ctrl_c(*_: object) -> None:
+        raise KeyboardInterrupt  # not a signal, which a shell's background jobs ignore
+
     run_recipe(monkeypatch, tmp_path / "whole", "total_frames=80")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, step, lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(Run, step, press_ctrl_c)
         run_recipe(patch, tmp_path / "stopped", "total_frames=80")
     (folder,) = run_folders(tmp_path / "stopped")
     assert f"Go on with 'resume=\"{folder}\"'" in capsys.readouterr().out

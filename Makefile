@@ -38,6 +38,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/train: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing PyTorch, TorchRL, VMAS and what they need into .venv: minutes, once."
 	$(PIP) --editable ".[vmas,wandb,plot]"
 	touch $@
 

@@ -272,7 +272,7 @@ STUDIES = {
                 ],
                 [coordsum_setting("CoordSum-3x10", 512_000)],
             ),
-            num_seeds=5,
+            num_seeds=3,
             baseline="magpo guider_learner_ratio=1.3 rl_coeff=2 guider=make_sable",
             split=("loss.guider_learner_ratio", "loss.rl_coeff", "guider._target_"),
         ),

@@ -116,7 +116,10 @@ class TPESweeper(Sweeper):
 
 
 def _distribution(override: Override) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    try:
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'sweep= needs more packages ({error}): pip install "torchrl_marl[sweep]"') from error
 
     if override.is_discrete_sweep():
         choices: Any = list(override.sweep_iterator(Transformer.encode))

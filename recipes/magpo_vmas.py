@@ -18,12 +18,12 @@ from torchrl.objectives.value import MultiAgentGAE
 from torchrl_marl.collectors import sequence_minibatches
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.objectives import standardize
+from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, standardize
 from torchrl_marl.objectives.magpo import GUIDER_LOSSES, LEARNER_LOSSES
 from torchrl_marl.training import Run
 
 
-@recipe(Path(__file__).parent / "config", "magpo_vmas")
+@recipe(Path(__file__).parent / "config", "magpo_vmas", losses=(MAGPOLoss, CTDSLoss))
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
     torch.set_num_threads(cfg.num_threads)

@@ -17,12 +17,12 @@ from torchrl_marl.collectors import NextStepKeys, minibatches, split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.evaluation import plot_kl_interval
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.objectives import MARPOLoss, standardize
+from torchrl_marl.objectives import MARPOLoss, RatioLoss, standardize
 from torchrl_marl.training import Run
 from torchrl_marl.updates import make_update
 
 
-@recipe(Path(__file__).parent / "config", "marpo_vmas")
+@recipe(Path(__file__).parent / "config", "marpo_vmas", losses=(RatioLoss, MARPOLoss))
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
     torch.set_num_threads(cfg.num_threads)

@@ -18,11 +18,11 @@ from torchrl_marl.collectors import minibatches, split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.evaluation import plot_reuse_matrix
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.objectives import NaturalGradientLoss, standardize
+from torchrl_marl.objectives import NaturalGradientLoss, SequentialLoss, standardize
 from torchrl_marl.training import Run
 
 
-@recipe(Path(__file__).parent / "config", "oappo_vmas")
+@recipe(Path(__file__).parent / "config", "oappo_vmas", losses=(SequentialLoss,))
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
     torch.set_num_threads(cfg.num_threads)

@@ -72,6 +72,11 @@ def test_wrong_arguments_end_with_one_line(arguments, message, run: Path, monkey
         call(monkeypatch, "evaluate", run, *arguments)
 
 
+def test_a_device_that_is_not_there_ends_with_one_line(run: Path, monkeypatch) -> None:
+    with pytest.raises(SystemExit, match=r"^device=gpu is none of Torch's"):
+        call(monkeypatch, "evaluate", run, "--device", "gpu")
+
+
 def test_a_folder_without_a_run_ends_with_one_line(tmp_path: Path, monkeypatch) -> None:
     for command in ("evaluate", "export"):
         with pytest.raises(SystemExit, match=f"^torchrl_marl {command}: No checkpoint at {tmp_path}"):

@@ -23,11 +23,26 @@ def test_the_hand_written_loop_trains(capsys: pytest.CaptureFixture[str]) -> Non
     assert smallest < 1 < largest
 
 
-def test_every_file_that_the_readme_links_to_exists() -> None:
-    targets = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', README)
+DOCUMENTS = [
+    path for pattern in ("*.md", "docs/*.md", "results/*.md", "benchmarks/**/*.md") for path in ROOT.glob(pattern)
+]
+
+
+def anchors(document: Path) -> set[str]:
+    """What headings can be linked by: small letters, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_everything_that_a_document_links_to_exists(document: Path) -> None:
+    targets = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', document.read_text())
     local = [target for pair in targets for target in pair if target and "://" not in target]
-    assert local
-    assert [target for target in local if not (ROOT / target).exists()] == []
+    for target in local:
+        path, _, anchor = target.partition("#")
+        linked = document.parent / path if path else document
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
 
 
 def test_the_table_of_methods_is_the_folder_of_choices() -> None:

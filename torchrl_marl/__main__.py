@@ -12,6 +12,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from torchrl_marl.checkpoints import best_checkpoint, load_policy, read_metadata
+from torchrl_marl.config import check_device
 from torchrl_marl.envs import check_env, make_custom, render_episode
 from torchrl_marl.evaluation import evaluate, stratified_bootstrap_interval
 from torchrl_marl.export import export_policy
@@ -77,6 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.command == "evaluate":
+            check_device(args.device)
             options = {"video": args.video, "seed": args.seed, "device": args.device, "sampled": args.sampled}
             evaluate_run(args.run, episodes=args.episodes, **options)
         elif args.command == "check":

@@ -9,15 +9,18 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from torchrl_marl.checkpoints import find_checkpoint, read_metadata
+from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, MARPOLoss, RatioLoss, SequentialLoss
 
 __all__ = ["recipe"]
 
@@ -26,18 +29,27 @@ __all__ = ["recipe"]
 _RESUMABLE = {"total_frames", "evaluation", "logger", "device", "num_threads", "compile", "folder"}
 
 
-def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], float]], Callable[..., None]]:
+# Losses that minibatches of a batch are not enough for: a loop that can do more has to name them.
+_NEED_MORE = (SequentialLoss, MARPOLoss, MAGPOLoss, CTDSLoss)
+
+
+def recipe(
+    config_folder: Path, name: str, *, losses: tuple[type, ...] = (RatioLoss,)
+) -> Callable[[Callable[[DictConfig], float]], Callable[..., None]]:
     """Turn ``function(cfg)`` into the main function of a recipe script.
 
     The function gets ``config_folder/name.yaml`` composed with the command line's Hydra overrides (``-m`` runs grids).
     What a YAML node with a ``_target_`` does not list can be overridden without a ``+`` if the target takes it:
-    defaults live in the class. A key that nothing reads ends the program with the nearest names. ``resume=PATH``
+    defaults live in the class. A key that nothing reads ends the program with the nearest names, and so do values out
+    of range and losses that the loop is not made for. ``resume=PATH``
     replaces the configuration by the one stored in a checkpoint; other overrides may then change how long the run
     goes on and how it is watched, not what is trained.
 
     Args:
         config_folder: folder of the recipes' YAML files.
         name: file name without ``.yaml``.
+        losses: what the loop trains; :class:`~torchrl_marl.objectives.RatioLoss` leaves out those of its subclasses
+            that need loops of their own, unless they are named as well.
 
     Returns:
         Decorator; the decorated function reads ``sys.argv``. Its one argument, another file's name, may be left out: a
@@ -58,7 +70,9 @@ def recipe(config_folder: Path, name: str) -> Callable[[Callable[[DictConfig], f
                 resolved = stored
             own = _load(config_folder, str(HydraConfig.get().job.config_name))
             known = DictConfig({**dict.fromkeys(_groups(config_folder)), **own})
+            check_loss(resolved, losses, config_folder)
             check_keys(resolved, known)
+            check_values(resolved)
             return function(resolved)
 
         def main(config_name: str = name) -> None:
@@ -91,7 +105,7 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
         raise SystemExit(f"{target} does not take all that the recipe sets; leave it out with {' '.join(foreign)}")
     for key in keys:
         if key not in known:
-            reader = f"argument of {target}" if target else "key of the configuration"
+            reader = f"an argument of {target}" if target else "a key of the configuration"
             _fail(f"{path}{key}", reader, [f"{path}{name}" for name in known])
         if isinstance(cfg[key], DictConfig) and "_target_" in cfg[key]:
             check_keys(cfg[key], reference.get(key) or DictConfig({}), f"{path}{key}.")
@@ -99,27 +113,106 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
             check_keys(cfg[key], reference[key], f"{path}{key}.")
 
 
+def check_loss(cfg: DictConfig, losses: tuple[type, ...], folder: Path) -> None:
+    """End the program if the loop is not made for the loss, which it might train as something else without an error.
+
+    Args:
+        cfg: the configuration.
+        losses: see :func:`recipe`.
+        folder: of the recipes' YAML files.
+
+    Raises:
+        SystemExit: with the choices of ``loss=`` that the loop trains.
+    """
+    if not _trains(losses, cfg.loss):
+        files = {path.stem: DictConfig(OmegaConf.load(path)) for path in sorted((folder / "loss").glob("*.yaml"))}
+        fitting = [name for name, node in files.items() if _trains(losses, node.get("loss", node))]
+        raise SystemExit(
+            f"{cfg.recipe} does not train {cfg.loss._target_.rpartition('.')[2]}, which needs another loop; it takes "
+            f"loss={', '.join(fitting)}. The README's table of methods says which recipe trains which loss."
+        )
+
+
+def _trains(losses: tuple[type, ...], node: DictConfig) -> bool:
+    loss = get_object(node._target_)
+    foreign = tuple(other for other in _NEED_MORE if other not in losses)
+    return not isinstance(loss, type) or (issubclass(loss, losses) and not issubclass(loss, foreign))
+
+
+def check_values(cfg: DictConfig) -> None:
+    """End the program if a number of the loop is out of its range, before anything is built.
+
+    Raises:
+        SystemExit: with the key, the value and what is allowed.
+    """
+
+    def is_positive(value: object) -> bool:
+        return _is_integer(value) and value >= 1
+
+    loop = ("total_frames", "frames_per_batch", "epochs", "num_threads")
+    for key in (*loop, "env.num_envs", "evaluation.interval", "evaluation.episodes"):
+        _check(cfg, key, "an integer of at least 1", is_positive)
+    size = f"an integer from 1 to frames_per_batch, {cfg.frames_per_batch}"
+    _check(cfg, "minibatch_size", size, lambda value: is_positive(value) and value <= cfg.frames_per_batch)
+    for key in ("gamma", "lmbda"):
+        _check(cfg, key, "between 0 and 1", lambda value: isinstance(value, int | float) and 0 <= value <= 1)
+    _check(cfg, "compile", "true or false", lambda value: isinstance(value, bool))
+    _check(cfg, "chunk_length", "null or an integer of at least 1", lambda value: value is None or is_positive(value))
+    for seed in cfg.seed if isinstance(cfg.seed, ListConfig) else [cfg.seed]:
+        if not _is_integer(seed) or seed < 0:
+            raise SystemExit(f"seed must be an integer of at least 0, in recipes/seeds.py a list of them; got {seed}.")
+    check_device(cfg.device)
+
+
+def check_device(device: str | None) -> None:
+    """End the program if Torch cannot use a device here.
+
+    Raises:
+        SystemExit: with what can be used.
+    """
+    try:
+        available = torch.device(device or "cpu").type != "cuda" or torch.cuda.is_available()
+    except RuntimeError as error:
+        raise SystemExit(f"device={device} is none of Torch's: {str(error).splitlines()[0]}") from None
+    if not available:
+        raise SystemExit(f"device={device} needs CUDA, which Torch does not find here; device=cpu runs anywhere.")
+
+
+def _check(cfg: DictConfig, key: str, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
+    if not is_allowed(value := OmegaConf.select(cfg, key)):
+        raise SystemExit(f"{key} must be {allowed}; got {value}.")
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _checked_override(argument: str, folder: Path, name: str) -> str:
     """Check the root of an override by name; let a new key below it through to ``check_keys``."""
+    if argument.startswith("hydra/launcher=submitit") and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+        raise SystemExit(f'{argument} needs the launcher: pip install "torchrl_marl[scale]"')
     match = re.fullmatch(r"(\+{0,2})([A-Za-z_]\w*)((?:\.\w+)*)=(.*)", argument, flags=re.DOTALL)
     if match is None or match[2] == "hydra":
         return argument
     plus, root, below, value = match.groups()
     groups = _groups(folder)
     if root not in groups and root not in _load(folder, name):
-        _fail(root + below, "key of the configuration", [*groups, *map(str, _load(folder, name))])
+        _fail(root + below, "a key of the configuration", [*groups, *map(str, _load(folder, name))])
     if below:
         return argument if plus else f"++{argument}"
     if root in groups and re.fullmatch(r"\w+(\s*,\s*\w+)*", value):  # Hydra checks choice(...) and the like itself
         for choice in re.split(r"\s*,\s*", value):
             if choice not in groups[root]:
-                _fail(f"{root}={choice}", "choice", [f"{root}={known}" for known in sorted(groups[root])])
+                _fail(f"{root}={choice}", "a choice", [f"{root}={known}" for known in sorted(groups[root])])
     return argument
 
 
 def _stored_config(resume: str, overrides: Iterable[str]) -> DictConfig:
-    checkpoint = find_checkpoint(resume)
-    stored = DictConfig(read_metadata(checkpoint)["config"])
+    try:
+        checkpoint = find_checkpoint(resume)
+        stored = DictConfig(read_metadata(checkpoint)["config"])
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"resume={resume}: {error}") from error
     overridden = set()
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
@@ -152,4 +245,4 @@ def _load(folder: Path, name: str) -> DictConfig:
 def _fail(key: str, what: str, known: Iterable[str]) -> NoReturn:
     known = list(dict.fromkeys(known))
     nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
-    raise SystemExit(f"{key} is not a {what}; nearest: {', '.join(nearest)}.")
+    raise SystemExit(f"{key} is not {what}; nearest: {', '.join(nearest)}.")

@@ -181,6 +181,8 @@ class Run:
                 self.evaluate_and_save()
             data = iter(collector)
             self._begin_episodes(collector)
+            if self.cfg.compile:
+                bar.set_postfix_str("compiling once, which takes a quarter of a minute to some minutes")
             while not self.is_over:
                 start = time.perf_counter()
                 batch = next(data)
@@ -202,11 +204,11 @@ class Run:
         """:meth:`conclude` the run; if it was interrupted and one of a grid, end the grid with it.
 
         Raises:
-            KeyboardInterrupt: then.
+            SystemExit: then.
         """
         objective = self.conclude(*plots)
         if self._interrupted and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise KeyboardInterrupt
+            raise SystemExit("The grid ends here, too: its later runs have not begun.")
         return objective
 
     def conclude(self, *plots: Callable[[Path], object]) -> float:

@@ -136,6 +136,8 @@ def test_settings_of_one_method_are_not_seeds_but_variants_if_asked_for(tmp_path
     runs, _ = read_runs([tmp_path], split=["optimizer.lr"])
     check_comparable(runs)
     assert [run.method for run in runs] == ["mars lr=0.001", "mars lr=0.01"]
+    with pytest.raises(ValueError, match=r"setting 'optimiser.lr' to split by; nearest: optimizer.lr"):
+        read_runs([tmp_path], split=["optimiser.lr"])
 
 
 def test_variants_that_differ_in_what_a_key_names_are_called_by_its_last_part(tmp_path: Path) -> None:

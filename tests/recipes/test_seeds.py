@@ -113,7 +113,7 @@ def test_an_interrupted_grid_ends_after_each_seed_has_closed_its_logs(
     finish = MetricLog.finish
     monkeypatch.setattr(MetricLog, "finish", lambda log, *summary: closed.append(log._folder) or finish(log, *summary))
     monkeypatch.setattr(SeedGroup, "record", lambda group, _: [seed.run.interrupt() for seed in group.seeds])
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="its later runs have not begun"):
         run_recipe(monkeypatch, tmp_path, "-m", "seed=[2,5],[3,6]", recipe="seeds")
     folders = seeds_of(tmp_path)
     assert closed == [folders[2], folders[5]]
@@ -126,7 +126,7 @@ def test_an_interrupted_grid_ends_after_each_seed_has_closed_its_logs(
     ("override", "allowed", "found"),
     [
         ("env=vmas", "env=coordsum, maze, paxmen, aerocombat", "env=vmas"),
-        ("loss=marpo", "MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss", "MARPOLoss"),
+        ("loss=seac", "MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss", "SEACLoss"),
         ("loss.functional=true", "functional=False", "True"),
         ("loss.reduction=sum", "reduction='mean'", "False and 'sum'"),
         ("compile=true", "compile=false", "compile=true"),

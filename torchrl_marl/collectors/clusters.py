@@ -160,14 +160,17 @@ def cluster_agents(
     Raises:
         ValueError: if there cannot be so many clusters, the number is left open with fewer than three agents, or there
             is no such index.
-        ModuleNotFoundError: without scikit-learn (``pip install "torchrl_marl[seps]"``).
+        ImportError: without scikit-learn.
 
     Example:
         >>> cluster_agents(torch.tensor([[0.0, 0.1], [5.0, 5.0], [0.1, 0.0], [5.1, 5.0]]))  # doctest: +SKIP
         [0, 1, 0, 1]
     """
-    from sklearn.cluster import KMeans  # pyright: ignore[reportMissingImports]
-    from sklearn.metrics import davies_bouldin_score, silhouette_score  # pyright: ignore[reportMissingImports]
+    try:
+        from sklearn.cluster import KMeans  # pyright: ignore[reportMissingImports]
+        from sklearn.metrics import davies_bouldin_score, silhouette_score  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(f'Clusters need scikit-learn ({error}): pip install "torchrl_marl[seps]"') from error
 
     costs = {"silhouette": lambda *found: -silhouette_score(*found), "davies_bouldin": davies_bouldin_score}
     if index not in costs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,14 +60,20 @@ def read_runs(roots: Iterable[Path], *, split: Sequence[str] = ()) -> tuple[list
         Finished runs, and the folders of unfinished ones.
 
     Raises:
-        ValueError: if there is no finished run.
+        ValueError: if there is no finished run, or none says anything of a key to split by.
     """
     paths = [path for root in roots for path in Path(root).rglob("config.yaml") if "tuning" not in path.parts]
     folders = sorted({path.parent.resolve() for path in paths})
     finished = [folder for folder in folders if (folder / "summary.json").exists()]
     if not finished:
         raise ValueError(f"No finished run below {', '.join(map(str, roots))}: a finished run holds a summary.json.")
-    return [_read(folder, split) for folder in finished], [folder for folder in folders if folder not in finished]
+    runs = [_read(folder, split) for folder in finished]
+    known = {key for run in runs for key in run.config}
+    for key in split:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+            raise ValueError(f"No run has a setting {key!r} to split by; nearest: {', '.join(nearest) or 'none'}.")
+    return runs, [folder for folder in folders if folder not in finished]
 
 
 def check_comparable(runs: Sequence[FinishedRun]) -> None:

@@ -1,0 +1,83 @@
+"""What recipes refuse before they build anything: losses of another loop, values out of range."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.runs import run_folders, run_recipe
+
+RATIO_LOSSES = "mars, mars_additive, mars_multiplicative, maspo, maspo_asymmetric"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "loss", "taken"),
+    [
+        ("mars_vmas", "happo", f"ippo, mappo, mappo_asymmetric, {RATIO_LOSSES}, seac"),
+        ("mars_vmas", "oatrpo", "seac"),
+        ("mars_vmas", "marpo", "seac"),
+        ("mat_vmas", "magpo", "seac"),
+        ("groups_vmas", "ctds", "seac"),
+        ("marpo_vmas", "happo", f"marpo, {RATIO_LOSSES}, rpo, seac"),
+        ("oappo_vmas", "mars", "happo, hatrpo, oappo, oatrpo"),
+        ("magpo_vmas", "mappo", "ctds, magpo, magpo_adaptive"),
+    ],
+)
+def test_a_loss_that_needs_another_loop_is_refused_with_those_that_do_not(
+    recipe: str, loss: str, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=f"^{recipe} does not train [A-Z]+Loss, .*(=|, ){taken}\\. The README's table"):
+        run_recipe(monkeypatch, tmp_path, f"loss={loss}", recipe=recipe)
+    assert not run_folders(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gamma=1.5", r"gamma must be between 0 and 1; got 1\.5"),
+        ("lmbda=-0.1", r"lmbda must be between 0 and 1; got -0\.1"),
+        ("epochs=0", "epochs must be an integer of at least 1; got 0"),
+        ("total_frames=0", "total_frames must be an integer of at least 1; got 0"),
+        ("total_frames=1e6", r"total_frames must be an integer of at least 1; got 1000000\.0"),
+        ("evaluation.episodes=0", r"evaluation\.episodes must be an integer of at least 1; got 0"),
+        ("env.num_envs=many", r"env\.num_envs must be an integer of at least 1; got many"),
+        ("minibatch_size=81", "minibatch_size must be an integer from 1 to frames_per_batch, 80; got 81"),
+        ("minibatch_size=0", "minibatch_size must be an integer from 1 to frames_per_batch, 80; got 0"),
+        ("chunk_length=0", "chunk_length must be null or an integer of at least 1; got 0"),
+        ("compile=maybe", "compile must be true or false; got maybe"),
+        ("seed=abc", "seed must be an integer of at least 0, .*; got abc"),
+        ("device=gpu", "device=gpu is none of Torch's: "),
+        ("resume=nowhere", "resume=nowhere: No checkpoint at nowhere"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_what_is_allowed(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if override.startswith("resume"):
+        monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    with pytest.raises(SystemExit, match=f"^{message}"):
+        run_recipe(monkeypatch, tmp_path, override)
+    assert not run_folders(tmp_path)
+
+
+def test_cuda_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"^device=cuda:1 needs CUDA"):
+        run_recipe(monkeypatch, tmp_path, "device=cuda:1")
+
+
+@pytest.mark.parametrize(("override", "extra"), [("hydra/launcher=submitit_slurm", "scale"), ("sweep=mars", "sweep")])
+def test_a_missing_extra_is_named(override: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna.distributions", None)
+    monkeypatch.setattr("torchrl_marl.config.find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match=rf'needs .*: pip install "torchrl_marl\[{extra}\]"'):
+        run_recipe(monkeypatch, tmp_path, "-m", override)
+
+
+def test_a_recipe_with_a_scenario_of_its_own_takes_other_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(monkeypatch, tmp_path, "env=coordsum", "total_frames=80", recipe="oappo_vmas")
+    (folder,) = run_folders(tmp_path)
+    assert (folder / "summary.json").exists()
+    assert folder.parts[-3:-1] == ("CoordSum-3x10", "oappo")

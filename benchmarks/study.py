@@ -181,7 +181,6 @@ def tuned_marpo(scenario: str) -> Part:
         ],
         num_seeds=5,
         baseline="mappo",
-        tuning_seeds=(1000, 1001),
         tuning="total_frames=120000",
     )
 

@@ -190,6 +190,17 @@ STUDIES = {
         *mazes(256_000),
         coordsum("CoordSum-3x10", 512_000),
         coordsum("CoordSum-5x20", 256_000),
+        Part(  # the recipe's defaults
+            "vmas",
+            grid(
+                ["mars_vmas.py"],
+                ["loss=mars", "loss=mappo"],
+                ["env.scenario=navigation", "env.scenario=balance total_frames=480000 evaluation.interval=40000"],
+                ["evaluation.video=false"],
+            ),
+            num_seeds=3,
+            baseline="mappo",
+        ),
         tuned_vmas("balance"),
         tuned_vmas("navigation"),
         tuned(

@@ -28,7 +28,6 @@ __all__ = ["recipe"]
 # overrides would be recorded but not take effect.
 _RESUMABLE = {"total_frames", "evaluation", "logger", "device", "num_threads", "compile", "folder"}
 
-
 # Losses that minibatches of a batch are not enough for: a loop that can do more has to name them.
 _NEED_MORE = (SequentialLoss, MARPOLoss, MAGPOLoss, CTDSLoss)
 
@@ -41,9 +40,8 @@ def recipe(
     The function gets ``config_folder/name.yaml`` composed with the command line's Hydra overrides (``-m`` runs grids).
     What a YAML node with a ``_target_`` does not list can be overridden without a ``+`` if the target takes it:
     defaults live in the class. A key that nothing reads ends the program with the nearest names, and so do values out
-    of range and losses that the loop is not made for. ``resume=PATH``
-    replaces the configuration by the one stored in a checkpoint; other overrides may then change how long the run
-    goes on and how it is watched, not what is trained.
+    of range and losses that the loop is not made for. ``resume=PATH`` replaces the configuration by the one stored in a
+    checkpoint; other overrides may then change how long the run goes on and how it is watched, not what is trained.
 
     Args:
         config_folder: folder of the recipes' YAML files.
@@ -180,7 +178,10 @@ def check_device(device: str | None) -> None:
 
 def _check(cfg: DictConfig, key: str, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
     if not is_allowed(value := OmegaConf.select(cfg, key)):
-        raise SystemExit(f"{key} must be {allowed}; got {value}.")
+        hint = (
+            f" Write {value:.0f}." if isinstance(value, float) and value.is_integer() and is_allowed(int(value)) else ""
+        )
+        raise SystemExit(f"{key} must be {allowed}; got {value}.{hint}")
 
 
 def _is_integer(value: object) -> TypeGuard[int]:

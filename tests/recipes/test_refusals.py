@@ -35,10 +35,11 @@ def test_a_loss_that_needs_another_loop_is_refused_with_those_that_do_not(
     ("override", "message"),
     [
         ("gamma=1.5", r"gamma must be between 0 and 1; got 1\.5"),
+        ("gamma=nan", "gamma must be between 0 and 1; got nan"),
         ("lmbda=-0.1", r"lmbda must be between 0 and 1; got -0\.1"),
         ("epochs=0", "epochs must be an integer of at least 1; got 0"),
         ("total_frames=0", "total_frames must be an integer of at least 1; got 0"),
-        ("total_frames=1e6", r"total_frames must be an integer of at least 1; got 1000000\.0"),
+        ("total_frames=1e6", r"total_frames must be an integer of at least 1; got 1000000\.0\. Write 1000000\."),
         ("evaluation.episodes=0", r"evaluation\.episodes must be an integer of at least 1; got 0"),
         ("env.num_envs=many", r"env\.num_envs must be an integer of at least 1; got many"),
         ("minibatch_size=81", "minibatch_size must be an integer from 1 to frames_per_batch, 80; got 81"),

@@ -251,6 +251,21 @@ def test_the_legend_stays_within_a_figure_of_one_panel() -> None:
     assert 0 <= extent.x0 < extent.x1 <= figure.bbox.width
 
 
+def test_long_names_of_variants_fit_and_their_lines_differ() -> None:
+    band = Band([0, 1], [0, 1], [0, 0], [1, 1])
+    names = [
+        f"magpo guider_learner_ratio={ratio} rl_coeff={coeff} guider=make_sable"
+        for ratio in (1, 2)
+        for coeff in range(3)
+    ]
+    figure = draw_curves({"task": dict.fromkeys(names, band)}, ylabel="return")
+    figure.draw_without_rendering()
+    extent = figure.legends[0].get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= figure.bbox.width
+    assert len({line.get_color() for line in figure.axes[0].get_lines()}) == len(names)
+
+
 def test_rows_of_a_legend_are_of_equal_length() -> None:
     point = np.array([0.0, 1.0])
     panels = {task: {f"method{index}": Band(point, point, point, point) for index in range(6)} for task in "ab"}

@@ -51,16 +51,20 @@ class Band(NamedTuple):
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Line styles: a method's colour is the same everywhere, and its variants (``mars_additive``) differ in dashes.
 
+    Variants of one method alone, ``mars lr=0.001`` and ``mars lr=0.01``, differ in colours as well.
+
     Example:
         >>> styles = method_styles(["mars", "mappo", "mars_additive"])
         >>> styles["mars"]["color"] == styles["mars_additive"]["color"] != styles["mappo"]["color"]
         True
     """
     palette, variants, styles = list(_COLORS.values()), dict[str, int](), {}
-    for method in sorted(methods):
-        family = method.split()[0].split("_")[0]
+    families = {method: method.split()[0].split("_")[0] for method in sorted(methods)}
+    for method, family in families.items():
         color = _COLORS.get(family) or palette[zlib.crc32(family.encode()) % len(palette)]
         variant = variants[family] = variants.get(family, -1) + 1
+        if len(set(families.values())) == 1:
+            color = palette[(palette.index(color) + variant) % len(palette)]
         styles[method] = {"color": color, "linestyle": _DASHES[variant % len(_DASHES)]}
     return styles
 
@@ -139,7 +143,8 @@ def draw_improvements(panels: Mapping[str, Mapping[str, tuple[float, float, floa
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     height = rows * (0.21 * len(methods) + 0.55) + 0.35
-    figure, axes_of = _subplots((0.35 + 0.65 * columns / 3) * _WIDTH, height, rows, columns)
+    names = max(0.35 * _WIDTH, 0.07 * max(map(len, methods)))
+    figure, axes_of = _subplots(names + 0.65 * columns / 3 * _WIDTH, height, rows, columns)
     for index, (axes, (title, panel)) in enumerate(zip(axes_of, panels.items(), strict=False)):
         axes.axvline(0.5, color="0.45", linewidth=0.9, zorder=0)
         for method, (center, low, high) in panel.items():
@@ -155,7 +160,8 @@ def draw_improvements(panels: Mapping[str, Mapping[str, tuple[float, float, floa
         axes.grid(axis="y", visible=False)
     for axes in axes_of[len(panels) :]:
         axes.remove()
-    figure.supxlabel(f"probability of improvement over {baseline}", fontsize=9)
+    space = "\n" if len(baseline) > 30 else " "
+    figure.supxlabel(f"probability of improvement over{space}{baseline}", fontsize=9)
     return figure
 
 
@@ -193,6 +199,11 @@ def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
     for most in range(min(5, len(handles)), 0, -1):  # the most that fit
         columns = math.ceil(len(handles) / math.ceil(len(handles) / most))  # in rows as equal as can be
         legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
-        if legend.get_window_extent().width <= figure.bbox.width or most == 1:
+        width = legend.get_window_extent().width
+        if width <= figure.bbox.width:
             break
-        legend.remove()
+        if most == 1:
+            figure.set_figwidth(width / figure.dpi)
+        else:
+            legend.remove()
+    figure.set_figheight(figure.get_figheight() + 0.17 * (math.ceil(len(handles) / columns) - 1))

@@ -167,12 +167,14 @@ def tuned_vmas(scenario: str) -> Part:
 
 def tuned_marpo(scenario: str) -> Part:
     """MARPO, RPO and MAPPO, each with the best of 18 settings; reflection has a coefficient, so fewer widths."""
-    clips = [f"loss.clip_epsilon={epsilon}" for epsilon in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)]
+    widths = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
     reflections = grid(
-        ["loss.clip_epsilon=0.2", "loss.clip_epsilon=0.4"], [f"loss.reflection_coeff={c}" for c in (0.1, 0.3, 1)]
+        [f"loss.clip_epsilon={epsilon}" for epsilon in (0.1, 0.2, 0.4)],
+        [f"loss.reflection_coeff={coefficient}" for coefficient in (0.1, 0.3, 1)],
     )
+    clips = [f"loss.clip_epsilon={epsilon}" for epsilon in widths]
     choices = {"marpo": reflections, "rpo": reflections, "mappo": clips}
-    rates = ["optimizer.lr=1e-3", "optimizer.lr=2e-3", "optimizer.lr=4e-3"]
+    rates = ["optimizer.lr=2e-3", "optimizer.lr=4e-3"]
     return Part(
         f"marpo_{scenario}",
         [

@@ -22,7 +22,7 @@ _COLORS = {
     "mappo": "#0072b2",
     "maspo": "#009e73",
     "marpo": "#cc79a7",
-    "rpo": "#a6467f",
+    "rpo": "#66a61e",
     "ippo": "#56b4e9",
     "happo": "#e69f00",
     "ctds": "#7f7f7f",

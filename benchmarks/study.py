@@ -14,7 +14,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,11 +144,19 @@ WIDTHS = {  # of trust regions, from narrow to wide; clip_epsilon lies between 0
 LEARNING_RATES = [f"optimizer.lr={lr}" for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)]
 
 
-def tuned(name: str, task: str, setting: str, tuning: str) -> Part:
-    """MARS, MASPO and MAPPO, each with the best of its widths and learning rates."""
+def tuned(
+    name: str,
+    task: str,
+    setting: str,
+    tuning: str,
+    *,
+    choices: Mapping[str, Sequence[str]] = WIDTHS,
+    rates: Sequence[str] = LEARNING_RATES,
+) -> Part:
+    """Methods, MARS, MASPO and MAPPO unless told otherwise, each with the best of its choices and learning rates."""
     return Part(
         name,
-        [grid([task], [f"loss={method}"], widths, LEARNING_RATES, [setting]) for method, widths in WIDTHS.items()],
+        [grid([task], [f"loss={method}"], own, rates, [setting]) for method, own in choices.items()],
         num_seeds=5,
         baseline="mappo",
         tuning=tuning,
@@ -173,17 +181,13 @@ def tuned_marpo(scenario: str) -> Part:
         [f"loss.reflection_coeff={coefficient}" for coefficient in (0.1, 0.3, 1)],
     )
     clips = [f"loss.clip_epsilon={epsilon}" for epsilon in widths]
-    choices = {"marpo": reflections, "rpo": reflections, "mappo": clips}
-    rates = ["optimizer.lr=2e-3", "optimizer.lr=4e-3"]
-    return Part(
+    return tuned(
         f"marpo_{scenario}",
-        [
-            grid([f"marpo_vmas.py chunk_length=5 env.scenario={scenario} loss={method}"], settings, rates, [SMALL_VMAS])
-            for method, settings in choices.items()
-        ],
-        num_seeds=5,
-        baseline="mappo",
-        tuning="total_frames=120000",
+        f"marpo_vmas.py chunk_length=5 env.scenario={scenario}",
+        SMALL_VMAS,
+        "total_frames=120000",
+        choices={"marpo": reflections, "rpo": reflections, "mappo": clips},
+        rates=["optimizer.lr=2e-3", "optimizer.lr=4e-3"],
     )
 
 

@@ -123,7 +123,7 @@ def check_loss(cfg: DictConfig, losses: tuple[type, ...], folder: Path) -> None:
         SystemExit: with the choices of ``loss=`` that the loop trains.
     """
     if not _trains(losses, cfg.loss):
-        files = {path.stem: DictConfig(OmegaConf.load(path)) for path in sorted((folder / "loss").glob("*.yaml"))}
+        files = {name: _load(folder / "loss", name) for name in sorted(_groups(folder)["loss"])}
         fitting = [name for name, node in files.items() if _trains(losses, node.get("loss", node))]
         raise SystemExit(
             f"{cfg.recipe} does not train {cfg.loss._target_.rpartition('.')[2]}, which needs another loop; it takes "

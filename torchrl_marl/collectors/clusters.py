@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrl.modules import MLP
 
+from torchrl_marl.envs.bridge import import_extra
 from torchrl_marl.modules import GroupShape
 from torchrl_marl.objectives.ratio import require
 from torchrl_marl.objectives.trust_region import gaussian_kl
@@ -166,13 +167,11 @@ def cluster_agents(
         >>> cluster_agents(torch.tensor([[0.0, 0.1], [5.0, 5.0], [0.1, 0.0], [5.1, 5.0]]))  # doctest: +SKIP
         [0, 1, 0, 1]
     """
-    try:
-        from sklearn.cluster import KMeans  # pyright: ignore[reportMissingImports]
-        from sklearn.metrics import davies_bouldin_score, silhouette_score  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(f'Clusters need scikit-learn ({error}): pip install "torchrl_marl[seps]"') from error
-
-    costs = {"silhouette": lambda *found: -silhouette_score(*found), "davies_bouldin": davies_bouldin_score}
+    cluster, metrics = (import_extra(f"sklearn.{name}", "seps") for name in ("cluster", "metrics"))
+    costs = {
+        "silhouette": lambda *found: -metrics.silhouette_score(*found),
+        "davies_bouldin": metrics.davies_bouldin_score,
+    }
     if index not in costs:
         raise ValueError(f"index must be one of {', '.join(costs)}; got {index!r}.")
     num_agents = len(encodings)
@@ -182,7 +181,7 @@ def cluster_agents(
         raise ValueError(f"With {num_agents} agents there is nothing to choose from: give num_clusters.")
     points = encodings.cpu().numpy()
     numbers = range(2, num_agents) if num_clusters is None else [num_clusters]
-    candidates = [KMeans(number, n_init=10, random_state=seed).fit_predict(points) for number in numbers]  # pyright: ignore[reportArgumentType]
+    candidates = [cluster.KMeans(number, n_init=10, random_state=seed).fit_predict(points) for number in numbers]
     best = min(candidates, key=lambda labels: costs[index](points, labels)) if len(candidates) > 1 else candidates[0]
     order = list(dict.fromkeys(best.tolist()))
     return [order.index(label) for label in best.tolist()]

@@ -60,10 +60,11 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
     """
     palette, variants, styles = list(_COLORS.values()), dict[str, int](), {}
     families = {method: method.split()[0].split("_")[0] for method in sorted(methods)}
+    alone = len(set(families.values())) == 1
     for method, family in families.items():
         color = _COLORS.get(family) or palette[zlib.crc32(family.encode()) % len(palette)]
         variant = variants[family] = variants.get(family, -1) + 1
-        if len(set(families.values())) == 1:
+        if alone:
             color = palette[(palette.index(color) + variant) % len(palette)]
         styles[method] = {"color": color, "linestyle": _DASHES[variant % len(_DASHES)]}
     return styles
@@ -200,10 +201,8 @@ def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
         columns = math.ceil(len(handles) / math.ceil(len(handles) / most))  # in rows as equal as can be
         legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
         width = legend.get_window_extent().width
-        if width <= figure.bbox.width:
+        if width <= figure.bbox.width or most == 1:
             break
-        if most == 1:
-            figure.set_figwidth(width / figure.dpi)
-        else:
-            legend.remove()
+        legend.remove()
+    figure.set_figwidth(max(figure.get_figwidth(), width / figure.dpi))
     figure.set_figheight(figure.get_figheight() + 0.17 * (math.ceil(len(handles) / columns) - 1))

@@ -1,10 +1,31 @@
-"""Minibatches hold every row once."""
+"""Chunks hold steps in a row, and minibatches every row once."""
 
 import pytest
 import torch
 from tensordict import TensorDict
 
-from torchrl_marl.collectors import minibatches
+from torchrl_marl.collectors import minibatches, split_into_chunks
+
+
+def code_of(*batch):
+    """A batch ``[*B, T]`` whose entries tell their sequence and step, ``100 e + t``."""
+    sequence = torch.arange(torch.Size(batch[:-1]).numel()).reshape(*batch[:-1], 1)
+    return TensorDict({"code": 100 * sequence + torch.arange(batch[-1])}, batch_size=batch)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 6])
+@pytest.mark.parametrize("batch", [(4, 6), (2, 2, 6)], ids=str)
+def test_a_chunk_holds_consecutive_steps_of_one_sequence_in_the_order_of_the_batch(batch, length):
+    chunks = split_into_chunks(code_of(*batch), length)["code"].tolist()
+    assert chunks == [
+        [100 * e + t for t in range(start, start + length)] for e in range(4) for start in range(0, 6, length)
+    ]
+
+
+@pytest.mark.parametrize("length", [-1, 0, 4, 7, 12])
+def test_chunks_that_do_not_fill_a_sequence_raise(length):
+    with pytest.raises(ValueError, match=f"chunk_length must divide the 6 steps .* got {length}"):
+        split_into_chunks(code_of(4, 6), length)
 
 
 def test_every_row_comes_once_in_an_order_that_changes():

@@ -119,6 +119,14 @@ def test_no_pair_crosses_a_change_of_trajectory():
     assert {(e, t) for e, t, _ in pairs(NextStepKeys()(batch))} == {(0, 0), (0, 1), (1, 1)}
 
 
+def test_padding_is_no_step_even_of_the_trajectory_whose_number_it_carries():
+    batch = make_batch()
+    batch["collector", "traj_ids"] = torch.zeros(ENVS, TIME, dtype=torch.long)  # what padding is filled with
+    batch["collector", "mask"] = torch.tensor([[True, True, True], [True, False, False]])
+    assert pairs(NextStepKeys()(batch)) == {(0, t, i) for t in range(2) for i in range(2)}
+    assert not batch["next", "agents", "advantage"][1].any()
+
+
 def test_no_pair_reaches_into_padding():
     env = make_env("navigation", num_envs=4, max_steps=4, seed=0)
     actor, critic = make_actor(env, hidden_sizes=(8,)), make_critic(env, hidden_sizes=(8,))

@@ -87,6 +87,11 @@ def test_identical_agents_share_by_index():
     assert_close(gated_reuse_matrix(torch.zeros(3, 3)), torch.full((3, 3), 0.15).fill_diagonal_(0.7))
 
 
+def test_a_source_at_the_threshold_itself_is_close():
+    matrix = gated_reuse_matrix(torch.tensor([[0.0, 0.25], [0.2500001, 0.0]]), kl_threshold=0.25)
+    assert_close(matrix, torch.tensor([[0.7, 0.3], [0.0, 1.0]]))
+
+
 def test_named_schemes_are_those_of_the_maze():
     # order red, black, blue
     assert torch.equal(fixed_reuse_matrix("NR", 4), torch.eye(4))
@@ -134,6 +139,17 @@ def test_a_sample_of_rows_is_enough():
     state = torch.get_rng_state()
     sampler.update(actor, data)  # all rows: nothing is drawn
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rows_of_a_sample_come_from_the_whole_batch():
+    # one source lives in the first half of the rows only, another one in the second half: a sample has seen both
+    actor, _ = make_networks("categorical", share_parameters=False)
+    data = make_batch(actor, "categorical", (200,))
+    mask = torch.ones(200, AGENTS, dtype=torch.bool)
+    mask[100:, 1] = mask[:100, 2] = False
+    sampler = ReuseMappingSampler(AGENTS, kl_threshold=100.0, num_rows=30)
+    sampler.update(actor, data, mask)
+    assert_close(sampler.matrix, torch.full((AGENTS, AGENTS), 0.15).fill_diagonal_(0.7))
 
 
 @pytest.mark.parametrize("options", [{"own_weight": 1.0}, {"reuse_matrix": "AR"}], ids=str)

@@ -9,6 +9,7 @@ from torchrl.envs.transforms import Compose, StepCounter
 from torchrl.modules.utils import get_primers_from_module
 
 from torchrl_marl.modules import GroupShape, make_mat, make_sable
+from torchrl_marl.modules.autoregressive import CategoricalActions
 
 AGENTS, OBSERVATION, ACTIONS, STATE = 3, 5, 4, 2
 ACTION_SPACES = {
@@ -207,6 +208,14 @@ def test_a_distribution_depends_on_the_actions_of_agents_before_and_of_steps_bef
         assert changed[5:].all() if remembered else not changed[5:].any()
 
 
+def test_no_action_is_read_as_the_start_of_a_step():
+    space = CategoricalActions(ACTIONS)
+    start = space.start(torch.zeros(2, AGENTS, 16))
+    actions = space.decoder_input(torch.arange(ACTIONS))
+    read = [start[0].item(), *actions.tolist()]
+    assert sorted(read) == list(range(space.embedding(16).num_embeddings))  # each has an embedding of its own
+
+
 @every_network
 def test_values_depend_on_all_observations_so_far_and_on_no_action(network):
     _, critic = build(network, "categorical")
@@ -296,6 +305,20 @@ def test_the_memory_has_one_size_whatever_the_length_of_the_episode():
         assert {key: following[key].shape[1:] for key in SABLE_STATE} == SABLE_STATE
         assert torch.equal(following["agents_step"], torch.full((2, 1), t + 1))
         step = observe("categorical", (2,), t).update(following)
+
+
+@every_space
+def test_a_sequence_within_an_episode_starts_from_the_memory_stored_at_its_first_step(space):
+    actor, critic = build("sable", space)
+    data = play(actor, space)
+    values = critic.bootstrap(data.clone())["agents", "state_value"]
+    for start in (1, 4, 6):
+        goes_on = data["agents_step"][:, start, 0] > 0
+        later = data[goes_on, start:]
+        assert later["agents_encoder_memory"][:, 0].any()
+        assert_close(log_prob(actor, later), later["agents", "action_log_prob"], rtol=0, atol=1e-9)
+        assert_close(critic(later.copy())["agents", "state_value"].detach(), values[goes_on, start:])
+        assert_close(critic.bootstrap(later.clone())["agents", "state_value"], values[goes_on, start:])
 
 
 @every_space

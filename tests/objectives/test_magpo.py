@@ -570,23 +570,25 @@ def test_without_reduction_there_is_one_entry_for_each_step_and_agent(kind):
 
 
 @pytest.mark.parametrize("scale", [1.0, 40.0])
-def test_values_beyond_the_clip_are_not_pulled_further(scale):
+@pytest.mark.parametrize("old", [0.0, 0.7])
+def test_values_beyond_the_clip_are_not_pulled_further(scale, old):
     # with a value norm of that scale, which must not change the loss of values that are so much larger
     norm = RunningValueNorm(shape=1)
     norm.update(scale * torch.tensor([[-1.0], [1.0]]))
     shape = SHAPES["categorical"]
     guider, _ = NETWORKS["mat"](shape)
-    value = torch.tensor([0.1, 0.5, -0.5, 0.5, -0.5]).view(-1, 1, 1).expand(5, 3, 1).clone().requires_grad_()
+    value = old + torch.tensor([0.1, 0.5, -0.5, 0.5, -0.5]).view(-1, 1, 1).expand(5, 3, 1).clone()
+    value.requires_grad_()
     critic = TensorDictModule(
         nn.Sequential(nn.Identity(), Denormalize(norm)), in_keys=["predicted"], out_keys=[("agents", "state_value")]
     )
     loss = MAGPOLoss(guider, critic, make_actor(shape), clip_value=0.2, loss_critic_type="l2", reduction="none")
-    target = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]).view(-1, 1, 1).expand(5, 3, 1)
+    target = old + torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]).view(-1, 1, 1).expand(5, 3, 1)
     data = sequences(guider, "categorical")[:, 0].repeat(2)[:5]
     data.update({"predicted": value, "value_target": scale * target})
-    data["agents", "state_value"] = torch.zeros(5, 3, 1)
+    data["agents", "state_value"] = torch.full((5, 3, 1), scale * old)
     found = loss(data)["loss_critic"]
-    # the old value is 0: 0.5 counts as 0.2 and -0.5 as -0.2, unless the distance is larger without
+    # of the old value, 0.5 more counts as 0.2 more and 0.5 less as 0.2 less, unless the distance is larger without
     expected = torch.tensor([0.9**2, 0.8**2, 1.5**2, 1.5**2, 0.8**2]).view(-1, 1).expand(5, 3)
     assert_close(found, expected)
     (gradient,) = torch.autograd.grad(found.sum(), value)

@@ -414,6 +414,20 @@ def test_masked_steps_are_no_next_steps_of_a_sequence_either():
     assert run(loss, data)["reflection_share"].item() == pytest.approx((7 - 2) / 11)  # environment 0 ends at step 1
 
 
+@pytest.mark.parametrize("sequences", [False, True], ids=["rows", "sequences"])
+def test_a_masked_step_has_no_reflective_term_whatever_its_pair_says(sequences):
+    loss, data, _ = make(sequences=sequences, normalize_advantage=False, ema_rate=0.0, reduction="none")
+    data["collector", "mask"] = torch.ones(4, 3, dtype=torch.bool)
+    data["collector", "mask"][2, 1] = False  # a mask that the pairs' writer has not seen
+    assert data["next", "reflection_mask"][2, 1].all()
+    told = data.clone()
+    told["next", "reflection_mask"][2, 1] = False
+    found, expected = run(loss, data), run(loss, told)
+    assert not found["loss_objective"][2, 1].any()
+    for name in ("loss_objective", "next_gain", "next_ratio", "reflective_clip_fraction", "next_clip_fraction"):
+        assert_close(found[name], expected[name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("key", [("agents", "loc"), ("agents", "scale")], ids=str)
 def test_the_old_distributions_parameters_are_needed(key):
     loss, data, _ = make("continuous")

@@ -319,6 +319,20 @@ def test_the_batch_carries_what_agents_have_changed_so_far(cls, space):
             done.append(turn)
 
 
+def test_what_a_turn_has_read_is_not_changed_by_later_turns():
+    loss, actor, _ = make(HAPPOLoss)
+    data, read = batch_of(actor, updated=False), []
+    for turn in loss.turns(data):
+        rows = data.select(*loss.in_keys, strict=False)  # not copied, as a minibatch that holds all rows
+        read.append((rows["agents", "update_log_ratio"], rows["agents", "update_log_ratio"].clone()))
+        if turn != "critic":
+            with torch.no_grad():
+                for parameter in loss.agent_parameters(turn):
+                    parameter += 0.1
+    assert all(torch.equal(*pair) for pair in read)
+    assert [int(then.any(0).sum()) for _, then in read] == [0, 1, 2, 3]
+
+
 @every_space
 @pytest.mark.parametrize("live", [None, 0.7], ids=["all-live", "some-dead"])
 def test_the_objective_is_the_sum_over_sources_of_the_papers_equation(space, live):

@@ -16,7 +16,7 @@ from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe, start_r
 from torchrl_marl.checkpoints import find_checkpoint, load_policy, read_metadata
 from torchrl_marl.config import _stored_config
 from torchrl_marl.envs import make_env
-from torchrl_marl.evaluation import evaluate
+from torchrl_marl.evaluation import Episodes, evaluate
 from torchrl_marl.objectives import IPPOLoss
 from torchrl_marl.training import Run
 
@@ -404,20 +404,82 @@ def test_chunks_that_do_not_fit_are_refused(
         run_recipe(monkeypatch, tmp_path, *GRU, f"chunk_length={length}")
 
 
-def test_the_best_checkpoint_is_kept_and_scores_what_was_logged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # a learning rate that ruins the policy after a few iterations, so that the best is not among the newest
-    run_recipe(monkeypatch, tmp_path, "total_frames=800", "optimizer.lr=0.05", "env.max_steps=10")
-    (folder,) = run_folders(tmp_path)
+@pytest.fixture(scope="module")
+def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose learning rate ruins the policy after a few iterations, so that the best is not among the newest."""
+    folder = tmp_path_factory.mktemp("ruined")
+    with pytest.MonkeyPatch.context() as patch:
+        run_recipe(patch, folder, "total_frames=800", "optimizer.lr=0.05", "env.max_steps=10")
+    return run_folders(folder)[0]
+
+
+def scores_of(folder: Path) -> dict[int, float]:
+    """Mean return of each evaluation of a run, by frames."""
     rows = (folder / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
-    scores = {int(row.split(",")[0]): float(row.split(",")[1]) for row in rows}
-    kept = {read_metadata(path)["frames"]: path for path in (folder / "checkpoints").iterdir()}
+    return {int(row.split(",")[0]): float(row.split(",")[1]) for row in rows}
+
+
+def test_the_best_checkpoint_is_kept_and_scores_what_was_logged(ruined: Path) -> None:
+    scores = scores_of(ruined)
+    kept = {read_metadata(path)["frames"]: path for path in (ruined / "checkpoints").iterdir()}
     best = max(scores, key=lambda frames: (scores[frames], frames))
     assert set(kept) == {720, 800, best}
     env = make_env("navigation", num_envs=4, max_steps=10, seed=0)
-    episodes = evaluate(env, load_policy(folder), seed=1_000_003, max_steps=10)
+    episodes = evaluate(env, load_policy(ruined), seed=1_000_003, max_steps=10)
     assert episodes.returns.mean().item() == pytest.approx(scores[best], abs=1e-6)
+
+
+def test_the_absolute_metric_is_of_the_best_parameters_on_ten_times_as_many_other_starts(ruined: Path) -> None:
+    kept = {read_metadata(path)["frames"]: path for path in (ruined / "checkpoints").iterdir()}
+    best = min(kept)
+    assert len(kept) == 3  # the best is neither of the two newest
+    env = make_env("navigation", num_envs=40, max_steps=10, seed=0)
+
+    def returns(frames: int, seed: int) -> list[float]:
+        return evaluate(env, load_policy(kept[frames]), seed=seed, max_steps=10).returns.tolist()
+
+    evaluations, others = 1_000_003, 2_000_006  # seeds of the starts
+    stored = json.loads((ruined / "evaluations.json").read_text())["vmas"]["navigation"]["mars"]["seed_0"]
+    absolute = stored["absolute_metrics"]["return"]
+    assert absolute == pytest.approx(returns(best, others), abs=1e-6)
+    for other in (returns(best, evaluations), returns(800, others)):
+        assert absolute != pytest.approx(other, abs=1e-2)
+    summary = json.loads((ruined / "summary.json").read_text())
+    assert summary["absolute"] == pytest.approx(sum(absolute) / 40, abs=1e-6)
+    assert last_value(ruined, "eval/absolute/episode_reward_mean") == summary["absolute"]
+
+
+def test_the_last_fifth_is_the_mean_over_the_last_fifth_of_evaluations(ruined: Path) -> None:
+    scores = scores_of(ruined)
+    assert len(scores) == 11  # a fifth, rounded down, are two
+    mean = (scores[720] + scores[800]) / 2
+    assert mean != pytest.approx(scores[800], abs=1e-3)
+    assert last_value(ruined, "eval/reward/last_fifth") == pytest.approx(mean)
+    assert json.loads((ruined / "summary.json").read_text())["last_fifth"] == pytest.approx(mean)
+
+
+def test_evaluations_leave_no_trace_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for episodes in (4, 9):
+        run_recipe(monkeypatch, tmp_path / str(episodes), f"evaluation.episodes={episodes}", "total_frames=160")
+    few, many = (run_folders(tmp_path / episodes)[0] for episodes in "49")
+    trained = [{name: text for name, text in curves(folder).items() if "eval/" not in name} for folder in (few, many)]
+    assert any("collection" in name for name in trained[0])
+    assert trained[0] == trained[1]
+    assert scores_of(few) != scores_of(many)
+    assert last_value(few, "eval/reward/last_fifth") == scores_of(few)[160]  # of fewer than five: the last one
+
+
+def test_the_logged_length_of_episodes_is_their_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def played(*arguments: object, **options: object) -> Episodes:
+        episodes = evaluate(*arguments, **options)
+        return episodes._replace(lengths=torch.arange(len(episodes.lengths)) + 3)
+
+    monkeypatch.setattr("torchrl_marl.training.evaluate", played)
+    run_recipe(monkeypatch, tmp_path, "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    stored = json.loads((folder / "evaluations.json").read_text())["vmas"]["navigation"]["mars"]["seed_0"]
+    assert stored["step_1"]["episode_length"] == [3, 4, 5, 6]
+    assert last_value(folder, "eval/reward/episode_len_mean") == 4.5
 
 
 def test_wandb_runs_offline_without_a_prompt_and_holds_configuration_and_summary(

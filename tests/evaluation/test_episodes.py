@@ -1,0 +1,85 @@
+"""Evaluation episodes: one of each copy of an environment, its return and its length, counted by hand."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch.testing import assert_close
+from torchrl.data import Binary, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase, RewardSum, TransformedEnv
+
+from torchrl_marl.evaluation import evaluate
+
+GROUPS = {"hunters": 2, "prey": 1}
+
+
+class ScriptedEnv(EnvBase):
+    """Copies whose first episodes last as many steps as told, and all later ones two.
+
+    At step t = 1, 2, ... of any episode the hunters are paid t and 2 t, and the prey 6 t.
+    """
+
+    def __init__(self, *lengths: int) -> None:
+        copies = len(lengths)
+        super().__init__(batch_size=torch.Size([copies]))
+        self.lengths, self.time = torch.tensor(lengths), torch.zeros(copies, dtype=torch.long)
+        self.group_map = {name: [f"{name}_{i}" for i in range(agents)] for name, agents in GROUPS.items()}
+        shapes = {name: (copies, agents) for name, agents in GROUPS.items()}
+
+        def each_group(key, spec):
+            groups = {name: Composite({key: spec(shape)}, shape=shape) for name, shape in shapes.items()}
+            return Composite(groups, shape=(copies,))
+
+        self.observation_spec = each_group("observation", lambda shape: Unbounded((*shape, 1)))
+        self.action_spec = each_group("action", lambda shape: Categorical(2, shape))
+        self.reward_spec = each_group("reward", lambda shape: Unbounded((*shape, 1)))
+        flag = Binary(1, (copies, 1), dtype=torch.bool)
+        self.done_spec = Composite(done=flag, terminated=flag.clone(), shape=(copies,))
+
+    def _reset(self, tensordict=None):
+        if tensordict is not None and "_reset" in tensordict.keys():
+            again = tensordict["_reset"].reshape(self.batch_size)
+            self.time, self.lengths = torch.where(again, 0, self.time), torch.where(again, 2, self.lengths)
+        return TensorDict(self._observation(), self.batch_size)
+
+    def _step(self, tensordict):
+        self.time = self.time + 1
+        done = (self.time == self.lengths).unsqueeze(-1)
+        groups = self._observation()
+        for name, wages in (("hunters", (1.0, 2.0)), ("prey", (6.0,))):
+            groups[name]["reward"] = (self.time[:, None] * torch.tensor(wages)).unsqueeze(-1)
+        return TensorDict({**groups, "done": done, "terminated": done}, self.batch_size)
+
+    def _observation(self):
+        return {name: {"observation": torch.zeros(*self.batch_size, agents, 1)} for name, agents in GROUPS.items()}
+
+    def _set_seed(self, seed):
+        pass
+
+
+def play(*lengths, max_steps):
+    def act(*observations):
+        return tuple(torch.zeros(observation.shape[:-1], dtype=torch.long) for observation in observations)
+
+    keys = [[(name, key) for name in GROUPS] for key in ("observation", "action")]
+    env = TransformedEnv(ScriptedEnv(*lengths), RewardSum(reset_keys=["_reset"] * len(GROUPS)))
+    return evaluate(env, TensorDictModule(act, *keys), seed=0, max_steps=max_steps)
+
+
+def test_the_first_episode_of_every_copy_counts_with_its_return_and_length():
+    episodes = play(1, 3, 7, 2, max_steps=7)
+    assert episodes.lengths.tolist() == [1, 3, 7, 2]
+    paid = torch.tensor([1.0, 6.0, 28.0, 3.0])  # 1 + 2 + ... + length
+    assert_close(episodes.groups, {"hunters": 1.5 * paid, "prey": 6 * paid})
+    assert_close(episodes.returns, 3 * paid)  # mean over agents: (1 + 2 + 6) / 3
+    assert episodes.metrics() == {
+        "return": [3.0, 18.0, 84.0, 9.0],
+        "return_hunters": [1.5, 9.0, 42.0, 4.5],
+        "return_prey": [6.0, 36.0, 168.0, 18.0],
+        "episode_length": [1, 3, 7, 2],
+    }
+
+
+def test_an_episode_that_does_not_end_is_refused():
+    with pytest.raises(ValueError, match="1 of 3 episodes did not end within 6 steps"):
+        play(1, 7, 2, max_steps=6)

@@ -10,7 +10,8 @@ key                                        shape          meaning
 ``("agents", "action")``                   ``[B, N, A]``  actions (``[B, N]`` for a categorical)
 ``("agents", "action_log_prob")``          ``[B, N]``     log-probability of each agent's action when it was collected
 ``("agents", "action_mask")``              ``[B, N, A]``  legal actions (bool), read by the actor of a masked group
-``("agents", "mask")``                     ``[B, N]``     live agents (bool); rows of dead agents take no part in a loss
+``("agents", "mask")``                     ``[B, N]``     live agents (bool); policies learn from their rows alone,
+                                                          critics from all
 ``("agents", "state_value")``              ``[B, N, 1]``  the critic's value of each agent, in units of the return
 ``("next", "agents", "reward")``           ``[B, N, 1]``  reward of each agent
 ``("next", "agents", "episode_reward")``   ``[B, N, 1]``  undiscounted return of the episode so far

@@ -9,6 +9,7 @@ from torchrl_marl.modules import GroupShape, make_actor, make_critic
 
 AGENTS, OBSERVATION, ACTIONS, STATE = 3, 5, 4, 6
 SPACES = ("categorical", "masked", "continuous")
+PADDING = ("collector", "mask")  # where TorchRL says which rows are data
 
 
 def group_shape(space, name="agents", agents=AGENTS):
@@ -37,11 +38,12 @@ def make_team_critic():
     return TensorDictModule(network, in_keys=["state"], out_keys=["state_value"])
 
 
-def make_batch(actor, space, batch=(12,), *, name="agents", agents=AGENTS, live=None, team=False):
+def make_batch(actor, space, batch=(12,), *, name="agents", agents=AGENTS, live=None, padding=False, team=False):
     """A batch as a collector and a value estimator would leave it, drawn at random but the same in each call.
 
     Args:
         live: share of live agents; without it the batch has no mask.
+        padding: the others' rows are no data at all, rather than those of dead agents.
         team: one advantage and value target for the team instead of one for each agent.
     """
     generator = torch.Generator().manual_seed(11)
@@ -62,7 +64,7 @@ def make_batch(actor, space, batch=(12,), *, name="agents", agents=AGENTS, live=
     data["advantage"] = 1 + 2 * normal(*signal)
     data["value_target"] = normal(*signal)
     if live is not None:
-        data[name, "mask"] = torch.rand(*batch, agents, generator=generator) < live
+        data[PADDING if padding else (name, "mask")] = torch.rand(*batch, agents, generator=generator) < live
     return data
 
 

@@ -17,6 +17,7 @@ from tests.objectives.loss_factories import (
     ACTIONS,
     AGENTS,
     OBSERVATION,
+    PADDING,
     SPACES,
     STATE,
     add_transition,
@@ -187,7 +188,7 @@ def test_losses_are_means_of_the_papers_equations(method, space, live):
     gain = [method.gain(r, a) for r, a in zip(ratio.tolist(), advantage.tolist(), strict=True)]
     assert_close(output["loss_objective"].item(), -sum(gain) / len(gain), **TOLERANCE)
     # smooth l1: half the square below 1, the distance less a half above
-    error = (value - data["value_target"].squeeze(-1)).abs()[mask]
+    error = (value - data["value_target"].squeeze(-1)).abs()  # of the dead, too: returns bootstrap from their values
     distance = torch.where(error < 1, error.square() / 2, error - 0.5)
     assert_close(output["loss_critic"], 0.7 * distance.mean(), **TOLERANCE)
     if space != "continuous":
@@ -208,12 +209,12 @@ def test_diagnostics_are_what_their_names_say(space, live):
         value = critic(data.clone())["agents", "state_value"].squeeze(-1)
     mask = data.get(("agents", "mask"), torch.ones_like(log_prob, dtype=torch.bool))
     ratio = (log_prob - data["agents", "action_log_prob"]).exp()[mask]
-    target = data["value_target"].squeeze(-1)[mask]
+    target = data["value_target"].squeeze(-1)
     assert_close(output["kl_approx"], (ratio - 1 - ratio.log()).mean(), **TOLERANCE)
     assert_close(output["clip_fraction"].item(), sum(not 0.9 <= r <= 1.3 for r in ratio.tolist()) / len(ratio))
     assert_close(output["min_ratio"], ratio.min(), **TOLERANCE)
     assert_close(output["max_ratio"], ratio.max(), **TOLERANCE)
-    unexplained = (target - value[mask]).var(unbiased=False) / target.var(unbiased=False)
+    unexplained = (target - value).var(unbiased=False) / target.var(unbiased=False)
     assert_close(output["explained_variance"], 1 - unexplained, **TOLERANCE)
 
 
@@ -461,38 +462,55 @@ def test_a_loss_holds_the_networks_own_parameters(method, functional):
     assert {id(p) for p in loss.parameters()} == {id(p) for p in [*actor.parameters(), *critic.parameters()]}
 
 
-# --- dead agents
+# --- dead agents and padding
 
 
 @every_method
 @every_space
 @functional_or_not
-def test_masked_steps_equal_dropped_steps(method, space, functional):
-    # No agent lives in some steps: leaving them out of the batch changes nothing, whatever the critic sees.
+def test_padded_steps_equal_dropped_steps(method, space, functional):
     loss, actor, critic = make(method, space, functional=functional)
     data = make_batch(actor, space)
     kept = torch.arange(12) % 3 > 0
     dropped = data[kept]
-    data["agents", "mask"] = kept.unsqueeze(-1).expand(12, AGENTS)
+    data[PADDING] = kept.unsqueeze(-1)
     sampled = space == "continuous"
     outputs = [values(run(loss, batch), entropy=not sampled) for batch in (data, dropped)]
     assert_close(*outputs, **TOLERANCE)
     assert_close(*(gradients(output, actor, critic) for output in outputs), **TOLERANCE)
 
 
+@every_method
+@every_space
+@functional_or_not
+def test_steps_without_a_living_agent_train_the_critic_alone(method, space, functional):
+    loss, actor, critic = make(method, space, functional=functional)
+    data = make_batch(actor, space)
+    kept = torch.arange(12) % 3 > 0
+    whole, dropped = data.clone(), data[kept]
+    data["agents", "mask"] = kept.unsqueeze(-1).expand(12, AGENTS)
+    policy = {"loss_objective": 0.0} if space == "continuous" else {"loss_objective": 0.0, "loss_entropy": 0.0}
+    output, of_policy, of_critic = run(loss, data), run(loss, dropped), run(loss, whole)
+    assert_close({key: output[key] for key in policy}, {key: of_policy[key] for key in policy}, **TOLERANCE)
+    assert_close(output["loss_critic"], of_critic["loss_critic"], **TOLERANCE)
+    assert_close(gradients(output, critic), gradients(of_critic, critic), **TOLERANCE)
+    if space != "continuous":  # else noise of the entropy
+        assert_close(gradients(output, actor), gradients(of_policy, actor), **TOLERANCE)
+
+
 @every_method_of_alike_agents
 @every_space
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "plain"])
-def test_masked_agents_equal_dropped_agents(method, space, normalize):
+def test_padded_agents_equal_dropped_agents(method, space, normalize):
     # Networks that treat every agent alike: the live rows of all agents, stacked as the rows of a single agent.
     options = {"normalize_advantage": normalize, "normalize_advantage_exclude_dims": ()}
     several = make_networks(space, "observation", agent_id=False)
     single = make_networks(space, "observation", agents=1, agent_id=False)
-    data = make_batch(several[0], space, live=0.6)
-    mask = data["agents", "mask"]
+    data = make_batch(several[0], space, live=0.6, padding=True)
+    mask = data[PADDING]
     rows = TensorDict(
         {
-            "agents": {key: value[mask].unsqueeze(1) for key, value in data["agents"].items() if key != "mask"},
+            "agents": {key: value[mask].unsqueeze(1) for key, value in data["agents"].items()},
             "advantage": data["advantage"][mask].unsqueeze(1),
             "value_target": data["value_target"][mask].unsqueeze(1),
         },
@@ -510,16 +528,18 @@ def test_masked_agents_equal_dropped_agents(method, space, normalize):
 @every_space
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "plain"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_garbage_of_dead_agents_changes_nothing(method, space, normalize, reduction):
+@pytest.mark.parametrize("padding", [False, True], ids=["dead", "padding"])
+def test_garbage_of_dead_agents_and_of_padding_changes_nothing(method, space, normalize, reduction, padding):
     loss, actor, critic = make(method, space, normalize_advantage=normalize, reduction=reduction)
-    data = make_batch(actor, space, live=0.6)
-    dead = ~data["agents", "mask"]
+    data = make_batch(actor, space, live=0.6, padding=padding)
+    dead = ~data[PADDING if padding else ("agents", "mask")]
     expected = run(loss, data)
     for log_prob, advantage, target in ((torch.nan, 1e3, torch.nan), (-torch.inf, torch.nan, torch.inf)):
         garbage = data.clone()
         garbage["agents", "action_log_prob"][dead] = log_prob
         garbage["advantage"][dead] = advantage
-        garbage["value_target"][dead] = target
+        if padding:
+            garbage["value_target"][dead] = target
         if space == "masked":  # nothing is legal for the dead
             garbage["agents", "action_mask"][dead] = False
         output = run(loss, garbage)
@@ -567,13 +587,26 @@ def test_garbage_of_live_agents_is_not_hidden(method, key, losses):
 @every_method
 @every_space
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "plain"])
-def test_a_batch_of_dead_agents_gives_zero_losses_and_gradients(method, space, normalize):
+def test_a_batch_of_padding_gives_zero_losses_and_gradients(method, space, normalize):
     loss, actor, critic = make(method, space, normalize_advantage=normalize)
-    data = make_batch(actor, space, live=0.0)
+    data = make_batch(actor, space, live=0.0, padding=True)
     data["advantage"][:], data["value_target"][:] = torch.nan, torch.nan
     output = loss(data)
     assert all(output[key] == 0 for key in LOSSES)
     assert not any(gradient.any() for gradient in gradients(output, actor, critic))
+
+
+@every_method
+@every_space
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "plain"])
+def test_a_batch_of_dead_agents_trains_the_critic_alone(method, space, normalize):
+    loss, actor, critic = make(method, space, normalize_advantage=normalize)
+    data = make_batch(actor, space, live=0.0)
+    data["advantage"][:] = torch.nan
+    output = loss(data)
+    assert output["loss_objective"] == output["loss_entropy"] == 0
+    assert not any(gradient.any() for gradient in gradients(output, actor))
+    assert all(gradient.any() and gradient.isfinite().all() for gradient in gradients(output, critic))
 
 
 @every_method
@@ -584,7 +617,7 @@ def test_torchrls_masks_are_honoured(method, shape, key):
     data = make_batch(actor, "categorical", (6, 2))
     valid = torch.rand(shape) < 0.6
     per_agent = valid.reshape(6, 2, -1).expand(6, 2, AGENTS)
-    expected = values(loss(data.clone().set(("agents", "mask"), per_agent)))
+    expected = values(loss(data.clone().set("shifted_valid", per_agent)))
     data[key] = valid
     if key == ("my", "valid"):
         assert loss(data)["loss_objective"] != expected["loss_objective"]  # not one that TorchRL writes itself
@@ -609,10 +642,9 @@ def test_several_masks_are_joined(method):
     loss, actor, _ = make(method)
     data = make_batch(actor, "categorical", live=0.8)
     padding = torch.arange(12) < 9
-    both = data["agents", "mask"] & padding.unsqueeze(-1)
-    expected = values(loss(data.clone().set(("agents", "mask"), both)))
-    data["collector", "mask"] = padding.unsqueeze(-1)
-    assert_close(values(loss(data)), expected, rtol=0, atol=0)
+    expected = values(loss(data[padding]))
+    data[PADDING] = padding.unsqueeze(-1)
+    assert_close(values(loss(data)), expected, **TOLERANCE)
 
 
 @every_method
@@ -656,13 +688,14 @@ def test_reductions_agree(method, space, live):
     none, total_, mean = (
         run(make(method, networks=networks, reduction=reduction)[0], data) for reduction in ("none", "sum", "mean")
     )
-    count = 4 * 3 * AGENTS if live is None else data["agents", "mask"].sum()
+    live = data.get(("agents", "mask"), torch.ones(4, 3, AGENTS, dtype=torch.bool))
     for key in LOSSES:
         assert none[key].shape == (4, 3, AGENTS)
         assert_close(total_[key], none[key].sum(), **TOLERANCE)
-        assert_close(mean[key], none[key].sum() / count, **TOLERANCE)
-        if live is not None:
-            assert (none[key][~data["agents", "mask"]] == 0).all()
+        counted = live.numel() if key == "loss_critic" else live.sum()
+        assert_close(mean[key], none[key].sum() / counted, **TOLERANCE)
+        if key != "loss_critic":
+            assert (none[key][~live] == 0).all()
     for key in set(mean.keys()) - set(LOSSES):
         assert none[key].shape == ()
         assert_close(none[key], mean[key], rtol=0, atol=0)
@@ -721,15 +754,15 @@ def test_a_team_critic_gives_every_agent_the_teams_advantage(method, functional,
 
 
 @every_method_with_advantages
-def test_a_teams_value_counts_where_any_agent_lives(method):
+def test_a_teams_value_counts_where_any_row_is_data(method):
     actor, _ = networks_of(method, "categorical")
     loss, *_ = make(method, networks=(actor, make_team_critic()))
     data = make_batch(actor, "categorical", team=True)
     mask = torch.ones(12, AGENTS, dtype=torch.bool)
-    mask[:4, 1:] = False  # one agent lives on
+    mask[:4, 1:] = False  # one agent's row is
     mask[8:] = False
-    dropped = data[:8].set(("agents", "mask"), mask[:8])
-    data["agents", "mask"] = mask
+    dropped = data[:8].set(PADDING, mask[:8])
+    data[PADDING] = mask
     data["value_target"][8:], data["advantage"][8:] = torch.nan, torch.nan
     assert_close(values(loss(data)), values(loss(dropped)), **TOLERANCE)
 

@@ -100,11 +100,11 @@ def test_reductions_equal_torchrls(reduction):
 def test_masks_of_plain_advantages_equal_torchrls():
     # TorchRL masks its reductions, not the normalisation of advantages
     networks = make_networks("categorical")
-    data = make_batch(networks[0], "categorical", live=0.6)
+    data = make_batch(networks[0], "categorical", live=0.6, padding=True)
     ours = MAPPOLoss(*networks, normalize_advantage=False)
     theirs = torchrl_multiagent.MAPPOLoss(*networks, normalize_advantage=False)
     theirs.set_keys(value=("agents", "state_value"))
-    theirs.loss_mask_key = ("agents", "mask")
+    theirs.loss_mask_key = ("collector", "mask")
     assert_close(*(losses_and_gradients(loss, data, *networks) for loss in (ours, theirs)), **TOLERANCE)
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.objectives.loss_factories import AGENTS, make_batch, make_networks
-from torchrl_marl.objectives import MAPPOLoss
+from torchrl_marl.modules import GroupShape, make_actor, make_critic
+from torchrl_marl.objectives import HAPPOLoss, MAPPOLoss, SEACLoss
 
 functional_or_not = pytest.mark.parametrize("functional", [True, False], ids=["functional", "stateful"])
 
@@ -178,3 +179,44 @@ def test_training_on_the_losss_own_targets_finds_the_infinite_horizon(functional
         (gradient,) = torch.autograd.grad(loss(data)["loss_critic"], critic.scale)
         critic.scale.data.sub_(gradient)
     assert critic.scale.item() == pytest.approx(2, rel=1e-4)
+
+
+def episode_with_a_death(agents, steps, death):
+    """One episode with a reward of 1 a step for the team; agent 0 has died when step ``death`` begins."""
+    data = TensorDict({}, batch_size=[1, steps])
+    places = torch.eye(steps + 1)[:, :steps]  # the last observation is that of a terminal state
+    data["agents", "observation"] = places[:-1].unsqueeze(1).expand(1, steps, agents, steps)
+    data["next", "agents", "observation"] = places[1:].unsqueeze(1).expand(1, steps, agents, steps)
+    data["next", "agents", "reward"] = torch.ones(1, steps, agents, 1)
+    data["next", "done"] = data["next", "terminated"] = (torch.arange(steps) == steps - 1).reshape(1, steps, 1)
+    data["agents", "mask"] = torch.ones(1, steps, agents, dtype=torch.bool)
+    data["agents", "mask"][:, death:, 0] = False
+    data["agents", "action"] = torch.zeros(1, steps, agents, dtype=torch.long)
+    data["agents", "action_log_prob"] = torch.zeros(1, steps, agents)
+    return data
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.95, 1.0])
+@pytest.mark.parametrize("method", [MAPPOLoss, HAPPOLoss, SEACLoss], ids=lambda method: method.__name__)
+def test_values_of_agents_that_die_are_those_of_the_reward_that_their_team_goes_on_to_earn(method, lmbda):
+    # Reward 1 a step for 20 steps; agent 0 dies at step 2. Its return from the start is 1 + gamma + ... = 18.21 like
+    # everybody's, and the values of steps 2 to 19 are what the estimator bootstraps from.
+    agents, steps, gamma = 2, 20, 0.99
+    shape = GroupShape("agents", agents, steps, num_actions=3)
+    actor = make_actor(shape, share_parameters=False)
+    critic = make_critic(shape, observes="observation", share_parameters=False, hidden_sizes=())  # a table for each
+    tables = [parameter for name, parameter in critic.named_parameters() if name.endswith("weight")]
+    nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in critic.parameters())), critic.parameters())
+    options = {"sharing_coeff": 0.0} if method is SEACLoss else {}
+    loss = method(actor, critic, critic_coeff=1.0, loss_critic_type="l2", functional=False, **options)
+    loss.make_value_estimator(gamma=gamma, lmbda=lmbda)
+    data = episode_with_a_death(agents, steps, death=2)
+    for _ in range(25):
+        batch = data.clone()
+        with torch.no_grad():
+            loss.value_estimator(batch)
+        for table, gradient in zip(tables, torch.autograd.grad(loss(batch)["loss_critic"], tables), strict=True):
+            table.data.sub_(agents * steps / 2 * gradient)  # the minimum of a square, for every row that counts
+    remaining = (1 - gamma ** torch.arange(steps, 0, -1.0)) / (1 - gamma)
+    assert remaining[0].item() == pytest.approx(18.21, abs=0.005)
+    assert_close(torch.cat(tables), remaining.expand(agents, steps), rtol=1e-4, atol=0)

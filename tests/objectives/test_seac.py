@@ -5,7 +5,15 @@ import torch
 from torch.testing import assert_close
 from torchrl.modules import PopArtValueNorm
 
-from tests.objectives.loss_factories import AGENTS, add_transition, gradients, make_batch, make_networks, total
+from tests.objectives.loss_factories import (
+    AGENTS,
+    PADDING,
+    add_transition,
+    gradients,
+    make_batch,
+    make_networks,
+    total,
+)
 from torchrl_marl.objectives import SEACLoss
 from torchrl_marl.objectives.surrogates import clip_gain
 
@@ -38,9 +46,12 @@ def pairwise_losses(actor, critic, data, sharing_coeff):
                 weight = sharing_coeff * (log_prob - data["agents", "action_log_prob"][:, source]).exp().detach()
             error = data["value_target"][:, source, 0] - value
             live = mask[:, source]
-            objective = objective - (weight * log_prob * error.detach() * live).sum()
-            distance = distance + (weight * error.square() * live).sum()
-    return {"loss_objective": objective / mask.sum(), "loss_critic": 0.5 * distance / mask.sum()}
+            objective = objective - (weight * log_prob * error.detach() * live).sum() / mask.sum()
+            if source == learner:  # its own values are learnt wherever its returns bootstrap from them
+                distance = distance + error.square().mean() / AGENTS
+            else:
+                distance = distance + (weight * error.square() * live).sum() / mask.sum()
+    return {"loss_objective": objective, "loss_critic": 0.5 * distance}
 
 
 @pytest.mark.parametrize("space", ["categorical", "masked", "continuous"])
@@ -100,13 +111,15 @@ def test_without_sharing_agents_are_independent():
     assert not torch.allclose(before[per_network], after[per_network])
 
 
-def test_what_the_dead_have_stored_changes_nothing():
+@pytest.mark.parametrize("padding", [False, True], ids=["dead", "padding"])
+def test_what_the_dead_have_stored_changes_nothing(padding):
     actor, critic = networks()
-    data = make_batch(actor, "categorical", live=0.6)
+    data = make_batch(actor, "categorical", live=0.6, padding=padding)
     loss = SEACLoss(actor, critic, functional=False)
-    garbled, dead = data.clone(), ~data["agents", "mask"]
+    garbled, dead = data.clone(), ~data[PADDING if padding else ("agents", "mask")]
     garbled["agents", "action_log_prob"][dead] = torch.nan
-    garbled["value_target"][dead] = torch.inf
+    if padding:
+        garbled["value_target"][dead] = torch.inf
     assert_close(loss(garbled), loss(data))
     assert_close(gradients(loss(garbled), actor, critic), gradients(loss(data), actor, critic))
 

@@ -11,6 +11,7 @@ from torchrl.modules import PopArtValueNorm
 
 from tests.objectives.loss_factories import (
     AGENTS,
+    PADDING,
     SPACES,
     add_transition,
     gradients,
@@ -560,17 +561,19 @@ def test_an_unknown_way_of_reuse_raises(cls):
 @every_space
 @every_turn
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "plain"])
-def test_garbage_of_dead_agents_changes_nothing(cls, space, turn, normalize):
+@pytest.mark.parametrize("padding", [False, True], ids=["dead", "padding"])
+def test_garbage_of_dead_agents_and_of_padding_changes_nothing(cls, space, turn, normalize, padding):
     loss, actor, critic = make(cls, space, normalize_advantage=normalize)
-    data = batch_of(actor, space, live=0.6)
-    dead = ~data["agents", "mask"]
+    data = batch_of(actor, space, live=0.6, padding=padding)
+    dead = ~data[PADDING if padding else ("agents", "mask")]
     data["agents", "update_log_ratio"][dead] = 0
     expected = results(loss, data, turn, actor, critic)
     for log_prob, advantage, target in ((torch.nan, 1e3, torch.nan), (-torch.inf, torch.nan, torch.inf)):
         garbage = data.clone()
         garbage["agents", "action_log_prob"][dead] = log_prob
         garbage["advantage"][dead] = advantage
-        garbage["value_target"][dead] = target
+        if padding:
+            garbage["value_target"][dead] = target
         if space == "masked":  # nothing is legal for the dead
             garbage["agents", "action_mask"][dead] = False
         assert_close(results(loss, garbage, turn, actor, critic), expected, **TOLERANCE)
@@ -588,7 +591,7 @@ def test_whole_turns_are_blind_to_garbage_of_dead_agents(cls, space):
         dead = ~data["agents", "mask"]
         if garbage:
             data["agents", "action_log_prob"][dead] = torch.nan
-            data["advantage"][dead], data["value_target"][dead] = torch.nan, torch.nan
+            data["advantage"][dead] = torch.nan
             if space == "masked":
                 data["agents", "action_mask"][dead] = False
         torch.manual_seed(1)
@@ -638,7 +641,6 @@ def test_the_critics_turn_is_mappos_with_dead_agents_and_normalised_values(cls):
         networks = make_networks("categorical", share_parameters=False, value_norm=PopArtValueNorm(shape=1))
         data = make_batch(networks[0], "categorical", live=0.6)
         data["value_target"] = 50 + 9 * data["value_target"]
-        data["value_target"][~data["agents", "mask"]] = torch.nan
         loss = own(*networks)
         loss.update_value_norm(data)
         loss.turn = "critic"
@@ -753,7 +755,8 @@ def test_reductions_agree(cls, turn, live):
             sources = [j for j in range(AGENTS) if MIXED[turn][j] > 0] if off else [turn]
             mean = (none.sum((0, 1)) / mask.sum((0, 1))[sources]).sum()
         else:
-            mean = none.sum() / (mask[..., turn] if isinstance(turn, int) else mask).sum()
+            counted = torch.ones_like(mask) if key == "loss_critic" else mask
+            mean = none.sum() / (counted[..., turn] if isinstance(turn, int) else counted).sum()
         assert_close(outputs["mean"][key], mean, **TOLERANCE)
 
 

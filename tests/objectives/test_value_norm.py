@@ -7,7 +7,15 @@ import torchrl.objectives.multiagent as torchrl_multiagent
 from torch.testing import assert_close
 from torchrl.modules import PercentileValueNorm, PopArtValueNorm, RunningValueNorm
 
-from tests.objectives.loss_factories import AGENTS, OBSERVATION, add_transition, gradients, make_batch, make_networks
+from tests.objectives.loss_factories import (
+    AGENTS,
+    OBSERVATION,
+    PADDING,
+    add_transition,
+    gradients,
+    make_batch,
+    make_networks,
+)
 from torchrl_marl.modules import Denormalize
 from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, standardize
 
@@ -101,7 +109,6 @@ def test_critic_loss_is_measured_in_normalized_units(loss_class, functional, kin
     data["value_target"] = 500 + 50 * data["value_target"]
     prediction, _ = prediction_and_value(networks[1], data)
     error = (prediction - (data["value_target"] - 500) / 50).abs().squeeze(-1)
-    error = error if live is None else error[data["agents", "mask"]]
     assert error.min() < 1 < error.max()
     distance = {"smooth_l1": torch.where(error < 1, error**2 / 2, error - 0.5), "l2": error**2, "l1": error}[kind]
     output = loss(data)
@@ -166,29 +173,30 @@ def test_any_value_norm_of_torchrl_fits(norm, functional):
 
 @every_loss
 @functional_or_not
-def test_update_value_norm_folds_in_the_targets_of_live_agents(loss_class, functional):
+def test_update_value_norm_folds_in_all_targets_but_those_of_padding(loss_class, functional):
     norm = RunningValueNorm(shape=1)
     networks = make_networks("categorical", value_norm=norm)
     loss = loss_class(*networks, functional=functional)
-    data = make_batch(networks[0], "categorical", live=0.6)
+    data = make_batch(networks[0], "categorical", live=0.6, padding=True)
+    data["agents", "mask"] = torch.rand(12, AGENTS) < 0.5
     data["value_target"] = 500 + 50 * data["value_target"]
-    live = data["value_target"][data["agents", "mask"]]
-    data["value_target"][~data["agents", "mask"]] = torch.nan
+    targets = data["value_target"][data[PADDING]]
+    data["value_target"][~data[PADDING]] = torch.nan
     loss.update_value_norm(data)
-    assert_close(norm.mean, live.mean(0))
-    assert_close(norm.scale(), live.std(0, unbiased=False))
-    assert norm.count == len(live)
+    assert_close(norm.mean, targets.mean(0))
+    assert_close(norm.scale(), targets.std(0, unbiased=False))
+    assert norm.count == len(targets)
 
 
 @functional_or_not
 @pytest.mark.parametrize("norm", [PopArtValueNorm, RunningValueNorm, PercentileValueNorm])
-def test_update_value_norm_of_dead_agents_moves_nothing(norm, functional):
+def test_update_value_norm_of_padding_moves_nothing(norm, functional):
     norm = norm(shape=1)
     norm.update(torch.tensor([[1.0], [5.0]]))
     before = [buffer.clone() for buffer in norm.buffers()]
     networks = make_networks("categorical", value_norm=norm)
     loss = MAPPOLoss(*networks, functional=functional)
-    loss.update_value_norm(make_batch(networks[0], "categorical", live=0.0))
+    loss.update_value_norm(make_batch(networks[0], "categorical", live=0.0, padding=True))
     assert_close(list(norm.buffers()), before, rtol=0, atol=0)
 
 

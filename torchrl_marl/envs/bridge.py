@@ -46,7 +46,7 @@ class BridgeEnv(EnvBase, ABC):
 
     The keys are those of the library's own: observations, actions, masks and rewards of the group ``"agents"``, done
     flags, ``step_count`` and the state at the root. Where agents can drop out, ``("agents", "mask")`` tells who lives:
-    losses leave the rows of the others out. The time limit and ``("agents", "episode_reward")`` are kept here, so that
+    policies do not learn from the rows of the others. The time limit and ``("agents", "episode_reward")`` are kept here, so that
     no transform is needed.
 
     Each copy has a random stream of its own, which every episode begins from: the same seed gives the same episodes, a

@@ -326,5 +326,5 @@ def _done_flags(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
         if early.any():
             yield (
                 f"{key} is set before the episode is done in {int(early.sum())} of {len(early)} steps: agents drop "
-                f"out. Their later data count in the loss unless ('{key[0]}', 'mask') marks the live agents."
+                f"out. Their later data train the policy unless ('{key[0]}', 'mask') marks the live agents."
             )

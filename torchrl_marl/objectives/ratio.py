@@ -57,13 +57,16 @@ class RatioLoss(LossModule):
         loss_entropy   = -entropy_coeff mean(H(pi(.|o)))
         loss_critic    =  critic_coeff mean(distance(value, value_target))
 
-    Means run over steps and live agents. Log-probabilities stay per agent: there is no joint ratio. If the critic ends
-    in a :class:`~torchrl_marl.modules.Denormalize` layer, its distance is measured in units of the value scale, so
-    the network regresses normalised targets.
+    Means of the policy's terms run over steps and live agents, the critic's over steps and all agents: an agent's
+    return goes on after its death, with what its team earns, so the value estimator bootstraps from values of dead
+    agents, and these must be learnt like all others. Log-probabilities stay per agent: there is no joint ratio. If the
+    critic ends in a :class:`~torchrl_marl.modules.Denormalize` layer, its distance is measured in units of the value
+    scale, so the network regresses normalised targets.
 
     Keys (see :mod:`torchrl_marl.keys`), all renamable with ``set_keys``: action, ``sample_log_prob`` and the group are
-    read off the actor, ``value`` off the critic; ``mask`` (live agents, ``[B, N]``) is used where the data holds it,
-    together with what TorchRL's ``loss_mask_key`` names. If ``advantage`` is missing, the value estimator computes it.
+    read off the actor, ``value`` off the critic; ``mask`` (live agents, ``[B, N]``) is used where the data holds it.
+    Rows that TorchRL's ``loss_mask_key`` leaves out, such as padding, take part in nothing. If ``advantage`` is
+    missing, the value estimator computes it.
 
     ``ratio_low``, ``ratio_high``, ``entropy_coeff`` and ``critic_coeff`` are buffers; assign to them to schedule them.
 
@@ -80,7 +83,8 @@ class RatioLoss(LossModule):
             loop does so once for the whole batch with :func:`standardize`, as MAPPO's authors do and our recipes.
         normalize_advantage_exclude_dims: dimensions with statistics of their own; by default each agent has its own.
         functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one entry per step and agent, zero for dead agents).
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one entry per step and agent, of the policy's terms zero for
+            dead agents).
         clip_value: how far, in units of the value scale, a value may move from the stored one before it counts as not
             moving; the larger of both distances is the loss. ``None``: as far as it likes.
 
@@ -187,7 +191,7 @@ class RatioLoss(LossModule):
         read = [*self.actor_network.in_keys, *self.critic_network.in_keys]
         read += [keys.action, keys.sample_log_prob, keys.advantage, keys.value_target]
         read += [] if self.clip_value is None else [keys.value]
-        return list(dict.fromkeys([*read, *self._own_keys(), *self._mask_keys()]))
+        return list(dict.fromkeys([*read, *self._own_keys(), self.tensor_keys.mask, *self._valid_keys()]))
 
     def _own_keys(self) -> list[NestedKey]:
         """Entries that only this method reads."""
@@ -223,24 +227,24 @@ class RatioLoss(LossModule):
 
     @torch.no_grad()
     def update_value_norm(self, tensordict: TensorDictBase, *, gather: Gather = _alone) -> None:
-        """Fold the value targets of live agents into the critic's running value statistics.
+        """Fold the value targets into the critic's running value statistics.
 
         Call it once per batch, after the value estimator; it does nothing if the critic does not normalise values.
 
         Args:
-            tensordict: holds the value target and, if any, the mask.
+            tensordict: holds the value target.
             gather: joins what several processes hold of one batch, as :func:`torchrl_marl.data_parallel.gather` does.
         """
         value_norm = self._value_norm()
         if value_norm is None:
             return
         target = tensordict.get(self.tensor_keys.value_target)
-        mask = self._mask(tensordict, target.shape[:-1])
-        live = gather(target) if mask is None else gather(target)[gather(mask)]
-        if live.numel() == 0:  # the statistics of nothing would be NaN, for good
+        valid = self._valid(tensordict, target.shape[:-1])
+        targets = gather(target) if valid is None else gather(target)[gather(valid)]
+        if targets.numel() == 0:  # the statistics of nothing would be NaN, for good
             return
         with self._parameters_of("critic_network"):
-            value_norm.update(live)
+            value_norm.update(targets)
 
     @dispatch  # pyright: ignore[reportArgumentType]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -369,7 +373,7 @@ class RatioLoss(LossModule):
         """Reduced distance of the critic to its target, in units of the value scale, and its explained variance."""
         keys = self.tensor_keys
         target = require(tensordict, keys.value_target)
-        mask = self._mask(tensordict, target.shape[:-1])
+        valid = self._valid(tensordict, target.shape[:-1])
         value_norm = self._value_norm()
         old_value = None if self.clip_value is None else require(tensordict, keys.value)
         with self._parameters_of("critic_network"):
@@ -380,10 +384,10 @@ class RatioLoss(LossModule):
                 f"The critic's {keys.value!r} has shape {tuple(value.shape)}, but {keys.value_target!r} has shape "
                 f"{tuple(target.shape)}: recompute advantages and targets with this loss's value estimator."
             )
-        if mask is not None:
-            value, target = (torch.where(mask.unsqueeze(-1), x, 0.0) for x in (value, target))
-        variance = _variance(target.detach(), mask)
-        unexplained = _variance((target - value).detach(), mask)
+        if valid is not None:
+            value, target = (torch.where(valid.unsqueeze(-1), x, 0.0) for x in (value, target))
+        variance = _variance(target.detach(), valid)
+        unexplained = _variance((target - value).detach(), valid)
         explained = 1 - unexplained / variance.clamp(min=torch.finfo(variance.dtype).eps)
         if scale is not None:  # (v - m) / s - (t - m) / s = (v - t) / s: the mean cancels
             value, target = value / scale, target / scale
@@ -392,25 +396,32 @@ class RatioLoss(LossModule):
             old_value = old_value if scale is None else old_value / scale
             clipped = old_value + (value - old_value).clamp(-self.clip_value, self.clip_value)
             distance = torch.maximum(distance, distance_loss(clipped, target, self.loss_critic_type))
-        return self._reduce(distance.squeeze(-1), mask), explained
+        return self._reduce(distance.squeeze(-1), valid), explained
 
     def _value_norm(self) -> ValueNorm | None:
         return next((module for module in self.critic_network.modules() if isinstance(module, ValueNorm)), None)
 
-    def _mask_keys(self) -> list[NestedKey]:
+    def _valid_keys(self) -> list[NestedKey]:
         named = self.loss_mask_key
-        others = () if named is None else AUTO_LOSS_MASK_KEYS if named == "auto" else (named,)
-        return [self.tensor_keys.mask, *others]
+        return [] if named is None else list(AUTO_LOSS_MASK_KEYS) if named == "auto" else [named]
+
+    def _valid(self, tensordict: TensorDictBase, shape: torch.Size) -> Tensor | None:
+        """Rows that are data and no padding, ``[*batch, agents]`` or ``[*batch]`` as ``shape`` says; ``None``: all."""
+        return self._joined(self._valid_keys(), tensordict, shape)
 
     def _mask(self, tensordict: TensorDictBase, shape: torch.Size) -> Tensor | None:
-        """Rows that count, ``[*batch, agents]`` or ``[*batch]`` as ``shape`` says; ``None`` if all do."""
-        mask = None
-        for key in self._mask_keys():
+        """Those of them whose agent lives: rows that a policy learns from."""
+        return self._joined([self.tensor_keys.mask, *self._valid_keys()], tensordict, shape)
+
+    @staticmethod
+    def _joined(keys: Sequence[NestedKey], tensordict: TensorDictBase, shape: torch.Size) -> Tensor | None:
+        joined = None
+        for key in keys:
             found = tensordict.get(key, None)
             if found is not None:
                 found = expand_mask(found, shape, tensordict.batch_size, key)
-                mask = found if mask is None else mask & found
-        return mask
+                joined = found if joined is None else joined & found
+        return joined
 
     def _reduce(self, values: Tensor, mask: Tensor | None) -> Tensor:
         if self.reduction == "mean":

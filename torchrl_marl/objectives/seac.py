@@ -35,10 +35,11 @@ class SEACLoss(RatioLoss):
         r_ik = pi_i(a_k|o_k) / pi_k_old(a_k|o_k)
         c_ii = 1, c_ik = sharing_coeff;   w_ii = 1, w_ik = sharing_coeff r_ik, no gradient
 
-    for each learner i and source k. Other agents are summed, not averaged. Means run over steps and live sources. The
-    gradient is that of the paper's ``c_ik r_ik log pi_i(a_k|o_k) A_ik`` with no gradient through its weight, and on
-    an agent's own data, which are of its current policy, that of A2C. Written as a ratio, it takes any gain: with
-    ``gain=clip_gain`` it is shared experience PPO, fit for several epochs. Without one take new data after each update.
+    for each learner i and source k. Other agents are summed, not averaged. Means run over steps and live sources, those
+    of a critic's own values (``i = k``) over all steps. The gradient is that of the paper's
+    ``c_ik r_ik log pi_i(a_k|o_k) A_ik`` with no gradient through its weight, and on an agent's own data, which are of
+    its current policy, that of A2C. Written as a ratio, it takes any gain: with ``gain=clip_gain`` it is shared
+    experience PPO, fit for several epochs. Without one take new data after each update.
 
     ``value_target`` is the return ``R``, bootstrapped with its own agent's critic. The paper's, of ``t`` steps, is that
     of a batch ``[B, t]`` and ``loss.make_value_estimator(gamma=0.99, lmbda=1)``. An ``advantage`` is not read.
@@ -153,24 +154,28 @@ class SEACLoss(RatioLoss):
             scale = 1.0 if value_norm is None else value_norm.scale()
         value, returns = torch.stack(values, -2), returns.squeeze(-1).unsqueeze(-2).expand_as(log_ratio)
 
-        mask, pairs = self._mask(tensordict, shape), torch.ones_like(log_ratio, dtype=torch.bool)
+        own = torch.eye(len(self._policies), dtype=torch.bool, device=log_ratio.device)
+        mask, valid = self._mask(tensordict, shape), self._valid(tensordict, shape)
+        pairs, valued = torch.ones_like(log_ratio, dtype=torch.bool), own
         if mask is not None:
             pairs = mask.unsqueeze(-2).expand_as(log_ratio)
-            log_ratio, value, returns = (torch.where(pairs, x, 0.0) for x in (log_ratio, value, returns))
-        own = torch.eye(len(self._policies), dtype=torch.bool, device=log_ratio.device)
-        advantage = (returns - value).detach()
+            valued = pairs | own if valid is None else pairs | (own & valid.unsqueeze(-2))
+            log_ratio = torch.where(pairs, log_ratio, 0.0)
+            value, returns = (torch.where(valued, x, 0.0) for x in (value, returns))
+        advantage = torch.where(pairs, returns - value, 0.0).detach()
         if self.normalize_advantage:
             advantage = standardize(advantage, pairs, exclude_dims=self.normalize_advantage_exclude_dims)
         gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
-        distance = distance_loss(value / scale, returns / scale, self.loss_critic_type)
         gain = torch.where(own, gain, self.sharing_coeff * gain)
-        distance = torch.where(own, distance, self.sharing_coeff * log_ratio.detach().exp() * distance)
+        distance = distance_loss(value / scale, returns / scale, self.loss_critic_type)
+        shared = self.sharing_coeff * log_ratio.detach().exp() * distance
+        own_distance, shared = (distance * own).sum(-2), (shared * ~own).sum(-2)
         entropy = torch.stack([policy_entropy(policy) for policy in policies], -2).diagonal(dim1=-2, dim2=-1)
         return TensorDict(
             {
                 "loss_objective": self._reduce(-gain.sum(-2), mask),
                 "loss_entropy": -self.entropy_coeff * self._reduce(entropy, mask),
-                "loss_critic": self.critic_coeff * self._reduce(distance.sum(-2), mask),
+                "loss_critic": self.critic_coeff * (self._reduce(own_distance, valid) + self._reduce(shared, mask)),
                 "entropy": masked_mean(entropy.detach(), mask),
                 **ratio_diagnostics(log_ratio.detach(), pairs, self.ratio_low, self.ratio_high),
             }

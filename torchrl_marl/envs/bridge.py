@@ -46,8 +46,8 @@ class BridgeEnv(EnvBase, ABC):
 
     The keys are those of the library's own: observations, actions, masks and rewards of the group ``"agents"``, done
     flags, ``step_count`` and the state at the root. Where agents can drop out, ``("agents", "mask")`` tells who lives:
-    policies do not learn from the rows of the others. The time limit and ``("agents", "episode_reward")`` are kept here, so that
-    no transform is needed.
+    policies do not learn from the rows of the others. The time limit and ``("agents", "episode_reward")`` are kept
+    here, so that no transform is needed.
 
     Each copy has a random stream of its own, which every episode begins from: the same seed gives the same episodes, a
     copy plays as it would alone, and ``state_dict`` holds what the next ``reset`` begins with.

@@ -16,8 +16,8 @@ class MAPPOLoss(RatioLoss):
     """Multi-agent PPO: the clipped gain for each agent, with a centralised critic.
 
     It equals :class:`torchrl.objectives.multiagent.MAPPOLoss` on the same batch, in value and gradient, and in addition
-    leaves dead agents out of the policy's means and of the advantage normalisation, and regresses normalised values when
-    the critic ends in a :class:`~torchrl_marl.modules.Denormalize` layer.
+    leaves dead agents out of the policy's means and of the advantage normalisation, and regresses normalised values
+    when the critic ends in a :class:`~torchrl_marl.modules.Denormalize` layer.
 
     Reference: Yu et al., The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games, 2022,
     https://arxiv.org/abs/2103.01955; Eq. (2) of the MARS paper. Defaults are TorchRL's. A pair of widths is the MARS

@@ -25,14 +25,14 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.overrides import TorchFunctionMode
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
-from torchrl.modules import ProbabilisticActor, TanhNormal
+from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.random_streams import random_streams
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.modules.distributions import InversionCategorical, InversionMaskedCategorical
+from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, standardize
 from torchrl_marl.objectives.ratio import RatioLoss
 from torchrl_marl.training import Run, reduce_records, stop_signals
@@ -41,7 +41,7 @@ __all__ = ["Seed", "SeedGroup"]
 
 _LOSSES = (MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss)  # their forward changes nothing
 _OPTIMIZERS = (Adam, AdamW, RMSprop, SGD)  # they treat every element alike
-_DISTRIBUTIONS = (InversionCategorical, InversionMaskedCategorical, TanhNormal)
+_DISTRIBUTIONS = (InversionCategorical, InversionMaskedCategorical, CensoredTanhNormal)
 _DRAWS = (torch.randint_like, torch.Tensor.normal_)  # what these draw with
 
 

@@ -13,10 +13,10 @@ from torch.testing import assert_close
 from torchrl.data import Binary, Bounded, Composite, OneHot, Unbounded
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.envs import ExplorationType, VmasEnv, set_exploration_type
-from torchrl.modules import RunningValueNorm, TanhNormal
+from torchrl.modules import RunningValueNorm
 
 from torchrl_marl.modules import AgentNetworks, Denormalize, GroupShape, make_actor, make_critic
-from torchrl_marl.modules.distributions import InversionCategorical, InversionMaskedCategorical
+from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 
 AGENTS, OBSERVATION, ACTIONS, STATE = 3, 5, 4, 6
 LOW, HIGH = (-1.0, -2.0), (1.0, 3.0)
@@ -80,7 +80,7 @@ def test_actor_writes_an_action_and_its_log_probability_for_each_agent(shape, op
 @every_space
 def test_actor_has_the_distribution_of_its_actions(shape):
     distribution = make_actor(shape).get_dist(observations(7, shape=shape))
-    classes = (InversionCategorical, InversionMaskedCategorical, TanhNormal)
+    classes = (InversionCategorical, InversionMaskedCategorical, CensoredTanhNormal)
     expected = dict(zip(("categorical", "masked", "continuous"), classes, strict=True))
     assert type(distribution) is expected[next(name for name in SHAPES if SHAPES[name] is shape)]
 

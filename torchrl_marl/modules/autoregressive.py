@@ -29,8 +29,9 @@ from torch.distributions import Categorical
 from torch.nn import functional
 from torchrl.data import Unbounded
 from torchrl.envs import ExplorationType, TensorDictPrimer, exploration_type
-from torchrl.modules import MaskedCategorical, ProbabilisticActor, TanhNormal, ValueNorm
+from torchrl.modules import MaskedCategorical, ProbabilisticActor, ValueNorm
 
+from torchrl_marl.modules.distributions import CensoredTanhNormal
 from torchrl_marl.modules.group import GroupShape
 from torchrl_marl.modules.value_norm import Denormalize
 
@@ -143,7 +144,7 @@ class TanhNormalActions(nn.Module):
         self.register_buffer("high", torch.tensor(high, device=device), persistent=False)
         self.raw_scale = nn.Parameter(torch.zeros(len(low), device=device))
         self.num_outputs = len(low)
-        self.distribution_class = TanhNormal
+        self.distribution_class = CensoredTanhNormal
         self.distribution_kwargs: dict[str, Any] = {"low": self.low, "high": self.high}
 
     def embedding(self, embed_dim: int) -> nn.Module:

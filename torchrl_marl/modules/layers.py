@@ -10,10 +10,10 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
-from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
+from torchrl.modules import MLP, ProbabilisticActor
 
 from torchrl_marl.modules.agent_networks import AgentNetworks
-from torchrl_marl.modules.distributions import InversionCategorical, InversionMaskedCategorical
+from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 from torchrl_marl.modules.group import GroupShape
 
 __all__ = [
@@ -56,7 +56,7 @@ def make_policy(
             "low": torch.tensor(shape.action_low, device=device),
             "high": torch.tensor(shape.action_high, device=device),
         }
-        distribution = {"in_keys": keys, "distribution_class": TanhNormal, "distribution_kwargs": bounds}
+        distribution = {"in_keys": keys, "distribution_class": CensoredTanhNormal, "distribution_kwargs": bounds}
     else:
         keys = [(name, "logits")]
         masked = {

@@ -110,6 +110,19 @@ def test_the_natural_step_reaches_the_boundary_of_the_trust_region_to_second_ord
     assert_close(step / step.norm(), direction / direction.norm(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("norm", [1e-12, 1e-8, 1e-5, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_natural_step_does_not_depend_on_the_gradients_scale(norm, dtype):
+    matrix, gradient = positive_matrix(5).to(dtype), torch.randn(5, dtype=dtype)
+    gradient = norm * gradient / gradient.norm()
+    inverse = torch.linalg.solve(matrix.double(), gradient.double() / norm)
+    expected = (2 * 0.03 / (inverse @ gradient.double() / norm)).sqrt() * inverse
+    direction = conjugate_gradient(lambda v: matrix @ v, gradient)
+    step = natural_step(lambda v: matrix @ v, gradient, max_kl=0.03)
+    assert_close(direction.double() / norm, inverse, rtol=1e-3, atol=1e-4)
+    assert_close(step.double(), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_no_gradient_gives_no_step():
     assert not natural_step(lambda v: v, torch.zeros(3), max_kl=0.1).any()
 
@@ -208,6 +221,20 @@ def test_an_accepted_step_improves_within_the_bound_and_says_so(max_kl):
     assert_close(info["improvement"], after - before)
     assert 0 < kl < max_kl
     assert after - before > 0.5 * info["step_fraction"] * info["expected_improvement"] > 0
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e3])
+def test_a_small_or_a_large_gain_moves_parameters_as_far(scale):
+    moved = []
+    for factor in (1.0, scale):
+        torch.manual_seed(0)
+        network, evaluate = a_policy_and_its_gain(factor)
+        start = parameters_to_vector(network.parameters()).detach()
+        trust_region_step(list(network.parameters()), evaluate, max_kl=0.01)
+        moved.append(parameters_to_vector(network.parameters()) - start)
+    # residuals of 1e-4 of the gradient, which the damping of 0.1 makes steps of 1e-3 at most
+    assert (moved[1] - moved[0]).norm() < 1e-3 * moved[0].norm()
+    assert moved[0].norm() > 0.01
 
 
 def test_parameters_move_in_place_and_only_those_given():

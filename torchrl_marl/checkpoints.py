@@ -6,7 +6,7 @@ import dataclasses
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
@@ -83,9 +83,10 @@ class CheckpointFolder:
         return self._rotation.latest()
 
     @property
-    def best(self) -> Path | None:
-        """The checkpoint of the highest score, if any."""
-        return self._rotation.best()
+    def best(self) -> tuple[Path, float]:
+        """The checkpoint of the highest score, and that score; of those that are there, as are its parameters."""
+        path = cast("Path", self._rotation.best())
+        return path, read_metadata(path)[_SCORE]
 
 
 def find_checkpoint(path: str | Path) -> Path:

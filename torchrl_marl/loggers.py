@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +16,12 @@ from torchrl.record import CSVLogger, TensorboardLogger
 
 import torchrl_marl
 
-__all__ = ["MetricLog", "git_commit", "run_group", "without_seed"]
+__all__ = ["ABSOLUTE", "LAST_FIFTH", "MetricLog", "git_commit", "run_group", "without_seed"]
 
+ABSOLUTE = "eval/absolute/episode_reward"
+"""Metrics that a finished run logs, with the endings ``_mean``, ``_std``, ...: returns of its best parameters."""
+LAST_FIFTH = "eval/reward/last_fifth"
+"""Metric that a finished run logs and a sweep maximises: mean evaluation return over the last fifth of evaluations."""
 _FRAMES = "counters/total_frames"
 
 
@@ -37,7 +41,8 @@ class MetricLog:
         group: name that runs share which differ only in the seed.
         tags: words to find the run by.
         run_id: fixed id, so that a resumed run continues its W&B curve.
-        resumed_at: frames at which a resumed run goes on; rows beyond are dropped. ``None`` for a new run.
+        resumed_at: frames at which a resumed run goes on; rows beyond are dropped, and so is what an end has measured,
+            with its summary moved to ``folder/abandoned``. ``None`` for a new run.
         wandb_project: W&B project; ``None`` turns W&B off.
         wandb_tags: further tags.
         wandb_mode: ``"online"``, ``"offline"`` or ``"disabled"``; ``None`` chooses as above.
@@ -61,6 +66,7 @@ class MetricLog:
     ) -> None:
         if resumed_at is not None:
             _drop_rows_beyond(resumed_at, folder / "scalars")
+            _set_aside(folder, folder.glob("summary.json"))
         self._folder = folder
         self._csv = CSVLogger(exp_name="", log_dir=str(folder))
         self._tensorboard = TensorboardLogger("tensorboard", log_dir=str(folder)) if tensorboard else None
@@ -118,9 +124,7 @@ class MetricLog:
                 rows.setdefault(int(frames), {})[name] = float(value)
         for frames, metrics in sorted(rows.items()):
             self._wandb.log({**metrics, _FRAMES: frames})
-        for path in older:
-            (self._folder / "abandoned").mkdir(exist_ok=True)
-            path.replace(self._folder / "abandoned" / path.name)
+        _set_aside(self._folder, older)
 
 
 def run_group(method: str, task: str, config: Mapping[str, Any]) -> str:
@@ -165,12 +169,21 @@ def _start_wandb(mode: str | None, **run: Any) -> Any:
         return wandb.init(mode="offline", settings=settings, **run)
 
 
-def _drop_rows_beyond(frames: int, folder: Path) -> None:
-    """Forget what a killed run measured after the checkpoint that it resumes from; it will be measured again."""
-    for path in folder.rglob("*.csv"):
+def _drop_rows_beyond(frames: int, scalars: Path) -> None:
+    """Forget what a run measured after the checkpoint that it resumes from, or at its end; it will do so again."""
+    for path in scalars.rglob("*.csv"):
+        if path.relative_to(scalars).as_posix().startswith((ABSOLUTE, LAST_FIFTH)):
+            path.unlink()
+            continue
         rows = path.read_text().splitlines(keepends=True)
         kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= frames]
         if len(kept) < len(rows):
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, path)
+
+
+def _set_aside(folder: Path, paths: Iterable[Path]) -> None:
+    for path in paths:
+        (folder / "abandoned").mkdir(exist_ok=True)
+        path.replace(folder / "abandoned" / path.name)

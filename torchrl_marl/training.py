@@ -34,14 +34,10 @@ from torchrl_marl.envs import RandomState, preserve_random_state, render_episode
 from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve
 from torchrl_marl.evaluation.episodes import ended_episode_returns
 from torchrl_marl.evaluation.records import EvaluationRecord
-from torchrl_marl.loggers import MetricLog, git_commit, run_group
+from torchrl_marl.loggers import ABSOLUTE, LAST_FIFTH, MetricLog, git_commit, run_group
 from torchrl_marl.modules import GroupShape
 
-__all__ = ["LAST_FIFTH", "Run", "reduce_records", "stop_signals"]
-
-LAST_FIFTH = "eval/reward/last_fifth"
-"""Metric that a finished run logs and a sweep maximises: mean evaluation return over the last fifth of evaluations."""
-
+__all__ = ["Run", "progress_bar", "reduce_records", "stop_signals"]
 
 class Run:
     """One training run: a folder with its configuration, metrics, evaluation episodes, checkpoints and pictures.
@@ -56,7 +52,8 @@ class Run:
 
     A checkpoint is written after every evaluation and is a reset point: the training environments start new episodes
     there, in a run that goes on as in one that is resumed, which makes the two equal bit for bit. Ctrl-C or SIGTERM
-    ends the run after the iteration under way, with a checkpoint.
+    ends the run after the iteration under way, without a checkpoint of its own, which would be one more reset point:
+    resumed, the run repeats what it has learned since the last evaluation.
 
     A checkpoint holds the random state of this process alone. Others get theirs from it at each reset point: workers
     that collect (:class:`~torchrl_marl.collectors.WorkerCollector`), and the processes of torchrun
@@ -230,10 +227,10 @@ class Run:
         evaluations = self._progress["evaluations"]
         last_fifth = [score for _, score in evaluations[-max(1, len(evaluations) // 5) :]]
         objective = sum(last_fifth) / len(last_fifth)
-        if self._checkpoints.best is not None:
-            score = max(score for _, score in evaluations)
-            self._log.artifact(self._checkpoints.best, "checkpoint", {"score": score, "seed": self.cfg.seed})
+        best, score = self._checkpoints.best
+        self._log.artifact(best, "checkpoint", {"score": score, "seed": self.cfg.seed})
         returns = torch.empty(0)
+        self._interrupted |= self._asked_to_stop  # it may have come after the last iteration
         if not self._interrupted:
             try:
                 returns = self._absolute_returns()
@@ -242,14 +239,17 @@ class Run:
                 self._interrupted = True
         if self._interrupted:
             self._log.finish()
+            frames = self._progress["frames"]
+            again = frames - evaluations[-1][0]
+            repeating = f", which repeats the {again:,} frames since the last checkpoint" if again else ""
             print(
-                f"Stopped after {self._progress['frames']:,} of {self.cfg.total_frames:,} frames, without absolute "
-                f"metric, pictures and summary. Go on with 'resume=\"{self.folder}\"'"
+                f"Stopped after {frames:,} of {self.cfg.total_frames:,} frames, without absolute metric, pictures and "
+                f"summary. Go on with 'resume=\"{self.folder}\"'{repeating}"
             )
             return objective
         summary = {
             "final": evaluations[-1][1],
-            "best": max(score for _, score in evaluations),
+            "best": score,
             "absolute": returns.mean().item(),
             "last_fifth": objective,
             "frames": self._progress["frames"],
@@ -258,7 +258,7 @@ class Run:
             "git_commit": git_commit(),
             "sessions": self._progress["sessions"],
         }
-        metrics = {LAST_FIFTH: objective, **_statistics("eval/absolute/episode_reward", returns)}
+        metrics = {LAST_FIFTH: objective, **_statistics(ABSOLUTE, returns)}
         self._log.log(metrics, self._progress["frames"])
         self._log.finish(summary)
         print(
@@ -307,7 +307,7 @@ class Run:
         """Whether the iteration that has just finished, of so many frames, ends with an evaluation."""
         frames, interval = self._progress["frames"], self.cfg.evaluation.interval
         passed = frames // interval > (frames - frames_of_a_process * num_processes()) // interval
-        return passed or self.is_over
+        return passed or frames >= self.cfg.total_frames
 
     def _begin_episodes(self, collector: Collector | SequenceCollector | WorkerCollector) -> None:
         """Start new episodes; several processes also begin their random states anew, from a seed of the first one."""
@@ -405,7 +405,7 @@ class Run:
             collector.shutdown()
 
     def interrupt(self) -> None:
-        """End the run after the iteration under way, with a checkpoint."""
+        """End the run after the iteration under way."""
         self._asked_to_stop = True
 
     def seed(self, purpose: int) -> int:
@@ -471,7 +471,7 @@ def stop_signals(interrupt: Callable[[], None]) -> Iterator[None]:
     """Turn the first Ctrl-C or SIGTERM into a request to stop; a second one ends the program at once."""
 
     def handle(number: int, frame: object) -> None:
-        print("\nStopping after this iteration, with a checkpoint (again to stop at once).")
+        print("\nStopping after this iteration (again to stop at once).")
         interrupt()
         for which, handler in previous.items():
             signal.signal(which, handler)

@@ -1,6 +1,7 @@
 """The MARS recipe and its relatives, end to end on a tiny task."""
 
 import json
+import os
 import re
 import signal
 import time
@@ -48,6 +49,15 @@ def wait_for_frames(folder: Path, frames: int) -> Path:
 
 def last_value(folder: Path, metric: str) -> float:
     return float((folder / "scalars" / f"{metric}.csv").read_text().split()[-1].split(",")[1])
+
+
+def assert_same_traces(one: Path, other: Path) -> None:
+    """All that two runs have measured, what was played in evaluations and the parameters are the same, to the bit."""
+    assert curves(one) == curves(other)
+    assert (one / "evaluations.json").read_text() == (other / "evaluations.json").read_text()
+    parameters = [load_policy(find_checkpoint(folder)).state_dict() for folder in (one, other)]
+    for name, value in parameters[0].items():
+        assert torch.equal(value, parameters[1][name]), name
 
 
 def test_the_methods_are_those_of_the_readme() -> None:
@@ -207,30 +217,54 @@ def test_a_run_killed_in_the_middle_resumes_bit_for_bit(
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
     run_recipe(monkeypatch, tmp_path / "elsewhere", f"resume={killed}")
     assert not (tmp_path / "elsewhere").exists()
-    assert curves(killed) == curves(whole)
-    episodes = [(folder / "evaluations.json").read_text() for folder in (killed, whole)]
-    assert episodes[0] == episodes[1]
+    assert_same_traces(killed, whole)
     sessions = json.loads((killed / "summary.json").read_text())["sessions"]
     assert ["resume=RUN" in session["command"] for session in sessions] == [False, True]
-    parameters = [load_policy(find_checkpoint(folder)).state_dict() for folder in (killed, whole)]
-    for name, value in parameters[0].items():
-        assert torch.equal(value, parameters[1][name]), name
 
 
-def test_interruption_ends_the_run_with_a_checkpoint_to_go_on_from(
+def send_after(patch: pytest.MonkeyPatch, frames: int, number: signal.Signals) -> None:
+    """Let the next run get a signal in the iteration that follows ``frames`` frames."""
+    record = Run.record
+
+    def send_and_record(run: Run, metrics: dict) -> None:
+        if run._progress["frames"] == frames and not run._asked_to_stop:
+            os.kill(os.getpid(), number)
+        record(run, metrics)
+
+    patch.setattr(Run, "record", send_and_record)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_bit_for_bit(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It goes on from its last checkpoint: one of its own would be a reset point that the whole run does not have."""
+    long = ["env=coordsum", "total_frames=480", "evaluation.interval=240"]
+    run_recipe(monkeypatch, tmp_path / "whole", *long)
+    with monkeypatch.context() as patch:
+        send_after(patch, 320, number)
+        run_recipe(patch, tmp_path / "stopped", *long)
+    (folder,) = run_folders(tmp_path / "stopped")
+    assert read_metadata(find_checkpoint(folder))["frames"] == 240
+    printed = capsys.readouterr().out
+    assert "Stopped after 400 of 480 frames" in printed
+    assert f"Go on with 'resume=\"{folder}\"', which repeats the 160 frames since the last checkpoint\n" in printed
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={folder}")
+    assert_same_traces(folder, *run_folders(tmp_path / "whole"))
+
+
+def test_an_interruption_soon_after_the_start_leaves_something_to_go_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = start_recipe(tmp_path, "total_frames=100000000", "evaluation.interval=1000000")
-    folder = wait_for_frames(tmp_path, 160)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, printed
-    assert f'resume="{folder}"' in printed
-    stopped_at = read_metadata(find_checkpoint(folder))["frames"]
-    assert stopped_at > 0
+    with monkeypatch.context() as patch:
+        send_after(patch, 0, signal.SIGINT)
+        run_recipe(patch, tmp_path, "total_frames=160", "evaluation.interval=1000000")
+    (folder,) = run_folders(tmp_path)
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
-    run_recipe(monkeypatch, tmp_path, f"resume={folder}", f"total_frames={stopped_at + 160}")
-    assert json.loads((folder / "summary.json").read_text())["frames"] == stopped_at + 160
+    run_recipe(monkeypatch, tmp_path, f"resume={folder}")
+    assert (folder / "scalars/counters/iter.csv").read_text() == "80,1.0\n160,2.0\n"
+    assert (folder / "summary.json").exists()
 
 
 def test_interruption_in_the_last_iteration_says_what_resuming_still_does(

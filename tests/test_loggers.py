@@ -1,5 +1,6 @@
 """Metrics end up where a user looks for them."""
 
+import json
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +26,27 @@ def test_a_resumed_curve_holds_every_frame_once(tmp_path: Path) -> None:
     for frames in (30, 40):
         resumed.log({"eval/x": frames}, frames)
     assert (tmp_path / "scalars/eval/x.csv").read_text() == "10,1.0\n20,2.0\n30,30.0\n40,40.0\n"
+
+
+def test_a_resumed_run_measures_its_end_once(tmp_path: Path) -> None:
+    """Ended at 20 frames, killed before its summary, ended again, resumed for more: only the last end is there."""
+    end = {"eval/reward/last_fifth": 1.0, "eval/absolute/episode_reward_mean": 2.0}
+    log = new_log(tmp_path)
+    log.log({"eval/reward/episode_reward_mean": 3.0}, 20)
+    log.log(end, 20)
+    again = new_log(tmp_path, resumed_at=20)
+    again.log(end, 20)
+    again.finish({"frames": 20})
+    longer = new_log(tmp_path, resumed_at=20)
+    assert not (tmp_path / "summary.json").exists()  # the run is unfinished again
+    assert json.loads((tmp_path / "abandoned/summary.json").read_text()) == {"frames": 20}
+    longer.log({"eval/reward/episode_reward_mean": 4.0, **end}, 30)
+    scalars = tmp_path / "scalars/eval"
+    assert {path.relative_to(scalars).as_posix(): path.read_text() for path in scalars.rglob("*.csv")} == {
+        "reward/last_fifth.csv": "30,1.0\n",
+        "absolute/episode_reward_mean.csv": "30,2.0\n",
+        "reward/episode_reward_mean.csv": "20,3.0\n30,4.0\n",
+    }
 
 
 def test_runs_share_a_group_if_only_seed_and_place_differ() -> None:

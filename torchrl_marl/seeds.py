@@ -35,7 +35,7 @@ from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_s
 from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, standardize
 from torchrl_marl.objectives.ratio import RatioLoss
-from torchrl_marl.training import Run, reduce_records, stop_signals
+from torchrl_marl.training import Run, progress_bar, reduce_records, stop_signals
 
 __all__ = ["Seed", "SeedGroup"]
 
@@ -153,7 +153,7 @@ class SeedGroup:
         """
         first = self.seeds[0].run
         total = len(self) * first.cfg.total_frames
-        bar = tqdm(total=total, unit=" frames", unit_scale=True, desc=f"{first.cfg.method}, {len(self)} seeds")
+        bar = progress_bar(f"{first.cfg.method}, {len(self)} seeds", total)
         with self._ended_together(collector), bar, stop_signals(self._interrupt):
             self._evaluate_and_save(optimizer)
             data = iter(collector)

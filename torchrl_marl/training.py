@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any, NoReturn, cast
 
 import torch
@@ -38,6 +39,7 @@ from torchrl_marl.loggers import ABSOLUTE, LAST_FIFTH, MetricLog, git_commit, ru
 from torchrl_marl.modules import GroupShape
 
 __all__ = ["Run", "progress_bar", "reduce_records", "stop_signals"]
+
 
 class Run:
     """One training run: a folder with its configuration, metrics, evaluation episodes, checkpoints and pictures.
@@ -165,14 +167,8 @@ class Run:
             RuntimeError: if collecting, evaluating or saving fails: a worker has died, the disk is full, ...; it names
                 the last good checkpoint.
         """
-        bar = tqdm(
-            total=self.cfg.total_frames,
-            initial=self._progress["frames"],
-            unit=" frames",
-            unit_scale=True,
-            desc=self.cfg.method,
-            disable=not self._leads,
-        )
+        frames = self._progress["frames"]
+        bar = progress_bar(self.cfg.method, self.cfg.total_frames, initial=frames, disable=not self._leads)
         with self._failures_named(collector), bar, stop_signals(self.interrupt):
             if not self._progress["evaluations"]:
                 self.evaluate_and_save()
@@ -411,6 +407,12 @@ class Run:
     def seed(self, purpose: int) -> int:
         """Seed for evaluation (1), the absolute metric (2) and the video (3), away from that of training."""
         return 1_000_003 * purpose + self.cfg.seed
+
+
+def progress_bar(description: str, total_frames: int, **options: Any) -> tqdm:
+    """Return a bar of frames that one process draws: tqdm's own lock would be a semaphore, which outlives a kill."""
+    tqdm.set_lock(RLock())
+    return tqdm(total=total_frames, unit=" frames", unit_scale=True, desc=description, **options)
 
 
 def reduce_records(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe, start_recipe
-from torchrl_marl.checkpoints import find_checkpoint, load_policy, read_metadata
+from torchrl_marl.checkpoints import best_checkpoint, find_checkpoint, load_policy, read_metadata
 from torchrl_marl.config import _stored_config
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import Episodes, evaluate
+from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.objectives import IPPOLoss
 from torchrl_marl.training import Run
 
@@ -208,9 +210,10 @@ def test_a_run_killed_in_the_middle_resumes_bit_for_bit(
     process = start_recipe(tmp_path / "killed", *long)
     killed = wait_for_frames(tmp_path / "killed", 800)  # past a checkpoint, and beyond what that one holds
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    printed, _ = process.communicate()
     (whole,) = run_folders(tmp_path / "whole")
     assert process.returncode == -signal.SIGKILL
+    assert "resource_tracker" not in printed  # Python's warning of semaphores that it has to take away
     assert not (killed / "summary.json").exists()
     resumed_from = read_metadata(find_checkpoint(killed))["frames"]
     assert 0 < resumed_from < 1600
@@ -349,6 +352,55 @@ def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(
     assert (folder / "abandoned/checkpoint-000000000240.torchrl").exists()
     frames = [int(row.split(",")[0]) for row in (folder / "scalars/counters/iter.csv").read_text().split()]
     assert frames == [80, 160, 240]
+
+
+def test_a_run_resumed_after_its_end_repeats_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    before, episodes = curves(folder), (folder / "evaluations.json").read_text()
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={folder}")
+    assert curves(folder) == before
+    assert (folder / "evaluations.json").read_text() == episodes
+
+
+def test_the_best_score_is_that_of_the_parameters_which_the_absolute_metric_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best of before 160 frames gave way to that of 240 and is gone when the run goes on from 160."""
+    scores = iter([1.0, 5.0, 3.0, 7.0])
+
+    def scripted(*arguments: Any, **options: Any) -> Episodes:
+        episodes = evaluate(*arguments, **options)
+        score = next(scores, None)
+        return episodes if score is None else episodes._replace(returns=torch.full_like(episodes.returns, score))
+
+    monkeypatch.setattr("torchrl_marl.training.evaluate", scripted)
+    run_recipe(monkeypatch, tmp_path, "total_frames=240")
+    (folder,) = run_folders(tmp_path)
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    older = folder / "checkpoints/checkpoint-000000000160.torchrl"
+    run_recipe(monkeypatch, tmp_path, f"resume={older}", "total_frames=160")
+    best = read_metadata(best_checkpoint(folder))
+    assert (best["frames"], best["score"]) == (160, 3.0)
+    assert json.loads((folder / "summary.json").read_text())["best"] == 3.0
+
+
+def test_a_signal_during_the_last_evaluation_ends_the_run_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add = EvaluationRecord.add
+
+    def stop_and_add(record: EvaluationRecord, frames: int, metrics: dict) -> None:
+        if frames == 80:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(record, frames, metrics)
+
+    monkeypatch.setattr(EvaluationRecord, "add", stop_and_add)
+    run_recipe(monkeypatch, tmp_path, "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    assert "Stopped after 80 of 80 frames, without absolute metric" in capsys.readouterr().out
+    assert read_metadata(find_checkpoint(folder))["frames"] == 80
 
 
 def test_a_checkpoint_away_from_its_run_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

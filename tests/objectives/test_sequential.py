@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import itertools
+import math
 
 import pytest
 import torch
@@ -546,6 +548,25 @@ def test_drawn_sources_have_the_weighted_objective_on_average():
     for turn in range(AGENTS):
         expected = results(weighted, data, turn)[0]["loss_objective"]
         assert_close(results(sampled, data, turn)[0]["loss_objective"], expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("cls", OFF_AGENT)
+def test_drawn_sources_have_the_weighted_objective_in_expectation_however_unequally_they_live(cls):
+    options = {"normalize_advantage": False, "entropy_coeff": 0.0}
+    weighted, actor, _ = make(cls, **options)
+    sampled, *_ = make(cls, reuse="sampled", **options)
+    data = batch_of(actor, batch=(3,), live=1.0)
+    data["agents", "mask"][:, 0] = torch.tensor([True, False, True])
+    data["agents", "mask"][:, 2] = torch.tensor([False, True, False])
+    for turn in range(AGENTS):
+        weighted.turn = sampled.turn = turn
+        expectation = 0.0
+        for sources in itertools.product(range(AGENTS), repeat=3):  # all draws there are, by their probabilities
+            data["agents", "reuse_source"] = torch.tensor(sources).unsqueeze(-1).expand(3, AGENTS)
+            probability = math.prod(MIXED[turn][source] for source in sources)
+            if probability:
+                expectation += probability * sampled(data)["loss_objective"].detach()
+        assert_close(expectation, weighted(data)["loss_objective"].detach(), **TOLERANCE)
 
 
 @pytest.mark.parametrize("cls", [OAPPOLoss, OATRPOLoss])

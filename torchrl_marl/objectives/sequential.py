@@ -269,7 +269,7 @@ class SequentialLoss(RatioLoss):
             "mean_compound_ratio": masked_mean(compound, mask),
             "max_compound_ratio": (compound if mask is None else compound.where(mask, 0.0)).max(),
         }
-        return self._over_sources(-compound * gain, mask), diagnostics
+        return self._over_sources(-compound * gain, mask, tensordict), diagnostics
 
     def _own_keys(self) -> list[NestedKey]:
         """Entries that only sequential methods read."""
@@ -300,8 +300,12 @@ class SequentialLoss(RatioLoss):
         experience.set(keys.update_log_ratio, take(updates.sum(-1, keepdim=True) - updates))
         mask = self._mask(tensordict, stored.shape)
         if mask is not None:
-            experience.set(keys.mask, take(mask))
-            own = None if own is None else own & take(mask)
+            live = take(mask)
+            experience.set(keys.mask, live)
+            own = None if own is None else own & live
+            if self.sampled:  # a mean over live draws would slight the sources that live less often
+                counts = mask.flatten(0, -2).sum(0).clamp(min=1)
+                experience.set("source_weight", live.sum() / take(counts.expand(mask.shape)))
         return experience, own
 
     @set_recurrent_mode(True)
@@ -331,8 +335,15 @@ class SequentialLoss(RatioLoss):
         # not the batch size of the data: it counts agents too if forward was given plain tensors
         return TensorDict(entries, batch_size=tensordict.get(self.tensor_keys.sample_log_prob).shape[:-1])
 
-    def _over_sources(self, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Reduce ``[*B, S]`` source by source, weighted as the learner weights its sources."""
+    def _over_sources(self, values: Tensor, mask: Tensor | None, experience: TensorDictBase) -> Tensor:
+        """Reduce ``[*B, S]`` source by source, weighted as the learner weights its sources.
+
+        Of drawn sources a mean is that over all draws of ``value / share of rows where the source lives``, whose
+        expectation is the weighted sum of the sources' own means.
+        """
+        weight = experience.get("source_weight", None)
+        if weight is not None and self.reduction == "mean":
+            values = weight * values
         masks = [None] * values.shape[-1] if mask is None else mask.unbind(-1)
         reduced = [self._reduce(*column) for column in zip(values.unbind(-1), masks, strict=True)]
         columns = torch.stack(reduced, -1)
@@ -454,7 +465,7 @@ class NaturalGradientLoss(SequentialLoss):
             losses, new = self._actor_losses(experience, policy, entropy_mask)
             kl = policy_kl(old, new)
             mask = self._mask(experience, kl.shape)
-            return -losses["loss_objective"] - losses["loss_entropy"], self._over_sources(kl, mask)
+            return -losses["loss_objective"] - losses["loss_entropy"], self._over_sources(kl, mask, experience)
 
         step = self._take_step(self.agent_parameters(self.turn), evaluate, max_kl=self.max_kl)
         with torch.no_grad():

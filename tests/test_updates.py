@@ -6,10 +6,20 @@ import torch
 from torchrl_marl.collectors import NextStepKeys, minibatches
 from torchrl_marl.envs import make_aerocombat, make_coordsum
 from torchrl_marl.modules import make_actor, make_critic
-from torchrl_marl.objectives import MARPOLoss, MARSLoss
+from torchrl_marl.objectives import MAGPOLoss, MARPOLoss, MARSLoss
+from torchrl_marl.objectives.magpo import follow_imitation_gap
 from torchrl_marl.updates import make_update
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def guided(actor, critic, **options):
+    """A loss of six parts that moves its bound."""
+    torch.manual_seed(3)
+    learner = copy.deepcopy(actor)
+    for parameter in learner.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return MAGPOLoss(actor, critic, learner, adapt_ratio=follow_imitation_gap, **options)
 
 
 def build(device="cpu", method=MARSLoss, make_game=make_coordsum, **options):
@@ -40,8 +50,10 @@ def trained(loss, rows, device="cpu", size=32, **options):
     return [{name: step[name].clone() for name in names} for step in measured], [*loss.parameters(), *loss.buffers()]
 
 
-def test_an_update_is_the_step_of_a_plain_loop():
-    loss, rows = build()
+@pytest.mark.parametrize("method", [MARSLoss, guided])
+def test_an_update_is_the_step_of_a_plain_loop(method):
+    loss, rows = build(method=method)
+    loss_before = copy.deepcopy(loss)
     measured, parameters = trained(loss, rows)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
     torch.manual_seed(0)
@@ -49,7 +61,7 @@ def test_an_update_is_the_step_of_a_plain_loop():
     for _ in range(2):
         for index in torch.randperm(96).split(32):
             losses = loss(rows[index])
-            sum(losses[name] for name in ("loss_objective", "loss_entropy", "loss_critic")).backward()
+            sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
             norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), 0.1)
             optimizer.step()
             optimizer.zero_grad()
@@ -57,6 +69,8 @@ def test_an_update_is_the_step_of_a_plain_loop():
     for step, true in zip(measured, expected, strict=True):
         assert all(torch.equal(value, true[name]) and not value.requires_grad for name, value in step.items())
     assert all(torch.equal(*pair) for pair in zip(parameters, [*loss.parameters(), *loss.buffers()], strict=True))
+    for (name, after), before in zip(loss.named_parameters(), loss_before.parameters(), strict=True):
+        assert not torch.equal(after, before), name  # the learner's, too
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -79,7 +93,7 @@ class Doubled(torch.nn.Module):
         return self.first(values) + self.second(values)
 
 
-@pytest.mark.parametrize("case", ["plain", "functional", "tied", "buffers", "noise"])
+@pytest.mark.parametrize("case", ["plain", "functional", "tied", "buffers", "guided", "noise"])
 def test_a_traced_update_is_the_uncompiled_one(case, monkeypatch):
     """Also of parameters that cannot be replaced one by one, of a loss that changes itself, and of one with noise."""
     compile = torch.compile
@@ -88,6 +102,7 @@ def test_a_traced_update_is_the_uncompiled_one(case, monkeypatch):
     kind = {
         "functional": {"functional": True},
         "buffers": {"method": MARPOLoss},
+        "guided": {"method": guided},
         "noise": {"make_game": make_aerocombat},
     }
     loss, rows = build(**kind.get(case, {}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,11 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torchrl_marl.collectors.compiled import INDUCTOR_OPTIONS
-from torchrl_marl.objectives import MARPOLoss
 
 __all__ = ["make_update"]
 
-_LOSSES = ("loss_objective", "loss_entropy", "loss_critic")
 _OPTIONS: dict[str, Any] = {
     **INDUCTOR_OPTIONS,
     "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,  # those of libraries: a fifth of a small step
@@ -28,14 +26,14 @@ _OPTIONS: dict[str, Any] = {
 def make_update(
     loss: nn.Module, optimizer: Optimizer, *, max_grad_norm: float, compile: bool = False, cuda_graph: bool = False
 ) -> Callable[[TensorDictBase], dict[str, Tensor]]:
-    """Build the gradient step of a loss with ``loss_objective``, ``loss_entropy`` and ``loss_critic``.
+    """Build the gradient step of a loss.
 
     Nothing in it waits for an accelerator. Compiled, the loss, its gradients and their norm are one graph, and what is
     left to Python is the optimiser's step: take one with ``fused=True``. Noise is drawn from Torch's generator, as
     uncompiled.
 
     Args:
-        loss: its gradients are those of the sum of its three losses.
+        loss: its gradients are those of the sum of all entries ``loss_*`` that it returns.
         optimizer: of the loss's parameters.
         max_grad_norm: the gradient is scaled down to this norm, over all parameters.
         compile: whether to compile the loss.
@@ -116,8 +114,8 @@ class _Objective(nn.Module):
 
     def forward(self, minibatch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self.loss(minibatch)
-        objective, entropy, critic = (losses[name] for name in _LOSSES)
-        return objective + entropy + critic, dict(losses.detach().items())
+        total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+        return cast("Tensor", total), dict(losses.detach().items())
 
 
 def _replaceable(objective: nn.Module) -> bool:
@@ -125,6 +123,6 @@ def _replaceable(objective: nn.Module) -> bool:
     modules = list(objective.modules())
     held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     tied = len(held) > len(set(held))  # a replaced one would be replaced in one of its places
-    # DistributedDataParallel averages within backward, and MARPO's forward moves its target, which grad forbids
-    kinds = TensorDictParams | DistributedDataParallel | MARPOLoss
-    return not tied and not any(isinstance(module, kinds) for module in modules)
+    # DistributedDataParallel averages within backward, and grad forbids a forward that moves buffers
+    kinds = TensorDictParams | DistributedDataParallel
+    return not tied and not any(isinstance(m, kinds) or getattr(m, "moves_buffers", False) for m in modules)

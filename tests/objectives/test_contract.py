@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributions import Categorical, Distribution
 from torch.testing import assert_close
 from torchrl.modules import ProbabilisticActor, TanhNormal
+from torchrl.objectives import ValueEstimators
 from torchrl.objectives.value import GAE, MultiAgentGAE
 
 from tests.objectives.loss_factories import (
@@ -321,6 +322,28 @@ def test_a_missing_entry_is_named(method, key):
         loss(data)
     assert f"{key!r} is missing" in error.value.args[0]
     assert "observation" in error.value.args[0]  # what there is instead
+
+
+@every_method
+@pytest.mark.parametrize("live", [None, 0.6], ids=["all-live", "some-dead"])
+@functional_or_not
+def test_entries_can_be_selected_as_of_any_torchrl_loss(method, live, functional):
+    loss, actor, _ = make(method, functional=functional)
+    data = make_batch(actor, "categorical", live=live)
+    everything, names = loss(data), list(loss.out_keys)
+    selected = ["loss_critic", "entropy"]
+    assert loss.select_out_keys(*selected) is loss
+    assert sorted(loss.out_keys) == sorted(loss(data).keys()) == sorted(selected)
+    assert_close(loss(data), everything.select(*selected), rtol=0, atol=0)
+    read = data.select(*loss.in_keys, strict=False).items(True, True)
+    tensors = {"_".join(key) if isinstance(key, tuple) else key: value for key, value in read}
+    if live is not None:  # dispatch wants every in-key
+        assert_close(loss(**tensors), tuple(everything[key] for key in loss.out_keys), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"out_keys must be some of loss_objective.*\['loss'\]"):
+        loss.select_out_keys("loss")
+    loss.reset_out_keys()
+    assert loss.out_keys == names
+    assert_close(loss(data), everything, rtol=0, atol=0)
 
 
 @every_method
@@ -812,6 +835,12 @@ def test_any_value_estimator_can_be_chosen(method):
     instance = MultiAgentGAE(value_network=loss.critic_network, gamma=0.9, lmbda=0.8)
     assert_close(values(loss.make_value_estimator(instance)(data)), expected, rtol=0, atol=0)
     assert loss.value_estimator is instance
+
+
+@every_method
+def test_v_trace_which_knows_no_agents_is_refused(method):
+    with pytest.raises(NotImplementedError, match="VTrace"):
+        make(method)[0].make_value_estimator(ValueEstimators.VTrace)
 
 
 @every_method

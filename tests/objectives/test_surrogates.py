@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from torchrl_marl.objectives.surrogates import barrier_gain, clip_gain, kl_interval, quadratic_gain, ratio_gain
+from torchrl_marl.objectives.surrogates import (
+    barrier_gain,
+    clip_gain,
+    kl_interval,
+    quadratic_gain,
+    ratio_gain,
+    reflective_clip_gain,
+)
 
 GAINS = {"clip": clip_gain, "quadratic": quadratic_gain, "barrier": barrier_gain, "ratio": ratio_gain}
 SOFT_GAINS = {"quadratic": quadratic_gain, "barrier": barrier_gain}  # those with a target ratio
@@ -104,6 +111,33 @@ def test_finite_for_extreme_log_ratios(gain, advantage):
     value, gradient = value_and_gradient(gain, log_ratio, torch.full_like(log_ratio, advantage))
     assert value.isfinite().all()
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("gain", [clip_gain, ratio_gain])
+def test_a_ratios_gradient_has_a_norm_for_any_log_ratio(gain, advantage):
+    # Beyond 40 the ratio goes on with the slope that it has there; a clip cuts it as anywhere.
+    log_ratio = torch.tensor([-300.0, 40.0, 62.0, 92.0, 300.0])
+    value, gradient = value_and_gradient(gain, log_ratio, torch.full_like(log_ratio, advantage))
+    assert value.isfinite().all()
+    assert gradient.norm().isfinite()
+    cut = gain is clip_gain and advantage > 0
+    slope = torch.tensor(0.0 if cut else advantage * math.exp(40))
+    assert_close(gradient[1:], slope.expand(4))
+    assert_close(value[2] - value[1], 22 * slope)
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize(("now", "later"), [(46.0, 46.0), (92.0, 92.0), (300.0, -300.0), (0.0, 92.0)])  # e^46 = 1e20
+def test_the_reflective_gain_and_its_gradient_are_finite_for_ratios_of_any_size(now, later, advantage):
+    log_ratios = torch.tensor([now, later], requires_grad=True)
+    sides = {"low": 0.8, "high": 1.2, "next_low": 0.9, "next_high": 1.1}
+    gain = reflective_clip_gain(*log_ratios.unsqueeze(-1), torch.tensor([advantage]), **sides)
+    (gradient,) = torch.autograd.grad(gain.sum(), log_ratios)
+    assert gain.isfinite().all()
+    assert gradient.norm().isfinite()
+    if advantage > 0 and later > 0:
+        assert gain.item() == pytest.approx(min(math.exp(min(now, 1)), 1.2) * 1.1)  # both clips
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])

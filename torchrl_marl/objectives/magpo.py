@@ -198,14 +198,13 @@ class MAGPOLoss(RatioLoss):
         self._hold("learner_network", learner_network)
         self.learner_gain = learner_gain
         self.adapt_ratio = adapt_ratio
+        self.moves_buffers = adapt_ratio is not None
         self.learner_kl: LearnerKL = _checked(learner_kl)
         device = self.ratio_low.device
         self.register_coeff_buffer("guider_learner_ratio", float(guider_learner_ratio), device=device)
         self.register_coeff_buffer("rl_coeff", float(rl_coeff), device=device)
 
-    @property
-    def out_keys(self) -> list[str]:
-        """Entries that ``forward`` returns."""
+    def _computed_keys(self) -> list[str]:
         losses = ["loss_guider_kl", "loss_learner_kl", "loss_learner_objective"]
         diagnostics = ["double_clip_fraction", "learner_min_ratio", "learner_max_ratio"]
         return [*OUT_KEYS, *losses, *diagnostics, *([] if self.adapt_ratio is None else ["guider_learner_ratio"])]
@@ -294,8 +293,6 @@ class CTDSLoss(RatioLoss):
         ValueError: if an option is out of its range.
     """
 
-    out_keys = (*OUT_KEYS, "loss_learner_kl")  # pyright: ignore[reportAssignmentType]
-
     learner_network: ProbabilisticTensorDictSequential
     learner_network_params: TensorDictParams | None
     target_learner_network_params: TensorDictParams | None
@@ -336,6 +333,9 @@ class CTDSLoss(RatioLoss):
         )
         self._hold("learner_network", learner_network)
         self.learner_kl: LearnerKL = _checked(learner_kl)
+
+    def _computed_keys(self) -> list[str]:
+        return [*OUT_KEYS, "loss_learner_kl"]
 
     def _own_keys(self) -> list[NestedKey]:
         return list(self.learner_network.in_keys)

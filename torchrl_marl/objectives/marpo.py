@@ -123,6 +123,7 @@ class MARPOLoss(RatioLoss):
     tensor_keys: _AcceptedKeys
     _schedulable_buffers = RatioLoss._schedulable_buffers | {"kl_target", "kl_bias"}
 
+    moves_buffers = True
     kl_target: Tensor
     kl_bias: Tensor
 
@@ -190,9 +191,8 @@ class MARPOLoss(RatioLoss):
         terms = _LAYOUTS[self.layout] if self.reflection_coeff else _LAYOUTS[self.layout][:1]
         return "kl" in terms
 
-    @property
-    def out_keys(self) -> list[str]:
-        """Entries that ``forward`` returns: of the divergence and of the next step only where they play a part."""
+    def _computed_keys(self) -> list[str]:
+        """Entries that ``forward`` computes: of the divergence and of the next step only where they play a part."""
         keys = [*OUT_KEYS, "current_gain"]
         if self.uses_kl:
             keys += ["kl", "kl_target", "kl_interval_low", "kl_interval_high"]

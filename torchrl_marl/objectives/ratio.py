@@ -109,7 +109,8 @@ class RatioLoss(LossModule):
     default_value_estimator = ValueEstimators.MAGAE
     _schedulable_buffers = frozenset({"ratio_low", "ratio_high", "entropy_coeff", "critic_coeff"})
 
-    out_keys = OUT_KEYS  # pyright: ignore[reportAssignmentType]
+    moves_buffers = False
+    """Whether ``forward`` itself moves a buffer in training mode, as MARPO's KL target."""
 
     actor_network: ProbabilisticTensorDictSequential
     critic_network: TensorDictModuleBase
@@ -149,6 +150,7 @@ class RatioLoss(LossModule):
             raise ValueError(f"clip_value must be above 0, or None for no clipping; got {clip_value!r}.")
         super().__init__()
         self._functional = functional
+        self._selected: tuple[str, ...] | None = None
         self._hold("actor_network", actor_network)
         self._hold("critic_network", critic_network)
         self.gain = gain
@@ -193,6 +195,37 @@ class RatioLoss(LossModule):
         read += [] if self.clip_value is None else [keys.value]
         return list(dict.fromkeys([*read, *self._own_keys(), self.tensor_keys.mask, *self._valid_keys()]))
 
+    @property
+    def out_keys(self) -> list[str]:
+        """Entries that ``forward`` returns: all it computes, or those of them that :meth:`select_out_keys` names."""
+        keys = self._computed_keys()
+        return keys if self._selected is None else [key for key in keys if key in self._selected]
+
+    def select_out_keys(self, *out_keys: str) -> RatioLoss:
+        """Let ``forward`` return these entries only, until :meth:`reset_out_keys`.
+
+        Raises:
+            ValueError: if it does not compute one of them.
+        """
+        unknown = [key for key in out_keys if key not in self._computed_keys()]
+        if unknown:
+            raise ValueError(f"out_keys must be some of {', '.join(self._computed_keys())}; got {unknown}.")
+        self._selected = out_keys
+        return self
+
+    def reset_out_keys(self) -> RatioLoss:
+        """Let ``forward`` return all that it computes again."""
+        self._selected = None
+        return self
+
+    def _computed_keys(self) -> list[str]:
+        """Entries that ``forward`` computes."""
+        return list(OUT_KEYS)
+
+    def _output(self, entries: dict[str, Tensor]) -> TensorDict:
+        """Return what ``forward`` has computed, or what is selected of it."""
+        return TensorDict(entries if self._selected is None else {key: entries[key] for key in self.out_keys})
+
     def _own_keys(self) -> list[NestedKey]:
         """Entries that only this method reads."""
         return []
@@ -203,7 +236,8 @@ class RatioLoss(LossModule):
         """Choose how advantages and value targets are computed; default: multi-agent GAE, gamma 0.99, lambda 0.95.
 
         Args:
-            value_type: as in :meth:`torchrl.objectives.LossModule.make_value_estimator`.
+            value_type: as in :meth:`torchrl.objectives.LossModule.make_value_estimator`; V-trace excepted, whose
+                TorchRL estimator knows no agents.
             **hyperparams: of the estimator, such as ``gamma`` and ``lmbda``.
 
         Returns:
@@ -219,7 +253,7 @@ class RatioLoss(LossModule):
         dispatch_value_estimator(
             self,
             value_type or self.default_value_estimator,
-            supported=tuple(ValueEstimators),
+            supported=[known for known in ValueEstimators if known is not ValueEstimators.VTrace],
             tensor_keys=tensor_keys,
             **hyperparams,
         )
@@ -264,7 +298,7 @@ class RatioLoss(LossModule):
         """
         tensordict = self._with_advantage(tensordict)
         losses, _ = self._actor_losses(tensordict, self.actor_network)
-        return TensorDict({**losses, **self._critic_losses(tensordict)})
+        return self._output({**losses, **self._critic_losses(tensordict)})
 
     def objective(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 from torchrl.objectives import distance_loss
 
@@ -65,6 +65,7 @@ class SEACLoss(RatioLoss):
             out of its range.
 
     Example:
+        >>> from tensordict import TensorDict
         >>> from torchrl_marl.modules import GroupShape, make_actor, make_critic
         >>> shape = GroupShape("agents", num_agents=3, observation_size=8, num_actions=5)
         >>> actor = make_actor(shape, share_parameters=False)
@@ -75,8 +76,6 @@ class SEACLoss(RatioLoss):
         >>> sorted(key for key in SEACLoss(actor, critic)(data).keys() if key.startswith("loss_"))
         ['loss_critic', 'loss_entropy', 'loss_objective']
     """
-
-    out_keys = tuple(key for key in OUT_KEYS if key != "explained_variance")  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -119,6 +118,9 @@ class SEACLoss(RatioLoss):
         # plain lists: other ways to run the networks, with nothing of their own to register
         self._policies = [agent_policy(actor_network, agent) for agent in range(agents)]
         self._critics = [agent_policy(critic_network, agent) for agent in range(agents)]  # pyright: ignore
+
+    def _computed_keys(self) -> list[str]:
+        return [key for key in OUT_KEYS if key != "explained_variance"]
 
     @dispatch  # pyright: ignore[reportArgumentType]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -171,7 +173,7 @@ class SEACLoss(RatioLoss):
         shared = self.sharing_coeff * log_ratio.detach().exp() * distance
         own_distance, shared = (distance * own).sum(-2), (shared * ~own).sum(-2)
         entropy = torch.stack([policy_entropy(policy) for policy in policies], -2).diagonal(dim1=-2, dim2=-1)
-        return TensorDict(
+        return self._output(
             {
                 "loss_objective": self._reduce(-gain.sum(-2), mask),
                 "loss_entropy": -self.entropy_coeff * self._reduce(entropy, mask),

@@ -166,9 +166,8 @@ class SequentialLoss(RatioLoss):
             index = partial(torch.tensor, device=self.ratio_low.device)
             self._learner = _Learner(self._policies[turn], index([turn]), index(sources))
 
-    @property
-    def out_keys(self) -> list[str]:
-        """Entries that ``forward`` returns in this turn."""
+    def _computed_keys(self) -> list[str]:
+        """Entries that ``forward`` computes in this turn."""
         critic = ["loss_critic", "explained_variance"]
         if self.turn == "critic":
             return critic
@@ -247,10 +246,10 @@ class SequentialLoss(RatioLoss):
         if self._learner is not None:  # not by its number: what is compiled for one agent then serves all
             experience, entropy_mask = self._experience(self._with_advantage(tensordict), self._learner)
             losses, _ = self._actor_losses(experience, self._learner.policy, entropy_mask)
-            return TensorDict(losses)
+            return self._output(losses)
         if self.turn is None:
             return super().forward(tensordict)
-        return TensorDict(self._critic_losses(self._with_advantage(tensordict)))
+        return self._output(self._critic_losses(self._with_advantage(tensordict)))
 
     def objective(
         self,
@@ -456,13 +455,15 @@ class NaturalGradientLoss(SequentialLoss):
         if self.reduction != "mean":
             raise ValueError(f"A step compares means: it needs reduction='mean', not {self.reduction!r}.")
         learner = cast("_Learner", self._learner)
-        policy = learner.policy
+        policy, device = learner.policy, self.ratio_low.device
+        devices = [device] if device.type == "cuda" else []
         experience, entropy_mask = self._experience(self._with_advantage(tensordict), learner)
         with torch.no_grad(), self._parameters_of("actor_network"):
             old = policy.get_dist(experience.copy())
 
         def evaluate() -> tuple[Tensor, Tensor]:
-            losses, new = self._actor_losses(experience, policy, entropy_mask)
+            with torch.random.fork_rng(devices):  # a sampled entropy has the same noise at all parameters
+                losses, new = self._actor_losses(experience, policy, entropy_mask)
             kl = policy_kl(old, new)
             mask = self._mask(experience, kl.shape)
             return -losses["loss_objective"] - losses["loss_entropy"], self._over_sources(kl, mask, experience)

@@ -64,7 +64,7 @@ def clip_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high
         tensor([1.2000, 0.6065])
     """
     _check_same_shape(log_ratio, advantage)
-    ratio = log_ratio.exp()
+    ratio = _ratio(log_ratio)
     return torch.minimum(ratio * advantage, ratio.clamp(min=low).clamp(max=high) * advantage)
 
 
@@ -170,7 +170,7 @@ def ratio_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, hig
         tensor([1., 2.])
     """
     _check_same_shape(log_ratio, advantage)
-    return log_ratio.exp() * advantage
+    return _ratio(log_ratio) * advantage
 
 
 def reflective_clip_gain(
@@ -216,10 +216,10 @@ def reflective_clip_gain(
     """
     _check_same_shape(log_ratio, next_advantage)
     _check_same_shape(next_log_ratio, next_advantage)
-    clipped = log_ratio.exp().clamp(min=low).clamp(max=high) * next_log_ratio.exp().clamp(min=next_low).clamp(
-        max=next_high
-    )
-    return torch.minimum((log_ratio + next_log_ratio).exp() * next_advantage, clipped * next_advantage)
+    clipped = _ratio(log_ratio).clamp(min=low).clamp(max=high)
+    next_clipped = _ratio(next_log_ratio).clamp(min=next_low).clamp(max=next_high)
+    product = _ratio(log_ratio + next_log_ratio)
+    return torch.minimum(product * next_advantage, clipped * next_clipped * next_advantage)
 
 
 def double_clip_gain(
@@ -340,6 +340,15 @@ def kl_interval_unchecked(kl: Tensor) -> tuple[Tensor, Tensor]:
         roots = roots - (slope - roots - solvable) / slope
     low, high = torch.where(target == 0, 1.0, roots.exp()).to(kl.dtype).unbind()
     return low, high
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    """``exp(log_ratio)``, which beyond 40 goes on linearly with the slope that it has there, as :func:`barrier_gain`.
+
+    An overflow would make gradients NaN, also where a clip cuts them: 0 times infinity.
+    """
+    near = log_ratio.clamp(max=40.0)
+    return near.exp() * (1 + (log_ratio - near))
 
 
 def _target_ratio(advantage: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:

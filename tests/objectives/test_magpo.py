@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torchrl.modules import MaskedCategorical, ProbabilisticActor, RunningValueNorm, TanhNormal
 from torchrl.objectives.value import MultiAgentGAE
 
-from tests.modules.test_autoregressive import NETWORKS, SHAPES, play
+from tests.modules.test_autoregressive import NETWORKS, SHAPES, log_prob, play
 from tests.objectives.loss_factories import gradients, make_networks
 from torchrl_marl.modules import Denormalize, make_actor, make_recurrent_actor
 from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, MAPPOLoss
@@ -525,15 +525,35 @@ def test_a_rule_out_of_its_range_raises(options):
 
 @every_network
 def test_policies_do_not_learn_from_dead_agents(network):
-    loss, guider, *_ = make(network, "categorical")
-    data = sequences(guider, "categorical", live=0.6)
+    loss, *networks = make(network, "categorical")
+    data = sequences(networks[0], "categorical", live=0.6)
     dead = ~data["agents", "mask"]
-    expected = dict(loss(data).items())
+    expected = loss(data)
     data["agents", "action_log_prob"][dead] = torch.nan
     data["advantage"][dead] = 1e6
-    assert_close(dict(loss(data).items()), expected)
+    found = loss(data)
+    assert_close(dict(found.items()), dict(expected.items()))
+    assert_close(gradients(found, *networks), gradients(expected, *networks))
     data["value_target"][dead] += 1  # but the critic does
     assert (loss(data)["loss_critic"] - expected["loss_critic"]).abs() > 0.01
+
+
+@pytest.mark.parametrize("shift", [0.5, -0.5])
+def test_dead_agents_do_not_bound_the_learners_ratios(shift):
+    # Every live ratio is e^shift; a dead agent's ratio of one is neither the smallest nor the largest.
+    loss, guider, _, learner = make("mat", "categorical")
+    data = sequences(guider, "categorical", live=0.6)
+    data["agents", "action_log_prob"] = log_prob(learner, data).detach() - shift
+    output, expected = loss(data), torch.tensor(shift).exp()
+    assert_close((output["learner_min_ratio"], output["learner_max_ratio"]), (expected, expected))
+
+
+@pytest.mark.parametrize("kind", [MAGPOLoss, CTDSLoss])
+def test_a_learner_imitates_where_it_lives(kind):
+    loss, guider, _, learner = make("mat", "categorical", kind)
+    data = sequences(guider, "categorical", live=0.6)
+    kl = divergence(guider.get_dist(data.copy()), learner.get_dist(data.copy()), constant="first")
+    assert_close(loss(data)["loss_learner_kl"], kl[data["agents", "mask"]].mean())
 
 
 @every_network

@@ -66,21 +66,25 @@ def test_gradients_are_those_of_the_papers_sums_over_pairs(space, live):
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "normalized"])
-def test_the_objective_is_the_sum_over_sources_of_any_gain_of_ratio_and_advantage(normalize):
+@pytest.mark.parametrize("live", [None, 0.6], ids=["all-live", "some-dead"])
+def test_the_objective_is_the_sum_over_sources_of_any_gain_of_ratio_and_advantage(normalize, live):
     actor, critic = networks()
-    data = make_batch(actor, "categorical")  # ratios away from 1, as in a second epoch
+    data = make_batch(actor, "categorical", live=live)  # ratios away from 1, as in a second epoch
+    mask = data.get(("agents", "mask"), torch.ones(12, AGENTS, dtype=torch.bool))
     options = {"gain": clip_gain, "clip_epsilon": (0.1, 0.3), "normalize_advantage": normalize}
     loss = SEACLoss(actor, critic, sharing_coeff=0.7, functional=False, **options)
     expected = 0.0
     for i, (policy, value) in enumerate(zip(loss._policies, loss._critics, strict=True)):
         ratio = policy.get_dist(data.clone()).log_prob(data["agents", "action"]) - data["agents", "action_log_prob"]
         advantage = (data["value_target"] - value(data.clone())["agents", "state_value"]).squeeze(-1).detach()
-        if normalize:  # over the rows of each pair
-            advantage = (advantage - advantage.mean(0)) / advantage.std(0)
+        if normalize:  # over the rows of each pair in which the source lives
+            columns = [column[alive] for column, alive in zip(advantage.T, mask.T, strict=True)]
+            mean, deviation = (torch.stack([f(column) for column in columns]) for f in (torch.mean, torch.std))
+            advantage = (advantage - mean) / deviation
         ratio, weight = ratio.exp(), torch.full((AGENTS,), 0.7)
         weight[i] = 1.0
         gain = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.3) * advantage)
-        expected = expected - (weight * gain).mean(0).sum() / AGENTS
+        expected = expected - (weight * gain)[mask].sum() / mask.sum()
     output = loss(data)
     assert_close(output["loss_objective"], expected)
     assert_close(gradients({"loss_objective": output["loss_objective"]}, actor), gradients({"loss_": expected}, actor))

@@ -322,6 +322,18 @@ def test_the_batch_carries_what_agents_have_changed_so_far(cls, space):
             done.append(turn)
 
 
+@pytest.mark.parametrize("agent", range(AGENTS))
+def test_compound_ratios_are_reported_of_rows_where_the_source_lives(agent):
+    loss, actor, _ = make(HAPPOLoss)
+    data = batch_of(actor, live=0.6)
+    live, updates = data["agents", "mask"][:, agent], data["agents", "update_log_ratio"]
+    updates[~live] = 2.0  # large where it is dead
+    compound = (updates.sum(-1) - updates[:, agent]).exp()
+    output, _ = results(loss, data, agent)
+    assert_close(output["mean_compound_ratio"], compound[live].mean())
+    assert_close(output["max_compound_ratio"], compound[live].max())
+
+
 def test_what_a_turn_has_read_is_not_changed_by_later_turns():
     loss, actor, _ = make(HAPPOLoss)
     data, read = batch_of(actor, updated=False), []

@@ -115,16 +115,16 @@ def test_finite_for_extreme_log_ratios(gain, advantage):
 
 @pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
 @pytest.mark.parametrize("gain", [clip_gain, ratio_gain])
-def test_a_ratios_gradient_has_a_norm_for_any_log_ratio(gain, advantage):
-    # Beyond 40 the ratio goes on with the slope that it has there; a clip cuts it as anywhere.
-    log_ratio = torch.tensor([-300.0, 40.0, 62.0, 92.0, 300.0])
+def test_the_gain_of_a_ratio_and_its_gradient_are_finite_for_any_log_ratio(gain, advantage):
+    # Beyond 60 the ratio goes on with the slope that it has there; a clip cuts it as anywhere.
+    log_ratio = torch.tensor([-300.0, 60.0, 62.0, 92.0, 300.0])
     value, gradient = value_and_gradient(gain, log_ratio, torch.full_like(log_ratio, advantage))
     assert value.isfinite().all()
-    assert gradient.norm().isfinite()
+    assert gradient.isfinite().all()
     cut = gain is clip_gain and advantage > 0
-    slope = torch.tensor(0.0 if cut else advantage * math.exp(40))
+    slope = torch.tensor(0.0 if cut else advantage * math.exp(60))
     assert_close(gradient[1:], slope.expand(4))
-    assert_close(value[2] - value[1], 22 * slope)
+    assert_close(value[3] - value[1], 32 * slope)
 
 
 @pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
@@ -135,7 +135,7 @@ def test_the_reflective_gain_and_its_gradient_are_finite_for_ratios_of_any_size(
     gain = reflective_clip_gain(*log_ratios.unsqueeze(-1), torch.tensor([advantage]), **sides)
     (gradient,) = torch.autograd.grad(gain.sum(), log_ratios)
     assert gain.isfinite().all()
-    assert gradient.norm().isfinite()
+    assert gradient.isfinite().all()
     if advantage > 0 and later > 0:
         assert gain.item() == pytest.approx(min(math.exp(min(now, 1)), 1.2) * 1.1)  # both clips
 

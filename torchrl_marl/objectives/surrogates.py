@@ -343,11 +343,11 @@ def kl_interval_unchecked(kl: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:
-    """``exp(log_ratio)``, which beyond 40 goes on linearly with the slope that it has there, as :func:`barrier_gain`.
+    """``exp(log_ratio)``, which beyond 60 goes on linearly with the slope that it has there: 1e26, far from overflow.
 
     An overflow would make gradients NaN, also where a clip cuts them: 0 times infinity.
     """
-    near = log_ratio.clamp(max=40.0)
+    near = log_ratio.clamp(max=60.0)
     return near.exp() * (1 + (log_ratio - near))
 
 

@@ -88,6 +88,18 @@ def test_minibatches_hold_every_sequence_once_and_whole():
     assert first != second
 
 
+def test_of_states_that_differ_from_step_to_step_the_first_counts():
+    batch = TensorDict({"memory": torch.arange(35).view(7, 5), "id": torch.arange(35).view(7, 5)}, batch_size=(7, 5))
+    for minibatch in sequence_minibatches(batch, 3, states=["memory"]):
+        assert torch.equal(minibatch["memory"], minibatch["id"][:, :1].expand(-1, 5))
+
+
+def test_steps_of_a_batch_are_rounded_up():
+    env, actor = environment_and_actor()
+    collector = SequenceCollector(env, actor, frames_per_batch=7, states=actor.memory_keys)
+    assert next(iter(collector)).batch_size == (3, 3)
+
+
 def test_a_minibatch_without_a_sequence_is_refused():
     batch = TensorDict({"id": torch.zeros(7, 5, 1)}, batch_size=(7, 5))
     with pytest.raises(ValueError, match="at least one sequence, 5 steps"):

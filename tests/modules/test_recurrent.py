@@ -131,6 +131,16 @@ def gru_like(gru):
 # --- the unit
 
 
+def test_a_restart_goes_on_from_the_state_stored_there():
+    gru = MultiAgentGRU(3, 4)
+    inputs, state = torch.randn(5, 2, 3), torch.randn(5, 2, 4)
+    restart = torch.zeros(5, 2, 1, dtype=torch.bool)
+    restart[2, 1] = True
+    found, straight = gru(inputs, state, restart), gru(inputs, state, torch.zeros_like(restart))
+    anew = gru(inputs[2:], state[2:], torch.zeros_like(restart[2:]))
+    assert_close((found[:, 0], found[:2, 1], found[2:, 1]), (straight[:, 0], straight[:2, 1], anew[:, 1]))
+
+
 def test_without_restarts_it_is_torchs_gru_in_values_and_gradients():
     gru = stir(MultiAgentGRU(OBSERVATION, HIDDEN))
     reference = gru_like(gru)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,28 +17,38 @@ from torchrl_marl.config import check_device
 from torchrl_marl.envs import check_env, make_custom, render_episode
 from torchrl_marl.evaluation import evaluate, stratified_bootstrap_interval
 from torchrl_marl.export import export_policy
+from torchrl_marl.trust import foreign_code
 
 
 def evaluate_run(
-    run: Path, *, episodes: int, video: Path | None, seed: int | None, device: str, sampled: bool = False
+    run: Path,
+    *,
+    episodes: int,
+    video: Path | None,
+    seed: int | None,
+    device: str,
+    sampled: bool = False,
+    factory: str | None = None,
 ) -> None:
     """Play episodes with a run's best policy; print the mean return, and film one episode if asked to.
 
-    The environment is built as the run's configuration says, so evaluate runs that you trust.
+    The environment is built as the run's configuration says, but for code that is not this library's: ``factory`` has
+    to say what makes an environment of one's own.
 
     Raises:
-        ValueError: if an argument is out of its range or the checkpoint does not fit.
+        ValueError: if an argument is out of its range, the checkpoint does not fit, or code has to be named.
     """
     if episodes < 1:
         raise ValueError(f"--episodes must be at least 1, got {episodes}")
     checkpoint = best_checkpoint(run)
-    policy, recorded = load_policy(checkpoint, device=device), read_metadata(checkpoint)
-    config = recorded["config"]
-    uncompiled = {"compile": False} if config["env"].get("compile") else {}  # a few episodes end before a compiler does
-    make_env = partial(instantiate, config["env"], device=device, **uncompiled)
-    max_steps = config["env"]["max_steps"]
+    recorded = read_metadata(checkpoint)
+    env_config = _environment(checkpoint, recorded["config"], factory)
+    policy = load_policy(checkpoint, device=device)
+    uncompiled = {"compile": False} if env_config.get("compile") else {}  # a few episodes end before a compiler does
+    make_env = partial(instantiate, env_config, device=device, **uncompiled)
+    max_steps = env_config["max_steps"]
     if seed is None:
-        seed = 4_000_012 + int(config["seed"])  # starts that neither training nor its evaluations saw
+        seed = 4_000_012 + recorded["config"]["seed"]  # starts that neither training nor its evaluations saw
     if video is not None:
         print(render_episode(make_env(num_envs=1, seed=seed), policy, video, max_steps=max_steps))
     env = make_env(num_envs=episodes, seed=seed)
@@ -45,7 +56,7 @@ def evaluate_run(
     played = evaluate(env, policy, seed=seed, max_steps=max_steps, sampled=sampled)
     low, high = stratified_bootstrap_interval(played.returns, np.mean)
     print(
-        f"{config['method']} on {config['env']['scenario']} after {recorded['frames']:,} frames: mean return "
+        f"{recorded['config']['method']} on {env_config['scenario']} after {recorded['frames']:,} frames: mean return "
         f"{played.returns.mean():.3f}, 95 % interval {low:.3f} to {high:.3f} over {episodes} episodes of this policy, "
         f"{'sampled' if sampled else 'most likely'} actions, "
         f"mean length {played.lengths.float().mean():.1f}"
@@ -54,6 +65,30 @@ def evaluate_run(
         for group, returns in played.groups.items():
             low, high = stratified_bootstrap_interval(returns, np.mean)
             print(f"  {group}: {returns.mean():.3f}, 95 % interval {low:.3f} to {high:.3f}")
+
+
+def _environment(checkpoint: Path, config: dict[str, Any], factory: str | None) -> dict[str, Any]:
+    """Return how the environment of a run is built, with the factory that the command line names."""
+    env = config["env"] if isinstance(config.get("env"), dict) else {}
+    if factory is not None and "factory" not in env:
+        raise ValueError(f"{checkpoint} was trained in an environment that takes no --factory.")
+    env = env if factory is None else {**env, "factory": factory}
+    try:
+        foreign = foreign_code({"env": env})
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}.") from error
+    if factory is not None:
+        foreign.pop("env.factory", None)
+    if foreign:
+        named = ", ".join(f"{key}={value}" for key, value in foreign.items())
+        again = (
+            f"say --factory {env['factory']}" if [*foreign] == ["env.factory"] else "build its environment in Python"
+        )
+        raise ValueError(f"{checkpoint} names code that is not this library's, {named}: if you trust it, {again}.")
+    numbers = (config.get("seed"), env.get("max_steps"))
+    if {type(number) for number in numbers} != {int} or not {"_target_", "scenario"} <= set(env):
+        raise ValueError(f"{checkpoint} does not say what it was trained in.")
+    return env
 
 
 def main() -> None:
@@ -68,6 +103,7 @@ def main() -> None:
     played.add_argument("--video", type=Path, metavar="FILE", help="film an episode: FILE.mp4 or FILE.gif")
     played.add_argument("--seed", type=int, help="of the environment; by default one that the run has not used")
     played.add_argument("--device", default="cpu")
+    played.add_argument("--factory", metavar="MODULE:CALLABLE", help="env.factory of a run that has one, said again")
     exported = commands.add_parser("export", parents=[run], help="write the policy as one file")
     exported.add_argument("--format", default="onnx", help="onnx (default) or torch_export")
     exported.add_argument("--group", help="of several, which one")
@@ -80,13 +116,13 @@ def main() -> None:
         if args.command == "evaluate":
             check_device(args.device)
             options = {"video": args.video, "seed": args.seed, "device": args.device, "sampled": args.sampled}
-            evaluate_run(args.run, episodes=args.episodes, **options)
+            evaluate_run(args.run, episodes=args.episodes, factory=args.factory, **options)
         elif args.command == "check":
             check_env(make_custom(args.factory, num_envs=2))
         else:
             export_policy(args.run, format=args.format, path=args.output, group=args.group, agent=args.agent)
-    except (FileNotFoundError, ImportError, InstantiationException, RuntimeError, ValueError) as error:
-        raise SystemExit(f"torchrl_marl {args.command}: {error}") from error
+    except (ImportError, InstantiationException, OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"torchrl_marl {args.command}: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
-from collections.abc import Mapping, Sequence
+import math
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.checkpoint import (
     Checkpoint,
-    CheckpointError,
     CheckpointRotation,
     JSONCheckpointAdapter,
     StateDictCheckpointAdapter,
@@ -38,6 +40,7 @@ POLICY_BUILDERS = {f"torchrl_marl.modules.{build.__name__}": build for build in 
 """What builds a policy that :func:`load_policy` can rebuild, by the name that a run's configuration gives it."""
 
 _SCORE = "score"
+_NAME = re.compile(r"checkpoint-(\d+)(\.torchrl)?")
 
 
 class CheckpointFolder:
@@ -70,67 +73,58 @@ class CheckpointFolder:
         _load(self._checkpoint, path)
 
     def set_aside_beyond(self, frames: int) -> None:
-        """Move checkpoints of more than ``frames`` frames to ``abandoned/``: the run goes on from an older one."""
-        for path in self._rotation.checkpoints():
-            if read_metadata(path)["frames"] > frames:
-                target = path.parents[1] / "abandoned" / path.name
-                target.parent.mkdir(exist_ok=True)
-                path.replace(target)
+        """Move checkpoints of more than ``frames`` frames, and damaged ones, to ``abandoned/``: the run goes on."""
+        found, damaged = _survey(self._rotation.directory)
+        for path in [*damaged, *(path for path, metadata in found.items() if metadata["frames"] > frames)]:
+            target = path.parents[1] / "abandoned" / path.name
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
 
     @property
     def latest(self) -> Path | None:
         """The newest checkpoint, if any."""
-        return self._rotation.latest()
+        found, _ = _survey(self._rotation.directory)
+        return _newest(found) if found else None
 
     @property
     def best(self) -> tuple[Path, float]:
         """The checkpoint of the highest score, and that score; of those that are there, as are its parameters."""
-        path = cast("Path", self._rotation.best())
-        return path, read_metadata(path)[_SCORE]
+        found, _ = _survey(self._rotation.directory)
+        path = _best(found)
+        return path, found[path][_SCORE]
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """Return a checkpoint file: ``path`` itself, or the newest one of a run's folder.
 
+    A warning names damaged ones beside it.
+
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if all are damaged.
     """
-    path = Path(path).expanduser()
-    if path.is_file():
-        return path
-    for folder in (path / "checkpoints", path):
-        latest = CheckpointRotation(folder, keep_last=1).latest() if folder.is_dir() else None
-        if latest is not None:
-            return latest
-    raise FileNotFoundError(
-        f"No checkpoint at {path}: name a checkpoint file or the folder of a run that has saved one."
-    )
+    return _choose(path, _newest)
 
 
 def best_checkpoint(path: str | Path) -> Path:
     """Return a checkpoint file: ``path`` itself, or that of a run's folder with the highest score.
 
+    A warning names damaged ones beside it.
+
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if all are damaged.
     """
-    folder = Path(path).expanduser() / "checkpoints"
-    best = CheckpointRotation(folder, keep_last=1, keep_best=(_SCORE, "max")).best() if folder.is_dir() else None
-    return best or find_checkpoint(path)
+    return _choose(path, _best)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself (``config``, ``frames``, ``score``, ...) without loading tensors.
 
     Raises:
-        ValueError: if the file is damaged, foreign or of another version.
+        ValueError: if the file is damaged, foreign, of another version or no file.
     """
-    try:
-        metadata = Checkpoint.manifest(path)["metadata"]
-    except (CheckpointError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a complete checkpoint of torchrl_marl: {error}") from error
-    if metadata.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{path} has version {metadata.get('version')}; this release reads {FORMAT_VERSION}.")
-    return metadata
+    return _read_manifest(path)["metadata"]
 
 
 def load_policy(
@@ -184,7 +178,10 @@ def _rebuild(recorded: Mapping[str, Any], path: Path, device: torch.device | str
     build = POLICY_BUILDERS.get(recorded["builder"])
     if build is None:  # importing what a file names would execute what a file says
         raise ValueError(f"The actor of {path} was built by {recorded['builder']}: build it and pass it as actor=.")
-    return build(GroupShape(**recorded["shape"]), **recorded["options"], device=device)
+    try:
+        return build(GroupShape(**recorded["shape"]), **recorded["options"], device=device)
+    except Exception as error:  # of sizes and options that nobody has checked
+        raise ValueError(f"{path} describes an actor that cannot be built: {_reason(error)}") from error
 
 
 def _bind(components: Mapping[str, Any]) -> Checkpoint:
@@ -196,13 +193,92 @@ def _bind(components: Mapping[str, Any]) -> Checkpoint:
     return checkpoint
 
 
-def _load(checkpoint: Checkpoint, path: Path) -> None:
-    read_metadata(path)
+def _choose(path: str | Path, choose: Callable[[Mapping[Path, Mapping[str, Any]]], Path]) -> Path:
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        found, damaged = _survey(folder)
+        if found:
+            chosen = choose(found)
+            for error in damaged.values():
+                warnings.warn(f"{error} Passed over, {chosen} is used.", stacklevel=3)
+            return chosen
+        if damaged:
+            raise ValueError(" ".join(damaged.values()))
+    raise FileNotFoundError(
+        f"No checkpoint at {path}: name a checkpoint file or the folder of a run that has saved one."
+    )
+
+
+def _survey(folder: Path) -> tuple[dict[Path, dict[str, Any]], dict[Path, str]]:
+    """Metadata of the checkpoints in a folder, oldest first, and what is wrong with those that cannot be read.
+
+    ``CheckpointRotation`` passes over the latter without a word, and takes folders for checkpoints.
+    """
+    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    found, damaged = {}, {}
+    for _, path in sorted((int(match[1]), path) for match, path in matches if match):
+        try:
+            found[path] = read_metadata(path)
+        except ValueError as error:
+            damaged[path] = str(error)
+    return found, damaged
+
+
+def _newest(found: Mapping[Path, Mapping[str, Any]]) -> Path:
+    return list(found)[-1]
+
+
+def _best(found: Mapping[Path, Mapping[str, Any]]) -> Path:
+    return max(found, key=lambda path: (found[path][_SCORE], found[path]["frames"]))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, whose form has been checked; its values are still anyone's."""
+    if not path.is_file():  # of a folder TorchRL would read TensorDicts, which execute the pickles that they hold
+        raise ValueError(f"{path} is no file; a checkpoint of torchrl_marl is one, an archive.")
     try:
-        for name, record in Checkpoint.manifest(path)["components"].items():
+        manifest = Checkpoint.manifest(path)
+        version = manifest["metadata"].get("version")
+        if version == FORMAT_VERSION:
+            _check_form(manifest["metadata"])
+    except Exception as error:  # damaged archives raise anything, from NotImplementedError to UnicodeDecodeError
+        raise ValueError(f"{path} is not a complete checkpoint of torchrl_marl: {_reason(error)}.") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has version {version}; this release reads {FORMAT_VERSION}.")
+    return manifest
+
+
+def _check_form(metadata: Mapping[str, Any]) -> None:
+    score, frames, actor = metadata[_SCORE], metadata["frames"], metadata["actor"]
+    if type(score) not in (int, float) or not math.isfinite(score):
+        raise ValueError(f"score is {score!r}, not a finite number")
+    if type(frames) is not int or not isinstance(metadata["config"], dict):
+        raise ValueError("frames is not an integer, or config not a mapping")
+    for record in actor if isinstance(actor, list) else [actor]:
+        if not isinstance(record["builder"], str) or not isinstance(record["options"], dict):
+            raise ValueError("actor does not say how it was built")
+        GroupShape(**record["shape"])
+
+
+def _load(checkpoint: Checkpoint, path: Path) -> None:
+    records = _read_manifest(path)["components"]
+    files = {"torchrl.state_dict": ["state.pt"], "torchrl.json": ["value.json"]}
+    try:
+        for name, record in records.items():
             # TorchRL also reads TensorDict payloads, which may hold pickles; ours never are one.
-            if record["files"] not in (["state.pt"], ["value.json"]):
+            if record["files"] != files.get(record["adapter"]) or not re.fullmatch(
+                r"components/[^/\\]+", record["path"]
+            ):
                 raise ValueError(f"component {name!r} holds unexpected files {record['files']}")
         checkpoint.load(path, map_location="cpu")
-    except (CheckpointError, OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    except Exception as error:  # as above
+        pickled = isinstance(error.__cause__, pickle.UnpicklingError)  # which says how to execute it all the same
+        reason = "what it holds are not tensors alone, and is not unpickled" if pickled else _reason(error)
+        raise ValueError(f"{path} cannot be loaded: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error, whose text may have many or none."""
+    return " ".join(str(error).split()) or type(error).__name__

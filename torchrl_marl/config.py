@@ -21,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from torchrl_marl.checkpoints import find_checkpoint, read_metadata
 from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, MARPOLoss, RatioLoss, SequentialLoss
+from torchrl_marl.trust import foreign_code
 
 __all__ = ["recipe"]
 
@@ -211,17 +212,28 @@ def _checked_override(argument: str, folder: Path, name: str) -> str:
 def _stored_config(resume: str, overrides: Iterable[str]) -> DictConfig:
     try:
         checkpoint = find_checkpoint(resume)
-        stored = DictConfig(read_metadata(checkpoint)["config"])
-    except (FileNotFoundError, ValueError) as error:
+        config = read_metadata(checkpoint)["config"]
+        foreign = foreign_code(config)
+    except (OSError, ValueError) as error:
         raise SystemExit(f"resume={resume}: {error}") from error
+    stored = DictConfig(config)
     overridden = set()
     for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
+        key, _, text = override.lstrip("+").partition("=")
+        value = OmegaConf.create(f"value: {text}").value
+        if key in foreign and foreign[key] == value:
+            del foreign[key]
+            continue
         if key != "resume" and key.split(".")[0] not in _RESUMABLE:
             allowed = ", ".join(sorted(_RESUMABLE))
             raise SystemExit(f"{override}: a resumed run keeps its {key.lstrip('~')}; what can change is {allowed}.")
         overridden.add(key)
-        OmegaConf.update(stored, key, OmegaConf.create(f"value: {value}").value)
+        OmegaConf.update(stored, key, value)
+    if foreign:
+        named = " ".join(f"{key}={value}" for key, value in foreign.items())
+        raise SystemExit(
+            f"resume={resume}: {checkpoint} names code that is not this library's; if you trust it, say again: {named}"
+        )
     for node in (stored.get("env"), OmegaConf.select(stored, "collector.make_env.config")):
         if "compile" in overridden and node is not None and "compile" in node:
             node.compile = stored.compile  # VMAS follows it, as in a new run

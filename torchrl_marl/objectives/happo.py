@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from typing_extensions import Unpack
 
-from torchrl_marl.objectives.ratio import clip_bounds
-from torchrl_marl.objectives.sequential import NaturalGradientLoss, SequentialLoss
-from torchrl_marl.objectives.surrogates import Gain, clip_gain, ratio_gain
+from torchrl_marl.objectives.sequential import (
+    NaturalGradientLoss,
+    NaturalGradientOptions,
+    SequentialLoss,
+    SequentialOptions,
+)
 
 __all__ = ["HAPPOLoss", "HATRPOLoss"]
 
@@ -29,10 +31,7 @@ class HAPPOLoss(SequentialLoss):
     Args:
         actor_network: decentralised policy with a network for each agent.
         critic_network: sees the joint observations or the state.
-        clip_epsilon: half-width of the clip, or a pair ``(low, high)``: ratios count within ``[1 - low, 1 + high]``.
-        gain: another trust region in place of the clip, with the same bounds.
-        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
-            functional, reduction: as for every ratio loss, see there.
+        **options: :class:`~torchrl_marl.objectives.sequential.SequentialOptions`.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
@@ -47,34 +46,9 @@ class HAPPOLoss(SequentialLoss):
         self,
         actor_network: ProbabilisticTensorDictSequential,
         critic_network: TensorDictModuleBase,
-        *,
-        clip_epsilon: float | Sequence[float] = 0.2,
-        gain: Gain = clip_gain,
-        entropy_coeff: float = 0.01,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
+        **options: Unpack[SequentialOptions],
     ) -> None:
-        low, high = clip_bounds(clip_epsilon)
-        super().__init__(
-            actor_network,
-            critic_network,
-            gain=gain,
-            low=low,
-            high=high,
-            reuse=None,
-            sampled=False,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
-        )
+        super().__init__(actor_network, critic_network, reuse=None, sampled=False, **options)
 
 
 class HATRPOLoss(NaturalGradientLoss):
@@ -92,10 +66,7 @@ class HATRPOLoss(NaturalGradientLoss):
     Args:
         actor_network: decentralised policy with a network for each agent.
         critic_network: sees the joint observations or the state.
-        max_kl, damping, num_iterations, backtrack, accept_ratio, num_backtracks, gain, clip_epsilon, entropy_coeff: see
-            :class:`~torchrl_marl.objectives.sequential.NaturalGradientLoss`.
-        critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims, functional, reduction: as
-            for every ratio loss, see there.
+        **options: :class:`~torchrl_marl.objectives.sequential.NaturalGradientOptions`.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
@@ -105,41 +76,6 @@ class HATRPOLoss(NaturalGradientLoss):
         self,
         actor_network: ProbabilisticTensorDictSequential,
         critic_network: TensorDictModuleBase,
-        *,
-        max_kl: float = 0.01,
-        damping: float = 0.1,
-        num_iterations: int = 10,
-        backtrack: float = 0.8,
-        accept_ratio: float = 0.5,
-        num_backtracks: int = 10,
-        gain: Gain = ratio_gain,
-        clip_epsilon: float | Sequence[float] = 0.2,
-        entropy_coeff: float = 0.0,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
+        **options: Unpack[NaturalGradientOptions],
     ) -> None:
-        super().__init__(
-            actor_network,
-            critic_network,
-            max_kl=max_kl,
-            damping=damping,
-            num_iterations=num_iterations,
-            backtrack=backtrack,
-            accept_ratio=accept_ratio,
-            num_backtracks=num_backtracks,
-            gain=gain,
-            clip_epsilon=clip_epsilon,
-            reuse=None,
-            sampled=False,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
-        )
+        super().__init__(actor_network, critic_network, reuse=None, sampled=False, **options)

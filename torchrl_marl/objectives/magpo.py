@@ -11,8 +11,9 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 from torchrl.modules import TanhNormal
+from typing_extensions import Unpack
 
-from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, masked_mean
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, RatioOptions, clip_bounds, masked_mean
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, double_clip_gain
 from torchrl_marl.objectives.trust_region import categorical_kl, gaussian_kl
 
@@ -81,7 +82,89 @@ def follow_imitation_gap(
     return torch.where(imitation_gap.isfinite(), following, guider_learner_ratio)
 
 
-class MAGPOLoss(RatioLoss):
+class CTDSLoss(RatioLoss):
+    """Centralised teacher with decentralised students: the guider never sees the learner, which only imitates it.
+
+        loss_learner_kl = mean(KL(mu || pi)),   or KL(pi || mu)
+
+    and ``loss_objective``, ``loss_entropy`` and ``loss_critic`` of the guider ``mu`` as for every ratio loss: with the
+    clip, PPO. It is :class:`MAGPOLoss` without the double clip, the guider's divergence and the learner's objective.
+
+    Reference: on-policy CTDS as MAGPO's paper has it, https://arxiv.org/abs/2507.18059, section 5, after Zhao et al.,
+    CTDS: Centralized Teacher with Decentralized Student for Multi-Agent Reinforcement Learning, 2022,
+    https://arxiv.org/abs/2203.08412.
+
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`, whose actor is the guider.
+
+    Args:
+        guider_network: centralised policy, which collects the data.
+        critic_network: the guider's critic.
+        learner_network: decentralised policy.
+        learner_kl: which divergence the learner minimises, ``"forward"``, ``KL(mu || pi)``, or ``"reverse"``.
+        clip_epsilon: half-width of the guider's clip, or a pair ``(low, high)``.
+        gain: another trust region of the guider, with the same bounds.
+        **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`.
+
+    Raises:
+        ValueError: if an option is out of its range.
+    """
+
+    learner_network: ProbabilisticTensorDictSequential
+    learner_network_params: TensorDictParams | None
+    target_learner_network_params: TensorDictParams | None
+
+    def __init__(
+        self,
+        guider_network: ProbabilisticTensorDictSequential,
+        critic_network: TensorDictModuleBase,
+        learner_network: ProbabilisticTensorDictSequential,
+        *,
+        learner_kl: LearnerKL = "forward",
+        clip_epsilon: float | Sequence[float] = 0.2,
+        gain: Gain = clip_gain,
+        **options: Unpack[RatioOptions],
+    ) -> None:
+        low, high = clip_bounds(clip_epsilon)
+        super().__init__(
+            guider_network,
+            critic_network,
+            gain=gain,
+            low=low,
+            high=high,
+            **options,
+        )
+        self._hold("learner_network", learner_network)
+        self.learner_kl: LearnerKL = _checked(learner_kl)
+
+    def _computed_keys(self) -> list[str]:
+        return [*OUT_KEYS, "loss_learner_kl"]
+
+    def _own_keys(self) -> list[NestedKey]:
+        return list(self.learner_network.in_keys)
+
+    def objective(
+        self,
+        tensordict: TensorDictBase,
+        distribution: Distribution,
+        log_ratio: Tensor,
+        advantage: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``loss_objective`` and the learner's loss."""
+        _, imitation = self._follow(distribution, tensordict)
+        gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
+        return self._reduce(-gain, mask), {"loss_learner_kl": self._reduce(imitation, mask)}
+
+    def _follow(self, guider: Distribution, tensordict: TensorDictBase) -> tuple[Distribution, Tensor]:
+        """The learner's policy and what it minimises, its divergence from the guider, a constant, ``[B, N]``."""
+        with self._parameters_of("learner_network"):
+            learner = self.learner_network.get_dist(tensordict.copy())
+        if self.learner_kl == "forward":
+            return learner, divergence(guider, learner, constant="first")
+        return learner, divergence(learner, guider, constant="second")
+
+
+class MAGPOLoss(CTDSLoss):
     """Multi-agent guided policy optimisation: PPO of a centralised guider that stays where learners can follow.
 
         loss_objective         = -mean(min(r A, clip(clip(mu / pi, 1 / delta, delta) pi / mu_old, 1 - e, 1 + e) A))
@@ -129,10 +212,9 @@ class MAGPOLoss(RatioLoss):
             :func:`~torchrl_marl.objectives.surrogates.double_clip_gain`.
         learner_gain: another trust region of the learner's own objective, with the same bounds.
         adapt_ratio: how delta follows the imitation gap, such as :func:`follow_imitation_gap`; ``None``: it stays.
-        clip_value: see :class:`RatioLoss`. The authors' critic has ``clip_value=clip_epsilon``,
-            ``loss_critic_type="l2"`` and, with a coefficient of a half before half the square, ``critic_coeff=0.25``.
-        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
-            functional, reduction: as for every ratio loss, see there.
+        **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`. The authors' critic has
+            ``clip_value=clip_epsilon``, ``loss_critic_type="l2"`` and, with a coefficient of a half before half the
+            square, ``critic_coeff=0.25``.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -147,9 +229,6 @@ class MAGPOLoss(RatioLoss):
 
     _schedulable_buffers = RatioLoss._schedulable_buffers | {"guider_learner_ratio", "rl_coeff"}
 
-    learner_network: ProbabilisticTensorDictSequential
-    learner_network_params: TensorDictParams | None
-    target_learner_network_params: TensorDictParams | None
     guider_learner_ratio: Tensor
     rl_coeff: Tensor
 
@@ -166,40 +245,24 @@ class MAGPOLoss(RatioLoss):
         gain: Gain = clip_gain,
         learner_gain: Gain = clip_gain,
         adapt_ratio: RatioRule | None = None,
-        entropy_coeff: float = 0.01,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        clip_value: float | None = None,
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
+        **options: Unpack[RatioOptions],
     ) -> None:
-        low, high = clip_bounds(clip_epsilon)
         super().__init__(
             guider_network,
             critic_network,
+            learner_network,
+            learner_kl=learner_kl,
+            clip_epsilon=clip_epsilon,
             gain=gain,
-            low=low,
-            high=high,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            clip_value=clip_value,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
+            **options,
         )
         if not guider_learner_ratio > 1:
             raise ValueError(f"guider_learner_ratio must be above 1, got {guider_learner_ratio}.")
         if not rl_coeff >= 0:
             raise ValueError(f"rl_coeff must be at least 0, got {rl_coeff}.")
-        self._hold("learner_network", learner_network)
         self.learner_gain = learner_gain
         self.adapt_ratio = adapt_ratio
         self.moves_buffers = adapt_ratio is not None
-        self.learner_kl: LearnerKL = _checked(learner_kl)
         device = self.ratio_low.device
         self.register_coeff_buffer("guider_learner_ratio", float(guider_learner_ratio), device=device)
         self.register_coeff_buffer("rl_coeff", float(rl_coeff), device=device)
@@ -208,9 +271,6 @@ class MAGPOLoss(RatioLoss):
         losses = ["loss_guider_kl", "loss_learner_kl", "loss_learner_objective"]
         diagnostics = ["double_clip_fraction", "learner_min_ratio", "learner_max_ratio"]
         return [*OUT_KEYS, *losses, *diagnostics, *([] if self.adapt_ratio is None else ["guider_learner_ratio"])]
-
-    def _own_keys(self) -> list[NestedKey]:
-        return list(self.learner_network.in_keys)
 
     def objective(
         self,
@@ -221,9 +281,7 @@ class MAGPOLoss(RatioLoss):
         mask: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ``loss_objective``, the other losses of guider and learner, and diagnostics."""
-        with self._parameters_of("learner_network"):
-            learner = self.learner_network.get_dist(tensordict.copy())
-        imitation, adapted = _imitation(distribution, learner, self.learner_kl), {}
+        (learner, imitation), adapted = self._follow(distribution, tensordict), {}
         if self.adapt_ratio is not None:
             self._move_ratio(masked_mean(imitation.detach(), mask))
             adapted = {"guider_learner_ratio": self.guider_learner_ratio.clone()}
@@ -264,98 +322,6 @@ class MAGPOLoss(RatioLoss):
         return log_ratio if mask is None else torch.where(mask, log_ratio, 0.0)
 
 
-class CTDSLoss(RatioLoss):
-    """Centralised teacher with decentralised students: the guider never sees the learner, which only imitates it.
-
-        loss_learner_kl = mean(KL(mu || pi)),   or KL(pi || mu)
-
-    and ``loss_objective``, ``loss_entropy`` and ``loss_critic`` of the guider ``mu`` as for every ratio loss: with the
-    clip, PPO. It is :class:`MAGPOLoss` without the double clip, the guider's divergence and the learner's objective.
-
-    Reference: on-policy CTDS as MAGPO's paper has it, https://arxiv.org/abs/2507.18059, section 5, after Zhao et al.,
-    CTDS: Centralized Teacher with Decentralized Student for Multi-Agent Reinforcement Learning, 2022,
-    https://arxiv.org/abs/2203.08412.
-
-    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`, whose actor is the guider.
-
-    Args:
-        guider_network: centralised policy, which collects the data.
-        critic_network: the guider's critic.
-        learner_network: decentralised policy.
-        learner_kl: which divergence the learner minimises, ``"forward"``, ``KL(mu || pi)``, or ``"reverse"``.
-        clip_epsilon: half-width of the guider's clip, or a pair ``(low, high)``.
-        gain: another trust region of the guider, with the same bounds.
-        clip_value: see :class:`RatioLoss`.
-        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
-            functional, reduction: as for every ratio loss, see there.
-
-    Raises:
-        ValueError: if an option is out of its range.
-    """
-
-    learner_network: ProbabilisticTensorDictSequential
-    learner_network_params: TensorDictParams | None
-    target_learner_network_params: TensorDictParams | None
-
-    def __init__(
-        self,
-        guider_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
-        learner_network: ProbabilisticTensorDictSequential,
-        *,
-        learner_kl: LearnerKL = "forward",
-        clip_epsilon: float | Sequence[float] = 0.2,
-        gain: Gain = clip_gain,
-        entropy_coeff: float = 0.01,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        clip_value: float | None = None,
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
-    ) -> None:
-        low, high = clip_bounds(clip_epsilon)
-        super().__init__(
-            guider_network,
-            critic_network,
-            gain=gain,
-            low=low,
-            high=high,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            clip_value=clip_value,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
-        )
-        self._hold("learner_network", learner_network)
-        self.learner_kl: LearnerKL = _checked(learner_kl)
-
-    def _computed_keys(self) -> list[str]:
-        return [*OUT_KEYS, "loss_learner_kl"]
-
-    def _own_keys(self) -> list[NestedKey]:
-        return list(self.learner_network.in_keys)
-
-    def objective(
-        self,
-        tensordict: TensorDictBase,
-        distribution: Distribution,
-        log_ratio: Tensor,
-        advantage: Tensor,
-        mask: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``loss_objective`` and the learner's loss."""
-        with self._parameters_of("learner_network"):
-            learner = self.learner_network.get_dist(tensordict.copy())
-        gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
-        kl = _imitation(distribution, learner, self.learner_kl)
-        return self._reduce(-gain, mask), {"loss_learner_kl": self._reduce(kl, mask)}
-
-
 def divergence(p: Distribution, q: Distribution, *, constant: Literal["first", "second"]) -> Tensor:
     """Exact ``KL(p || q)`` of each agent's policy, ``[*batch, N]``, with gradient to one of the two only.
 
@@ -381,13 +347,6 @@ def divergence(p: Distribution, q: Distribution, *, constant: Literal["first", "
     if isinstance(p, Categorical):
         return categorical_kl(*p_parameters, *q_parameters)
     return gaussian_kl(*p_parameters, *q_parameters)
-
-
-def _imitation(guider: Distribution, learner: Distribution, learner_kl: LearnerKL) -> Tensor:
-    """What the learner minimises; the guider is a constant."""
-    if learner_kl == "forward":
-        return divergence(guider, learner, constant="first")
-    return divergence(learner, guider, constant="second")
 
 
 def _parameters(distribution: Distribution, frozen: bool) -> tuple[Tensor, ...]:

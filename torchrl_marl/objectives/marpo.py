@@ -11,9 +11,10 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from torch import Tensor
 from torch.distributions import Distribution
+from typing_extensions import Unpack
 
 from torchrl_marl.keys import sibling
-from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, clip_fraction, masked_mean
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, RatioOptions, clip_bounds, clip_fraction, masked_mean
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, kl_interval_unchecked, reflective_clip_gain
 from torchrl_marl.objectives.trust_region import policy_kl
 
@@ -102,8 +103,7 @@ class MARPOLoss(RatioLoss):
             takes a second pass through the policy, where rows take one for all. A recurrent policy needs it; the last
             step's second pass starts from the state that was collected.
         gain: another trust region in place of the clip (anything but the function ``clip_gain`` itself).
-        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
-            functional, reduction: as for every ratio loss, see there.
+        **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -143,13 +143,7 @@ class MARPOLoss(RatioLoss):
         kl_target_max: float = 0.3,
         sequences: bool = False,
         gain: Gain = clip_gain,
-        entropy_coeff: float = 0.01,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
+        **options: Unpack[RatioOptions],
     ) -> None:
         low, high = clip_bounds(clip_epsilon)
         super().__init__(
@@ -158,13 +152,7 @@ class MARPOLoss(RatioLoss):
             gain=gain,
             low=low,
             high=high,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
+            **options,
         )
         if not sequences and reflection_coeff and "is_init" in actor_network.in_keys:
             raise ValueError("A recurrent policy is trained on sequences [*batch, time]: it needs sequences=True.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from typing_extensions import Unpack
 
-from torchrl_marl.objectives.ratio import RatioLoss
+from torchrl_marl.objectives.ratio import RatioLoss, RatioOptions
 from torchrl_marl.objectives.surrogates import Gain, barrier_gain
 
 __all__ = ["MARSLoss", "additive_target_ratios", "multiplicative_target_ratios"]
@@ -31,8 +32,7 @@ class MARSLoss(RatioLoss):
             actions. The paper's other parameterisations are :func:`multiplicative_target_ratios` and
             :func:`additive_target_ratios`.
         gain: another trust region in place of the barrier, with the same bounds.
-        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
-            functional, reduction: as for every ratio loss, see there.
+        **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`.
 
     Raises:
         ValueError: if the target ratios are on the wrong side of 1.
@@ -45,13 +45,7 @@ class MARSLoss(RatioLoss):
         *,
         target_ratios: Sequence[float] = (0.8, 1.25),
         gain: Gain = barrier_gain,
-        entropy_coeff: float = 0.01,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
+        **options: Unpack[RatioOptions],
     ) -> None:
         low, high = _checked(target_ratios)
         super().__init__(
@@ -60,13 +54,7 @@ class MARSLoss(RatioLoss):
             gain=gain,
             low=low,
             high=high,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
+            **options,
         )
 
 

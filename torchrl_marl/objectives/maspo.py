@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from typing_extensions import Unpack
 
-from torchrl_marl.objectives.ratio import RatioLoss, clip_bounds
+from torchrl_marl.objectives.ratio import RatioLoss, RatioOptions, clip_bounds
 from torchrl_marl.objectives.surrogates import Gain, quadratic_gain
 
 __all__ = ["MASPOLoss"]
@@ -28,8 +29,7 @@ class MASPOLoss(RatioLoss):
         critic_network: sees the joint observations or the state.
         clip_epsilon: distance of the target ratios from 1, or a pair ``(low, high)``: targets ``1 - low, 1 + high``.
         gain: another trust region in place of the quadratic penalty, with the same bounds.
-        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
-            functional, reduction: as for every ratio loss, see there.
+        **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`.
     """
 
     def __init__(
@@ -39,13 +39,7 @@ class MASPOLoss(RatioLoss):
         *,
         clip_epsilon: float | Sequence[float] = 0.2,
         gain: Gain = quadratic_gain,
-        entropy_coeff: float = 0.01,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
+        **options: Unpack[RatioOptions],
     ) -> None:
         low, high = clip_bounds(clip_epsilon)
         super().__init__(
@@ -54,11 +48,5 @@ class MASPOLoss(RatioLoss):
             gain=gain,
             low=low,
             high=high,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
+            **options,
         )

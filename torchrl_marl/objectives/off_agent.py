@@ -7,12 +7,16 @@ from typing import Literal
 
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from torch import Tensor
+from typing_extensions import Unpack
 
 from torchrl_marl import collectors  # the module: its own modules import from this package
 from torchrl_marl.modules.agent_networks import count_agents
-from torchrl_marl.objectives.ratio import clip_bounds
-from torchrl_marl.objectives.sequential import NaturalGradientLoss, SequentialLoss
-from torchrl_marl.objectives.surrogates import Gain, clip_gain, ratio_gain
+from torchrl_marl.objectives.sequential import (
+    NaturalGradientLoss,
+    NaturalGradientOptions,
+    SequentialLoss,
+    SequentialOptions,
+)
 
 __all__ = ["OAPPOLoss", "OATRPOLoss"]
 
@@ -43,10 +47,7 @@ class OAPPOLoss(SequentialLoss):
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
         kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
-        clip_epsilon: half-width of the clip, or a pair ``(low, high)``.
-        gain: another trust region in place of the clip, with the same bounds.
-        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
-            functional, reduction: as for every ratio loss, see there.
+        **options: :class:`~torchrl_marl.objectives.sequential.SequentialOptions`.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
@@ -62,17 +63,8 @@ class OAPPOLoss(SequentialLoss):
         reuse_matrix: collectors.ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
         reuse: Literal["weighted", "sampled"] = "weighted",
         kl_reduction: Literal["mean", "max"] = "mean",
-        clip_epsilon: float | Sequence[float] = 0.2,
-        gain: Gain = clip_gain,
-        entropy_coeff: float = 0.01,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
+        **options: Unpack[SequentialOptions],
     ) -> None:
-        low, high = clip_bounds(clip_epsilon)
         sampler = collectors.ReuseMappingSampler(
             count_agents(actor_network),
             own_weight=own_weight,
@@ -80,22 +72,7 @@ class OAPPOLoss(SequentialLoss):
             reuse_matrix=reuse_matrix,
             kl_reduction=kl_reduction,
         )
-        super().__init__(
-            actor_network,
-            critic_network,
-            gain=gain,
-            low=low,
-            high=high,
-            reuse=sampler,
-            sampled=_is_sampled(reuse),
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
-        )
+        super().__init__(actor_network, critic_network, reuse=sampler, sampled=_is_sampled(reuse), **options)
 
 
 class OATRPOLoss(NaturalGradientLoss):
@@ -123,10 +100,7 @@ class OATRPOLoss(NaturalGradientLoss):
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
         kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
-        max_kl, damping, num_iterations, backtrack, accept_ratio, num_backtracks, gain, clip_epsilon, entropy_coeff: see
-            :class:`~torchrl_marl.objectives.sequential.NaturalGradientLoss`.
-        critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims, functional, reduction: as
-            for every ratio loss, see there.
+        **options: :class:`~torchrl_marl.objectives.sequential.NaturalGradientOptions`.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
@@ -142,21 +116,7 @@ class OATRPOLoss(NaturalGradientLoss):
         reuse_matrix: collectors.ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
         reuse: Literal["weighted", "sampled"] = "weighted",
         kl_reduction: Literal["mean", "max"] = "mean",
-        max_kl: float = 0.01,
-        damping: float = 0.1,
-        num_iterations: int = 10,
-        backtrack: float = 0.8,
-        accept_ratio: float = 0.5,
-        num_backtracks: int = 10,
-        gain: Gain = ratio_gain,
-        clip_epsilon: float | Sequence[float] = 0.2,
-        entropy_coeff: float = 0.0,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
+        **options: Unpack[NaturalGradientOptions],
     ) -> None:
         sampler = collectors.ReuseMappingSampler(
             count_agents(actor_network),
@@ -165,27 +125,7 @@ class OATRPOLoss(NaturalGradientLoss):
             reuse_matrix=reuse_matrix,
             kl_reduction=kl_reduction,
         )
-        super().__init__(
-            actor_network,
-            critic_network,
-            max_kl=max_kl,
-            damping=damping,
-            num_iterations=num_iterations,
-            backtrack=backtrack,
-            accept_ratio=accept_ratio,
-            num_backtracks=num_backtracks,
-            gain=gain,
-            clip_epsilon=clip_epsilon,
-            reuse=sampler,
-            sampled=_is_sampled(reuse),
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
-        )
+        super().__init__(actor_network, critic_network, reuse=sampler, sampled=_is_sampled(reuse), **options)
 
 
 def _is_sampled(reuse: str) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from typing_extensions import Unpack
 
-from torchrl_marl.objectives.ratio import RatioLoss, clip_bounds
+from torchrl_marl.objectives.ratio import RatioLoss, RatioOptions, clip_bounds
 from torchrl_marl.objectives.surrogates import Gain, clip_gain
 
 __all__ = ["IPPOLoss", "MAPPOLoss"]
@@ -30,8 +31,7 @@ class MAPPOLoss(RatioLoss):
         critic_network: sees the joint observations or the state.
         clip_epsilon: half-width of the clip, or a pair ``(low, high)``: ratios count within ``[1 - low, 1 + high]``.
         gain: another trust region in place of the clip, with the same bounds.
-        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
-            functional, reduction: as for every ratio loss, see there.
+        **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`.
 
     Example:
         >>> loss = MAPPOLoss(actor, critic, clip_epsilon=(0.2, 0.28))  # doctest: +SKIP
@@ -45,13 +45,7 @@ class MAPPOLoss(RatioLoss):
         *,
         clip_epsilon: float | Sequence[float] = 0.2,
         gain: Gain = clip_gain,
-        entropy_coeff: float = 0.01,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
+        **options: Unpack[RatioOptions],
     ) -> None:
         low, high = clip_bounds(clip_epsilon)
         super().__init__(
@@ -60,17 +54,11 @@ class MAPPOLoss(RatioLoss):
             gain=gain,
             low=low,
             high=high,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
+            **options,
         )
 
 
-class IPPOLoss(RatioLoss):
+class IPPOLoss(MAPPOLoss):
     """Independent PPO: the clipped gain for each agent, with a critic that sees only that agent's observation.
 
     The equations are :class:`MAPPOLoss`'s; the critic makes the difference. Build one with
@@ -79,44 +67,5 @@ class IPPOLoss(RatioLoss):
     Reference: de Witt et al., Is Independent Learning All You Need in the StarCraft Multi-Agent Challenge?, 2020,
     https://arxiv.org/abs/2011.09533.
 
-    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
-
-    Args:
-        actor_network: decentralised policy.
-        critic_network: sees each agent's own observation.
-        clip_epsilon: half-width of the clip, or a pair ``(low, high)``.
-        gain: another trust region in place of the clip, with the same bounds.
-        entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage, normalize_advantage_exclude_dims,
-            functional, reduction: as for every ratio loss, see there.
+    Keys, shapes, arguments, outputs and errors: :class:`MAPPOLoss`.
     """
-
-    def __init__(
-        self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
-        *,
-        clip_epsilon: float | Sequence[float] = 0.2,
-        gain: Gain = clip_gain,
-        entropy_coeff: float = 0.01,
-        critic_coeff: float = 1.0,
-        loss_critic_type: str = "smooth_l1",
-        normalize_advantage: bool = True,
-        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
-        functional: bool = True,
-        reduction: str = "mean",
-    ) -> None:
-        low, high = clip_bounds(clip_epsilon)
-        super().__init__(
-            actor_network,
-            critic_network,
-            gain=gain,
-            low=low,
-            high=high,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
-        )

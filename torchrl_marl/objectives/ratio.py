@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -27,7 +27,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.surrogates import Gain
 
-__all__ = ["RatioLoss", "clip_bounds", "standardize"]
+__all__ = ["RatioLoss", "RatioOptions", "clip_bounds", "standardize"]
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -48,6 +48,19 @@ OUT_KEYS = (
     "explained_variance",
 )
 """What ``forward`` of every ratio loss returns; a method may add to it."""
+
+
+class RatioOptions(TypedDict, total=False):
+    """Options of every ratio loss; meanings and defaults are those of :class:`RatioLoss`."""
+
+    entropy_coeff: float
+    critic_coeff: float
+    loss_critic_type: str
+    normalize_advantage: bool
+    normalize_advantage_exclude_dims: Sequence[int]
+    functional: bool
+    reduction: str
+    clip_value: float | None
 
 
 class RatioLoss(LossModule):
@@ -131,13 +144,13 @@ class RatioLoss(LossModule):
         gain: Gain,
         low: float,
         high: float,
-        entropy_coeff: float,
-        critic_coeff: float,
-        loss_critic_type: str,
-        normalize_advantage: bool,
-        normalize_advantage_exclude_dims: Sequence[int],
-        functional: bool,
-        reduction: str,
+        entropy_coeff: float = 0.01,
+        critic_coeff: float = 1.0,
+        loss_critic_type: str = "smooth_l1",
+        normalize_advantage: bool = True,
+        normalize_advantage_exclude_dims: Sequence[int] = (-2,),
+        functional: bool = True,
+        reduction: str = "mean",
         clip_value: float | None = None,
     ) -> None:
         if type(self) is RatioLoss:

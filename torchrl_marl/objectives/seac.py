@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 from torchrl.objectives import distance_loss
+from typing_extensions import Unpack
 
 from torchrl_marl.modules import agent_policy
 from torchrl_marl.modules.agent_networks import count_agents
@@ -15,6 +16,7 @@ from torchrl_marl.modules.recurrent import recurrent_state_keys
 from torchrl_marl.objectives.ratio import (
     OUT_KEYS,
     RatioLoss,
+    RatioOptions,
     clip_bounds,
     masked_mean,
     policy_entropy,
@@ -55,10 +57,9 @@ class SEACLoss(RatioLoss):
         sharing_coeff: weight of others' experience (the paper's lambda); 0 is independent A2C.
         gain: a trust region in place of the ratio itself.
         clip_epsilon: the bounds that ``gain`` gets.
-        entropy_coeff: weight of the entropy bonus, on own observations.
-        normalize_advantage: standardise ``A_ik``, for each learner and source; the paper does not.
-        critic_coeff, loss_critic_type, functional, reduction: as for every ratio loss, see
-            :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
+        **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`, by default the paper's: ``critic_coeff=0.5``,
+            ``loss_critic_type="l2"`` and ``normalize_advantage=False``; if set, ``A_ik`` is standardised for each
+            learner and source. ``clip_value`` is not available.
 
     Raises:
         ValueError: if agents share parameters, actor and critic are for different numbers of agents, or an option is
@@ -85,12 +86,7 @@ class SEACLoss(RatioLoss):
         sharing_coeff: float = 1.0,
         gain: Gain = ratio_gain,
         clip_epsilon: float | Sequence[float] = 0.2,
-        entropy_coeff: float = 0.01,
-        critic_coeff: float = 0.5,
-        loss_critic_type: str = "l2",
-        normalize_advantage: bool = False,
-        functional: bool = True,
-        reduction: str = "mean",
+        **options: Unpack[RatioOptions],
     ) -> None:
         agents, critics = count_agents(actor_network), count_agents(critic_network)
         if agents != critics:
@@ -99,21 +95,12 @@ class SEACLoss(RatioLoss):
             raise ValueError("SEACLoss takes networks without a memory: a state belongs to the network that wrote it.")
         if not sharing_coeff >= 0:
             raise ValueError(f"sharing_coeff must be at least 0, got {sharing_coeff!r}.")
+        if {"clip_value", "normalize_advantage_exclude_dims"} & options.keys():
+            raise ValueError("SEACLoss has no clip_value and one way to normalise advantages, for each pair of agents.")
+        own: RatioOptions = {"critic_coeff": 0.5, "loss_critic_type": "l2", "normalize_advantage": False, **options}
+        own["normalize_advantage_exclude_dims"] = (-2, -1)
         low, high = clip_bounds(clip_epsilon)
-        super().__init__(
-            actor_network,
-            critic_network,
-            gain=gain,
-            low=low,
-            high=high,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=(-2, -1),
-            functional=functional,
-            reduction=reduction,
-        )
+        super().__init__(actor_network, critic_network, gain=gain, low=low, high=high, **own)
         self.sharing_coeff = sharing_coeff
         # plain lists: other ways to run the networks, with nothing of their own to register
         self._policies = [agent_policy(actor_network, agent) for agent in range(agents)]

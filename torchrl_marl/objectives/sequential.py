@@ -13,20 +13,36 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
+from typing_extensions import Unpack
 
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
 from torchrl_marl.modules.recurrent import recurrent_state_keys
-from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, clip_bounds, masked_mean, per_agent, require
-from torchrl_marl.objectives.surrogates import Gain
+from torchrl_marl.objectives.ratio import (
+    OUT_KEYS,
+    RatioLoss,
+    RatioOptions,
+    clip_bounds,
+    masked_mean,
+    per_agent,
+    require,
+)
+from torchrl_marl.objectives.surrogates import Gain, clip_gain, ratio_gain
 from torchrl_marl.objectives.trust_region import policy_kl, trust_region_step
 
 if TYPE_CHECKING:
     from torchrl_marl.collectors import ReuseMappingSampler
 
-__all__ = ["NaturalGradientLoss", "SequentialLoss", "Turn"]
+__all__ = ["NaturalGradientLoss", "NaturalGradientOptions", "SequentialLoss", "SequentialOptions", "Turn"]
 
 Turn = int | Literal["critic"]
+
+
+class SequentialOptions(RatioOptions, total=False):
+    """Options of every sequential loss; meanings and defaults are those of :class:`SequentialLoss`."""
+
+    clip_epsilon: float | Sequence[float]
+    gain: Gain
 
 
 class SequentialLoss(RatioLoss):
@@ -79,11 +95,12 @@ class SequentialLoss(RatioLoss):
         critic_network: one for all agents.
         reuse: whose experience each agent learns from; ``None`` for its own.
         sampled: draw one source for each learner and row instead of weighting all of them.
-        gain, low, high, entropy_coeff, critic_coeff, loss_critic_type, normalize_advantage,
-            normalize_advantage_exclude_dims, functional, reduction: see there.
+        clip_epsilon: half-width of the clip, or a pair ``(low, high)``: ratios count within ``[1 - low, 1 + high]``.
+        gain: another trust region in place of the clip, with the same bounds.
+        **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`.
 
     Raises:
-        ValueError: if agents share parameters.
+        ValueError: if agents share parameters, or an option is out of its range.
     """
 
     @dataclass
@@ -99,38 +116,19 @@ class SequentialLoss(RatioLoss):
         actor_network: ProbabilisticTensorDictSequential,
         critic_network: TensorDictModuleBase,
         *,
-        gain: Gain,
-        low: float,
-        high: float,
         reuse: ReuseMappingSampler | None,
         sampled: bool,
-        entropy_coeff: float,
-        critic_coeff: float,
-        loss_critic_type: str,
-        normalize_advantage: bool,
-        normalize_advantage_exclude_dims: Sequence[int],
-        functional: bool,
-        reduction: str,
+        clip_epsilon: float | Sequence[float] = 0.2,
+        gain: Gain = clip_gain,
+        **options: Unpack[RatioOptions],
     ) -> None:
         if type(self) is SequentialLoss:
             raise TypeError(
                 "SequentialLoss is abstract: use HAPPOLoss, HATRPOLoss, OAPPOLoss, OATRPOLoss or a subclass."
             )
         num_agents = count_agents(actor_network)
-        super().__init__(
-            actor_network,
-            critic_network,
-            gain=gain,
-            low=low,
-            high=high,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
-        )
+        low, high = clip_bounds(clip_epsilon)
+        super().__init__(actor_network, critic_network, gain=gain, low=low, high=high, **options)
         action = self.tensor_keys.action
         self.set_keys(
             update_log_ratio=sibling(action, "update_log_ratio"), reuse_source=sibling(action, "reuse_source")
@@ -352,6 +350,17 @@ class SequentialLoss(RatioLoss):
         return columns if self.reduction == "none" else columns.sum(-1)
 
 
+class NaturalGradientOptions(SequentialOptions, total=False):
+    """Options of natural-gradient losses; meanings and defaults are those of :class:`NaturalGradientLoss`."""
+
+    max_kl: float
+    damping: float
+    num_iterations: int
+    backtrack: float
+    accept_ratio: float
+    num_backtracks: int
+
+
 class NaturalGradientLoss(SequentialLoss):
     """Sequential loss whose agents move by natural gradients; abstract: HATRPO and OATRPO are made of it.
 
@@ -370,12 +379,9 @@ class NaturalGradientLoss(SequentialLoss):
         num_iterations: of the conjugate gradient.
         backtrack, accept_ratio, num_backtracks: of the line search, see
             :func:`~torchrl_marl.objectives.trust_region.backtracking_line_search`.
-        gain: what the surrogate is; all gains have one slope at ratio 1, others than the ratio itself act on the line
-            search.
-        clip_epsilon: the bounds that ``gain`` gets.
-        entropy_coeff: weight of an entropy bonus in the surrogate; the papers have none.
-        actor_network, critic_network, reuse, sampled, critic_coeff, loss_critic_type, normalize_advantage,
-            normalize_advantage_exclude_dims, functional, reduction: see :class:`SequentialLoss`.
+        reuse, sampled: see :class:`SequentialLoss`.
+        **options: :class:`SequentialOptions`. By default the surrogate is the ratio itself, without an entropy bonus;
+            all gains have one slope at ratio 1, others than the ratio act on the line search.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
@@ -389,43 +395,21 @@ class NaturalGradientLoss(SequentialLoss):
         actor_network: ProbabilisticTensorDictSequential,
         critic_network: TensorDictModuleBase,
         *,
-        max_kl: float,
-        damping: float,
-        num_iterations: int,
-        backtrack: float,
-        accept_ratio: float,
-        num_backtracks: int,
-        gain: Gain,
-        clip_epsilon: float | Sequence[float],
+        max_kl: float = 0.01,
+        damping: float = 0.1,
+        num_iterations: int = 10,
+        backtrack: float = 0.8,
+        accept_ratio: float = 0.5,
+        num_backtracks: int = 10,
         reuse: ReuseMappingSampler | None,
         sampled: bool,
-        entropy_coeff: float,
-        critic_coeff: float,
-        loss_critic_type: str,
-        normalize_advantage: bool,
-        normalize_advantage_exclude_dims: Sequence[int],
-        functional: bool,
-        reduction: str,
+        **options: Unpack[SequentialOptions],
     ) -> None:
         if type(self) is NaturalGradientLoss:
             raise TypeError("NaturalGradientLoss is abstract: use HATRPOLoss, OATRPOLoss or a subclass.")
-        low, high = clip_bounds(clip_epsilon)
-        super().__init__(
-            actor_network,
-            critic_network,
-            gain=gain,
-            low=low,
-            high=high,
-            reuse=reuse,
-            sampled=sampled,
-            entropy_coeff=entropy_coeff,
-            critic_coeff=critic_coeff,
-            loss_critic_type=loss_critic_type,
-            normalize_advantage=normalize_advantage,
-            normalize_advantage_exclude_dims=normalize_advantage_exclude_dims,
-            functional=functional,
-            reduction=reduction,
-        )
+        options.setdefault("gain", ratio_gain)
+        options.setdefault("entropy_coeff", 0.0)
+        super().__init__(actor_network, critic_network, reuse=reuse, sampled=sampled, **options)
         self._take_step = partial(
             trust_region_step,
             damping=damping,

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NoReturn, TypeGuard, get_args
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from typing_extensions import get_type_hints
 
 from torchrl_marl.checkpoints import find_checkpoint, read_metadata
 from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, MARPOLoss, RatioLoss, SequentialLoss
@@ -97,7 +98,7 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
             for another target.
     """
     target = cfg.get("_target_")
-    known = inspect.signature(get_object(target)).parameters if target else reference
+    known = arguments_of(get_object(target)) if target else reference
     keys = [key for key in cfg if not str(key).startswith("_")]
     foreign = [f"~{path}{key}" for key in keys if key in reference and key not in known]
     if foreign:
@@ -110,6 +111,19 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
             check_keys(cfg[key], reference.get(key) or DictConfig({}), f"{path}{key}.")
         elif isinstance(cfg[key], DictConfig) and isinstance(reference.get(key), DictConfig) and not target:
             check_keys(cfg[key], reference[key], f"{path}{key}.")
+
+
+def arguments_of(target: Callable[..., Any]) -> list[str]:
+    """Names of a function's or class's arguments, with those that a ``TypedDict`` states (``**options: Unpack[...]``)."""
+    names = []
+    for parameter in inspect.signature(target).parameters.values():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            names.append(parameter.name)
+            continue
+        function = target.__init__ if isinstance(target, type) else target
+        for options in get_args(get_type_hints(function).get(parameter.name)):
+            names += get_type_hints(options)
+    return names
 
 
 def check_loss(cfg: DictConfig, losses: tuple[type, ...], folder: Path) -> None:

@@ -114,7 +114,7 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
 
 
 def arguments_of(target: Callable[..., Any]) -> list[str]:
-    """Names of a function's or class's arguments, with those that a ``TypedDict`` states (``**options: Unpack[...]``)."""
+    """Names of the arguments of a function or class, with those of a ``TypedDict`` (``**options: Unpack[...]``)."""
     names = []
     for parameter in inspect.signature(target).parameters.values():
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD:

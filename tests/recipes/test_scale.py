@@ -122,6 +122,16 @@ def test_a_run_with_workers_survives_what_is_killed_bit_for_bit(engine: str, tmp
     assert (folder / "evaluations.json").read_text() == (whole / "evaluations.json").read_text()
 
 
+def open_to_the_network(processes: list[int]) -> list[str]:
+    """Addresses beyond this machine's own at which some processes listen, as hexadecimal numbers."""
+    opened = {os.readlink(file) for process in processes for file in Path(f"/proc/{process}/fd").iterdir()}
+    rows = [
+        row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/net/{table}").read_text().split("\n")[1:-1]
+    ]
+    listening = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in opened]
+    return [address for address in listening if not address.partition(":")[0].endswith("0100007F")]  # 127.0.0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_interruption_reaches_workers_and_leaves_a_checkpoint(engine: str, tmp_path: Path, start) -> None:
@@ -129,6 +139,7 @@ def test_an_interruption_reaches_workers_and_leaves_a_checkpoint(engine: str, tm
     process = start(folder, *GAME, f"collector={engine}", "total_frames=100000000")
     wait_for_frames(folder, 480)
     everyone = descendants(process.pid)
+    assert open_to_the_network([process.pid, *everyone]) == []
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches every process of a terminal
     assert process.wait(LIMIT) == 0, printed(folder)
     (run,) = run_folders(folder)

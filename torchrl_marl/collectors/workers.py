@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import importlib
 import importlib.util
 import signal
 import sys
@@ -187,6 +188,9 @@ def ray_collector(
     init: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:  # of this machine; a busy one may have fewer cores than workers
         init |= {"num_cpus": num_workers * int(resources.get("num_cpus", 1)), "include_dashboard": False}
+        # Ray then listens on the loopback address alone, as on macOS. No option says so (127.0.0.1 becomes the
+        # network's address), and the environment variable is read by the import, which TorchRL has done.
+        importlib.import_module("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
     engine = RayCollector(
         [partial(_make_worker_env, make_env, policy, share, device)] * num_workers,
         policy,

@@ -2,6 +2,7 @@
 
     python recipes/seeds.py "seed=[0,1,2]" env=coordsum loss=mappo
     python recipes/seeds.py --config-name=mappo_maze "seed=[0,1,2,3,4]"
+    python recipes/seeds.py resume=RUN  # of any of the seeds; all of them go on, bit for bit
 
 Each seed leaves the folder of a run, and learns what it learns alone in mars_vmas.py.
 """
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from torchrl.collectors import Collector
 
 from torchrl_marl.collectors import split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape
-from torchrl_marl.seeds import Seed, SeedGroup
+from torchrl_marl.seeds import Seed, SeedGroup, seed_configs
 
 
 @recipe(Path(__file__).parent / "config", "seeds")
@@ -26,8 +27,7 @@ def main(cfg: DictConfig) -> float:
     torch.set_num_threads(cfg.num_threads)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     make_env = partial(instantiate, cfg.env, device=device)
-    seeds = cfg.seed if isinstance(cfg.seed, ListConfig) else [cfg.seed]
-    group = SeedGroup([build_seed(DictConfig({**cfg, "seed": seed}), make_env) for seed in seeds], make_env=make_env)
+    group = SeedGroup([build_seed(own, make_env) for own in seed_configs(cfg)], make_env=make_env)
     optimizer = instantiate(cfg.optimizer, group.parameters())
     collector = Collector(
         group.env,

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
+from torchrl_marl.checkpoints import read_metadata
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.random_streams import random_streams
 from torchrl_marl.evaluation import evaluate
@@ -37,12 +39,39 @@ from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, st
 from torchrl_marl.objectives.ratio import RatioLoss
 from torchrl_marl.training import Run, progress_bar, reduce_records, stop_signals
 
-__all__ = ["Seed", "SeedGroup"]
+__all__ = ["Seed", "SeedGroup", "seed_configs"]
 
 _LOSSES = (MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss)  # their forward changes nothing
 _OPTIMIZERS = (Adam, AdamW, RMSprop, SGD)  # they treat every element alike
 _DISTRIBUTIONS = (InversionCategorical, InversionMaskedCategorical, CensoredTanhNormal)
 _DRAWS = (torch.randint_like, torch.Tensor.normal_)  # what these draw with
+
+
+def seed_configs(cfg: DictConfig) -> list[DictConfig]:
+    """Return a configuration for each seed that trains: those of ``cfg.seed``, or those of a group to resume.
+
+    Args:
+        cfg: ``resume``, if it is not ``None``, is a checkpoint of any seed of the group. All go on from the newest one
+            that they have in common, of at most its frames: a kill may come when some have saved and others have not.
+
+    Raises:
+        ValueError: if that run was not trained in a group, or the runs of the others are not beside it.
+    """
+    if cfg.resume is None:
+        seeds = cfg.seed if isinstance(cfg.seed, ListConfig) else [cfg.seed]
+        return [DictConfig({**cfg, "seed": seed}) for seed in seeds]
+    newest = Path(cfg.resume).resolve()
+    folders = [newest.parents[2] / name / "checkpoints" for name in read_metadata(newest)["trained_with"]]
+    alone = "One alone goes on with python recipes/mars_vmas.py resume=RUN, equal up to rounding."
+    if not folders:
+        raise ValueError(f"resume={newest} was not written by a group of seeds. {alone}")
+    saved = [{path.name for path in folder.glob("*.torchrl") if path.name <= newest.name} for folder in folders]
+    if not (common := set.intersection(*saved)):
+        without = ", ".join(str(folder) for folder, own in zip(folders, saved, strict=True) if newest.name not in own)
+        raise ValueError(f"Seeds that trained together go on together, but {without} hold no {newest.name}. {alone}")
+    resumed = [folder / max(common) for folder in folders]
+    own = [{"seed": read_metadata(path)["config"]["seed"], "resume": str(path)} for path in resumed]
+    return [DictConfig({**cfg, **each}) for each in own]
 
 
 class Seed:
@@ -92,8 +121,9 @@ class SeedGroup:
     """Several seeds of one configuration in one training loop.
 
     Data have a leading dimension of seeds, and so have the parameters, which one optimiser moves: the gradient of the
-    sum of all seeds' losses is each seed's own. Every seed keeps the folder of a run and goes on alone from its
-    checkpoints; only the seconds in its logs are the group's. The loop is in ``recipes/seeds.py``.
+    sum of all seeds' losses is each seed's own. Every seed keeps the folder of a run; only the seconds in its logs are
+    the group's. From their checkpoints (:func:`seed_configs`) all go on together, bit for bit, or one alone, up to
+    rounding. The loop is in ``recipes/seeds.py``.
 
     Args:
         seeds: alike in all but what the seed decides.
@@ -127,6 +157,8 @@ class SeedGroup:
         self._records: list[Mapping[str, Tensor]] = []
         self._tensors: dict[str, Tensor] = {f"module.{name}": tensor for name, tensor in self._stacked.items()}
         self._stack_buffers()
+        for seed in seeds:
+            seed.run.trained_with = [other.run.folder.name for other in seeds]
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -153,9 +185,12 @@ class SeedGroup:
         """
         first = self.seeds[0].run
         total = len(self) * first.cfg.total_frames
-        bar = progress_bar(f"{first.cfg.method}, {len(self)} seeds", total)
+        bar = progress_bar(f"{first.cfg.method}, {len(self)} seeds", total, initial=len(self) * first.frames)
         with self._ended_together(collector), bar, stop_signals(self._interrupt):
-            self._evaluate_and_save(optimizer)
+            if first.cfg.resume is None:
+                self._evaluate_and_save(optimizer)
+            else:
+                self._go_on(optimizer)
             data = iter(collector)
             collector.reset()
             while not first.is_over:
@@ -267,6 +302,18 @@ class SeedGroup:
         for name in members[0]:
             self._tensors[f"module.{name}"] = torch.stack([member[name] for member in members])
 
+    def _go_on(self, optimizer: Optimizer) -> None:
+        """Take over what the seeds' checkpoints hold beside the parameters."""
+        self._game.set_extra_state(torch.cat([seed.env.get_extra_state() for seed in self.seeds]))
+        for name, stacked in self._stacked.items():
+            states = [
+                seed.optimizer.state[member[name]] for seed, member in zip(self.seeds, self._members, strict=True)
+            ]
+            optimizer.state[stacked] = {
+                key: value if key == "step" else torch.stack([state[key] for state in states])
+                for key, value in states[0].items()
+            }
+
     def _share_optimizer(self, optimizer: Optimizer) -> None:
         for name, stacked in self._stacked.items():
             state = optimizer.state.get(stacked, {})
@@ -354,8 +401,6 @@ def _draw_apart(
 
 def _stackable(cfg: DictConfig, env: EnvBase, loss: RatioLoss, optimizer: Optimizer) -> TensorEnv:
     """Return the game, or refuse what cannot be trained in a group."""
-    if cfg.resume is not None:
-        _refuse("a new start", f"resume={cfg.resume}", "python recipes/mars_vmas.py resume=RUN")
     if cfg.compile:
         _refuse("compile=false", "compile=true")
     if cfg.collector._target_ != "torchrl.collectors.Collector":

@@ -126,6 +126,8 @@ class Run:
             self._checkpoints.load(resumed)
         self._records: list[Mapping[str, Tensor]] = []
         self._asked_to_stop = self._interrupted = False
+        self.trained_with: list[str] = []
+        """Names of folders of runs, this one among them, that are trained in one group; empty for a run alone."""
         self._leads = rank() == 0
         if self._leads:
             self._open_logs(resumed_at=None if resumed is None else self._progress["frames"])
@@ -167,8 +169,7 @@ class Run:
             RuntimeError: if collecting, evaluating or saving fails: a worker has died, the disk is full, ...; it names
                 the last good checkpoint.
         """
-        frames = self._progress["frames"]
-        bar = progress_bar(self.cfg.method, self.cfg.total_frames, initial=frames, disable=not self._leads)
+        bar = progress_bar(self.cfg.method, self.cfg.total_frames, initial=self.frames, disable=not self._leads)
         with self._failures_named(collector), bar, stop_signals(self.interrupt):
             if not self._progress["evaluations"]:
                 self.evaluate_and_save()
@@ -265,6 +266,11 @@ class Run:
         return objective
 
     @property
+    def frames(self) -> int:
+        """Frames that the policy has learned from."""
+        return self._progress["frames"]
+
+    @property
     def is_over(self) -> bool:
         """Whether the frames are used up, or someone has interrupted."""
         return self._interrupted or self._progress["frames"] >= self.cfg.total_frames
@@ -338,7 +344,7 @@ class Run:
         self._evaluations.add(frames, episodes.metrics())
         self._progress["evaluations"].append([frames, score])
         record = actor_record(self._shape, _plain(self.cfg.actor))
-        metadata = {"config": _plain(self.cfg), "actor": record, "frames": frames}
+        metadata = {"config": _plain(self.cfg), "actor": record, "frames": frames, "trained_with": self.trained_with}
         self._checkpoints.save(frames=frames, score=score, metadata=metadata)
 
     def _absolute_returns(self) -> Tensor:

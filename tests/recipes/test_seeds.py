@@ -2,21 +2,22 @@
 
 import math
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from tests.recipes.runs import run_folders, run_recipe
-from tests.recipes.test_mars_vmas import GRU
-from torchrl_marl.checkpoints import find_checkpoint, load_policy
+from tests.recipes.test_mars_vmas import GRU, assert_same_traces
+from torchrl_marl.checkpoints import find_checkpoint, load_policy, read_metadata
 from torchrl_marl.envs import make_coordsum
 from torchrl_marl.evaluation.runs import check_comparable, read_runs
 from torchrl_marl.loggers import MetricLog
-from torchrl_marl.seeds import SeedGroup
+from torchrl_marl.seeds import SeedGroup, seed_configs
 
 UNEQUAL = ["minibatch_size=30", "total_frames=320", "evaluation.interval=160"]  # the last minibatch is smaller
 
@@ -153,12 +154,53 @@ def test_seeds_of_a_group_are_distinct(numbers: list[int]) -> None:
         SeedGroup(seeds, make_env=make_coordsum)
 
 
-def test_a_group_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_recipe(monkeypatch, tmp_path, "seed=[2,5]", "total_frames=80", recipe="seeds")
+@pytest.mark.parametrize(
+    "overrides",
+    [["env.scenario=CoordSum-2x5", "loss=mappo", *GRU], ["env=aerocombat", "loss=mars"]],
+    ids=["gru", "continuous actions"],
+)
+def test_an_interrupted_group_resumes_bit_for_bit(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = ["seed=[2,5]", "total_frames=320", "evaluation.interval=160", *overrides]
+    run_recipe(monkeypatch, tmp_path / "whole", *long, recipe="seeds")
+    with monkeypatch.context() as patch:
+        record = SeedGroup.record
+
+        def stop_and_record(group: SeedGroup, metrics: dict) -> None:
+            if group.seeds[0].run.frames == 160:
+                signal.raise_signal(signal.SIGTERM)
+                patch.setattr(SeedGroup, "record", record)
+            record(group, metrics)
+
+        patch.setattr(SeedGroup, "record", stop_and_record)
+        run_recipe(patch, tmp_path / "stopped", *long, recipe="seeds")
+    whole, stopped = seeds_of(tmp_path / "whole"), seeds_of(tmp_path / "stopped")
+    assert {read_metadata(find_checkpoint(folder))["frames"] for folder in stopped.values()} == {160}
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={stopped[5]}", recipe="seeds")
+    for seed, folder in stopped.items():
+        assert_same_traces(folder, whole[seed])
+        assert (folder / "summary.json").exists()
+
+
+def test_a_group_goes_on_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on from what all have saved: a kill may come when some have saved and others have not."""
+    run_recipe(monkeypatch, tmp_path / "group", "seed=[2,5]", "total_frames=80", recipe="seeds")
+    run_recipe(monkeypatch, tmp_path / "alone", "env=coordsum", "total_frames=80")
+    folders, (alone,) = seeds_of(tmp_path / "group"), run_folders(tmp_path / "alone")
+    newest = {seed: find_checkpoint(folder) for seed, folder in folders.items()}
+    cfg = DictConfig({"seed": 5, "resume": str(newest[5])})
+    assert [(own.seed, own.resume) for own in seed_configs(cfg)] == [(seed, str(path)) for seed, path in newest.items()]
+    newest[2].unlink()
+    assert {Path(own.resume).name for own in seed_configs(cfg)} == {"checkpoint-000000000000.torchrl"}
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(ValueError, match=r"mars_vmas\.py resume=RUN"):
-        run_recipe(monkeypatch, tmp_path, f"resume={run_folders(tmp_path)[0]}", recipe="seeds")
+    with pytest.raises(ValueError, match=r"was not written by a group of seeds.*mars_vmas\.py resume=RUN"):
+        run_recipe(monkeypatch, tmp_path, f"resume={alone}", recipe="seeds")
+    folders[2].rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=rf"go on together, but {folders[2]}/checkpoints hold no checkpoint-0+80\."):
+        run_recipe(monkeypatch, tmp_path, f"resume={folders[5]}", recipe="seeds")
 
 
 @pytest.mark.gpu

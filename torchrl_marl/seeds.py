@@ -61,10 +61,11 @@ def seed_configs(cfg: DictConfig) -> list[DictConfig]:
         seeds = cfg.seed if isinstance(cfg.seed, ListConfig) else [cfg.seed]
         return [DictConfig({**cfg, "seed": seed}) for seed in seeds]
     newest = Path(cfg.resume).resolve()
-    folders = [newest.parents[2] / name / "checkpoints" for name in read_metadata(newest)["trained_with"]]
+    names = read_metadata(newest).get("trained_with", [])
+    folders = [newest.parents[2] / Path(str(name)).name / "checkpoints" for name in names]  # beside it, nowhere else
     alone = "One alone goes on with python recipes/mars_vmas.py resume=RUN, equal up to rounding."
     if not folders:
-        raise ValueError(f"resume={newest} was not written by a group of seeds. {alone}")
+        raise ValueError(f"resume={newest} was not written by a group of seeds, or before groups went on. {alone}")
     saved = [{path.name for path in folder.glob("*.torchrl") if path.name <= newest.name} for folder in folders]
     if not (common := set.intersection(*saved)):
         without = ", ".join(str(folder) for folder, own in zip(folders, saved, strict=True) if newest.name not in own)

@@ -174,7 +174,7 @@ def ray_collector(
         frames_per_batch: steps of all environments together in a batch.
         device: where workers play and act.
         address: of a running cluster, such as ``"auto"``; ``None`` starts one on this machine for as long as the
-            collector lives.
+            collector lives, which listens on the loopback address alone.
         resources: what each worker reserves, as options of ``ray.remote``; by default one CPU.
 
     Raises:

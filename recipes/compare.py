@@ -34,7 +34,7 @@ def main() -> None:
             metrics=arguments.metrics,
             command=command,
         )
-    except ValueError as error:
+    except (ImportError, OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     print(arguments.output / "page.html")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -136,6 +137,55 @@ def test_a_damaged_checkpoint_is_named_and_changes_nothing(damage: str, tmp_path
         CheckpointFolder(tmp_path / "checkpoints", **parts).load(path)
     assert parts["progress"]["frames"] == 10
     assert all(torch.equal(a, b) for a, b in zip(before, parts["actor"].parameters(), strict=True))
+
+
+def test_whatever_bit_of_an_archives_directory_is_flipped_ends_in_a_policy_or_one_line(tmp_path: Path) -> None:
+    good = save(tmp_path, new_parts()).read_bytes()
+    path = tmp_path / "flipped.torchrl"
+    entry = good.rindex(b"PK\x01\x02")  # that of the manifest, the last member
+    assert good[entry + 46 :].startswith(b"manifest.json")
+    refused = 0
+    for bit in range(8 * 46):
+        data = bytearray(good)
+        data[entry + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        refused += len(refusals_of(path))
+    assert refused > 100  # the rest are dates and the like, and change nothing
+
+
+def refusals_of(path: Path) -> list[str]:
+    try:
+        load_policy(path)
+    except ValueError as error:
+        return re.findall(rf"\A{path} [^\n]*\Z", str(error)) or pytest.fail(f"more than a line: {error}")
+    return []
+
+
+@pytest.mark.parametrize("read", [find_checkpoint, load_policy])
+def test_damaged_checkpoints_of_a_run_are_named_with_the_one_used_instead(read, tmp_path: Path) -> None:
+    parts = new_parts()
+    best, older, newest = (save(tmp_path, parts, frames, score) for frames, score in ((1, 9.0), (2, 1.0), (3, 2.0)))
+    damaged, used = (newest, older) if read is find_checkpoint else (best, newest)
+    damaged.write_bytes(damaged.read_bytes().replace(b'"version"', b'"verzion"'))
+    message = rf"{damaged} is not a complete checkpoint.*BadZipFile|{damaged}[^\n]* Passed over, {used} is used\."
+    with pytest.warns(UserWarning, match=message):
+        read(tmp_path)
+    for path in (best, older, newest):
+        path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=rf"^[^\n]*{newest} is not a complete checkpoint[^\n]*$"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("score", ["high", True, float("inf"), None, [1.0]])
+def test_a_score_that_is_no_number_is_refused(score: object, tmp_path: Path) -> None:
+    path = save(tmp_path, new_parts())
+    with zipfile.ZipFile(path) as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+    manifest["metadata"]["score"] = score
+    rewrite(path, {"manifest.json": json.dumps(manifest).encode()})
+    for read in (load_policy, find_checkpoint):
+        with pytest.raises(ValueError, match=rf"{path.name} is not a complete checkpoint.*score is "):
+            read(tmp_path)
 
 
 class Malice:

@@ -24,6 +24,7 @@ from tests.test_checkpoints import Malice, component_member, rewrite
 from torchrl_marl.__main__ import main
 from torchrl_marl.checkpoints import find_checkpoint, load_policy, read_metadata
 from torchrl_marl.config import _stored_config
+from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.trust import foreign_code
 
 MKDIR = {"_target_": "os.mkdir"}
@@ -265,6 +266,109 @@ def test_an_interpolation_is_not_resolved(key: str, command, run: Path, proof: P
     assert not proof.exists()
     OmegaConf.to_container(OmegaConf.create([f"${{mkdir:{proof}}}"]), resolve=True)  # where somebody resolves it
     assert proof.exists()
+
+
+def linked(kind: str, run: Path, outside: Path) -> Path:
+    """Put a link into a run's folder, or in place of a part of it; return what then is resumed."""
+    if kind == "a checkpoint":
+        path = find_checkpoint(run)
+        path.rename(outside / path.name)
+        path.symlink_to(outside / path.name)
+        return path
+    if kind == "a checkpoint elsewhere":
+        (outside / "mine.torchrl").symlink_to(find_checkpoint(run))
+        return outside / "mine.torchrl"
+    part = {"its checkpoints": "checkpoints", "its curves": "scalars/counters", "a file": "config.yaml"}.get(
+        kind, "new"
+    )
+    if part != "new":
+        (run / part).rename(outside / "part")
+    (run / part).symlink_to(outside / "part")
+    return run
+
+
+@pytest.mark.parametrize(
+    "kind", ["a checkpoint", "a checkpoint elsewhere", "its checkpoints", "its curves", "a file", "a dangling name"]
+)
+def test_a_run_does_not_go_on_through_a_link(kind: str, run: Path, tmp_path: Path, monkeypatch) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    resumed = linked(kind, run, outside)
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+    assert "link" in refusal(call_resume, resumed, monkeypatch, "total_frames=160")
+    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
+
+
+def test_links_of_wandb_and_within_the_folder_are_no_hindrance(run: Path, tmp_path: Path) -> None:
+    (run / "wandb").mkdir()
+    (run / "wandb" / "debug.log").symlink_to(tmp_path / "cache")
+    (run / "latest").symlink_to(find_checkpoint(run))
+    (tmp_path / "mine").symlink_to(run)  # a user's own name for the folder
+    assert _stored_config(str(tmp_path / "mine"), []).seed == 0
+
+
+def test_a_read_only_folder_is_named_before_anything_is_built(run: Path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system", str(run))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    message = refusal(call_resume, run, monkeypatch)
+    assert f"{run} cannot be written to: [Errno 30] Read-only file system" in message
+    monkeypatch.setattr("torch.export.save", refuse)
+    assert "Read-only file system" in refusal(call_export, run, monkeypatch)
+    assert not list(run.glob("*policy*"))
+
+
+def configure(run: Path, text: Callable[[str], str]) -> None:
+    (run / "config.yaml").write_text(text((run / "config.yaml").read_text()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.mkdir [{proof}]",
+        "seed: !!python/object/apply:os.mkdir [{proof}]",
+        "- a list",
+        "a: [",
+        "",
+    ],
+)
+def test_compare_names_a_configuration_that_is_none(text: str, run: Path, proof: Path, monkeypatch) -> None:
+    configure(run, lambda _: text.format(proof=proof))
+    assert f"{run} cannot be read as a finished run" in refusal(call_compare, run, monkeypatch)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(name, content) for name in ("summary.json", "evaluations.json") for content in ("[1]", "{", "[" * 10_000)]
+    + [("summary.json", "{}"), ("evaluations.json", '{"vmas": 1}'), ("config.yaml", "env: {scenario: a}")],
+)
+def test_compare_names_files_that_are_not_a_runs(name: str, content: str, run: Path, monkeypatch) -> None:
+    (run / name).write_text(content)
+    assert str(run) in refusal(call_compare, run, monkeypatch)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "{}"])
+def test_a_run_does_not_go_on_with_evaluations_that_are_not_its_own(content: str, run: Path) -> None:
+    (run / "evaluations.json").write_text(content)
+    own = {"environment": "vmas", "task": "balance", "method": "mars", "seed": 0}
+    with pytest.raises(ValueError, match=r"evaluations\.json does not hold the evaluations of this run: "):
+        EvaluationRecord(run / "evaluations.json", **own, resumed_at=80)
+
+
+def test_a_page_of_a_strangers_names_is_plain_text_and_resolves_nothing(run: Path, proof: Path, monkeypatch) -> None:
+    evil = "<img src=x onerror=alert(1)>[a](javascript:b) $\\frac$ $"
+    configure(run, lambda text: text.replace("method: mars", f"method: '{evil}'"))
+    configure(run, lambda text: text.replace("device: cpu", f"device: '${{mkdir:{proof}}}'"))
+    call_compare(run, monkeypatch, "--split", "device")
+    page = (run.parent / "page/page.html").read_text()
+    assert f"${{mkdir:{proof}}}" in page  # as it is written
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    for text in (page, (run.parent / "page/README.md").read_text()):
+        assert "<img src=x" not in text
+    assert "[a](" not in (run.parent / "page/README.md").read_text()
+    assert not proof.exists()
 
 
 def test_every_target_of_the_recipes_is_allowed_where_they_name_it() -> None:

@@ -17,7 +17,7 @@ from torchrl_marl.config import check_device
 from torchrl_marl.envs import check_env, make_custom, render_episode
 from torchrl_marl.evaluation import evaluate, stratified_bootstrap_interval
 from torchrl_marl.export import export_policy
-from torchrl_marl.trust import foreign_code
+from torchrl_marl.trust import foreign_code, reason
 
 
 def evaluate_run(
@@ -122,7 +122,7 @@ def main() -> None:
         else:
             export_policy(args.run, format=args.format, path=args.output, group=args.group, agent=args.agent)
     except (ImportError, InstantiationException, OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"torchrl_marl {args.command}: {' '.join(str(error).split())}") from error
+        raise SystemExit(f"torchrl_marl {args.command}: {reason(error)}") from error
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import pickle
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,12 +24,14 @@ from torchrl.checkpoint import (
 from torchrl.modules import ProbabilisticActor
 
 from torchrl_marl.modules import GroupShape, make_actor, make_recurrent_actor
+from torchrl_marl.trust import reason
 
 __all__ = [
     "FORMAT_VERSION",
     "POLICY_BUILDERS",
     "CheckpointFolder",
     "best_checkpoint",
+    "check_resumable",
     "find_checkpoint",
     "load_policy",
     "read_metadata",
@@ -118,6 +122,33 @@ def best_checkpoint(path: str | Path) -> Path:
     return _choose(path, _best)
 
 
+def check_resumable(checkpoint: Path) -> None:
+    """Refuse to go on with a run whose files would be written elsewhere, or cannot be written.
+
+    Raises:
+        ValueError: if the checkpoint or something in the run's folder is a link that leads out of it, or the folder is
+            read-only or full.
+    """
+    if checkpoint.is_symlink() or checkpoint.parent.is_symlink():
+        raise ValueError(
+            f"{checkpoint} is a link or lies behind one, and the run would be written to where it leads: name that, or "
+            "copy it."
+        )
+    run = checkpoint.resolve().parents[1]
+    if checkpoint.resolve().parent.name != "checkpoints":
+        return  # not in a run's folder, which Run refuses
+    for folder, folders, files in os.walk(run):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(run):
+                raise ValueError(f"{path} is a link out of the run's folder, and would be written through: remove it.")
+        if Path(folder) == run:  # W&B links to its caches, and writes to new folders only
+            folders[:] = [name for name in folders if name not in ("wandb", "abandoned")]
+    try:
+        tempfile.TemporaryFile(dir=run).close()
+    except OSError as error:
+        raise ValueError(f"{run} cannot be written to: {reason(error)}. Copy it to where there is room.") from error
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return what a checkpoint says of itself (``config``, ``frames``, ``score``, ...) without loading tensors.
 
@@ -181,7 +212,7 @@ def _rebuild(recorded: Mapping[str, Any], path: Path, device: torch.device | str
     try:
         return build(GroupShape(**recorded["shape"]), **recorded["options"], device=device)
     except Exception as error:  # of sizes and options that nobody has checked
-        raise ValueError(f"{path} describes an actor that cannot be built: {_reason(error)}") from error
+        raise ValueError(f"{path} describes an actor that cannot be built: {reason(error)}") from error
 
 
 def _bind(components: Mapping[str, Any]) -> Checkpoint:
@@ -244,7 +275,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if version == FORMAT_VERSION:
             _check_form(manifest["metadata"])
     except Exception as error:  # damaged archives raise anything, from NotImplementedError to UnicodeDecodeError
-        raise ValueError(f"{path} is not a complete checkpoint of torchrl_marl: {_reason(error)}.") from error
+        raise ValueError(f"{path} is not a complete checkpoint of torchrl_marl: {reason(error)}.") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has version {version}; this release reads {FORMAT_VERSION}.")
     return manifest
@@ -275,10 +306,5 @@ def _load(checkpoint: Checkpoint, path: Path) -> None:
         checkpoint.load(path, map_location="cpu")
     except Exception as error:  # as above
         pickled = isinstance(error.__cause__, pickle.UnpicklingError)  # which says how to execute it all the same
-        reason = "what it holds are not tensors alone, and is not unpickled" if pickled else _reason(error)
-        raise ValueError(f"{path} cannot be loaded: {reason}") from error
-
-
-def _reason(error: Exception) -> str:
-    """One line of an error, whose text may have many or none."""
-    return " ".join(str(error).split()) or type(error).__name__
+        why = "it holds more than tensors, which is not unpickled" if pickled else reason(error)
+        raise ValueError(f"{path} cannot be loaded: {why}") from error

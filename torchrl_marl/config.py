@@ -20,7 +20,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from typing_extensions import get_type_hints
 
-from torchrl_marl.checkpoints import find_checkpoint, read_metadata
+from torchrl_marl.checkpoints import check_resumable, find_checkpoint, read_metadata
 from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, MARPOLoss, RatioLoss, SequentialLoss
 from torchrl_marl.trust import foreign_code
 
@@ -228,6 +228,7 @@ def _stored_config(resume: str, overrides: Iterable[str]) -> DictConfig:
         checkpoint = find_checkpoint(resume)
         config = read_metadata(checkpoint)["config"]
         foreign = foreign_code(config)
+        check_resumable(checkpoint)
     except (OSError, ValueError) as error:
         raise SystemExit(f"resume={resume}: {error}") from error
     stored = DictConfig(config)

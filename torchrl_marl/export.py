@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import math
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torchrl.modules import ProbabilisticActor
 
 from torchrl_marl.checkpoints import POLICY_BUILDERS, best_checkpoint, load_policy, read_metadata
 from torchrl_marl.envs.bridge import import_extra
+from torchrl_marl.files import replacing
 from torchrl_marl.modules import AgentNetworks, GroupShape, RecurrentModule
 from torchrl_marl.modules.layers import OneHotAgentID
 
@@ -99,8 +99,7 @@ def export_policy(
     metadata = _describe(recorded, shape, agent, example)
     inputs = _random_inputs(actor, shape, num_observations)
     expected = _of_agent(_original(actor, shape, inputs), agent)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        written = Path(folder) / path.name
+    with replacing(path) as written:
         _FORMATS[format].write(program, written, json.dumps(metadata))
         difference, wrong = _compare(_FORMATS[format].run(written, _of_agent(inputs, agent)), expected)
         if difference > _TOLERANCE or wrong:
@@ -108,7 +107,6 @@ def export_policy(
                 f"{format} computes something else than the policy of {checkpoint}: over {num_observations:,} "
                 f"observations it is off by {difference:.1e} and {wrong:,} discrete actions differ; nothing was written"
             )
-        written.replace(path)
     print(f"{path}: largest difference from the original over {num_observations:,} observations {difference:.1e}")
     return path
 

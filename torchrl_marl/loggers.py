@@ -15,6 +15,7 @@ from typing import Any, cast
 from torchrl.record import CSVLogger, TensorboardLogger
 
 import torchrl_marl
+from torchrl_marl.files import replacing
 
 __all__ = ["ABSOLUTE", "LAST_FIFTH", "MetricLog", "git_commit", "run_group", "without_seed"]
 
@@ -107,7 +108,8 @@ class MetricLog:
     def finish(self, summary: Mapping[str, Any] | None = None, *, failed: bool = False) -> None:
         """Write ``summary.json`` and the W&B summary, and close everything; ``failed`` marks the W&B run as such."""
         if summary is not None:
-            (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            with replacing(self._folder / "summary.json") as path:
+                path.write_text(json.dumps(summary, indent=2) + "\n")
         if self._wandb is not None:
             self._wandb.summary.update(dict(summary or {}))
             self._wandb.finish(exit_code=int(failed))
@@ -178,9 +180,8 @@ def _drop_rows_beyond(frames: int, scalars: Path) -> None:
         rows = path.read_text().splitlines(keepends=True)
         kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= frames]
         if len(kept) < len(rows):
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
+            with replacing(path) as shorter:
+                shorter.write_text("".join(kept))
 
 
 def _set_aside(folder: Path, paths: Iterable[Path]) -> None:

@@ -10,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from torchrl_marl.envs import RandomState, preserve_random_state, render_episode
 from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve
 from torchrl_marl.evaluation.episodes import ended_episode_returns
 from torchrl_marl.evaluation.records import EvaluationRecord
+from torchrl_marl.files import replacing
 from torchrl_marl.loggers import ABSOLUTE, LAST_FIFTH, MetricLog, git_commit, run_group
 from torchrl_marl.modules import GroupShape
 
@@ -141,7 +142,8 @@ class Run:
         session = {"command": _command(cfg), "git_commit": git_commit()}
         self._progress.setdefault("sessions", []).append(session)
         config: dict[str, Any] = _plain(cfg)
-        OmegaConf.save(cfg, self.folder / "config.yaml")
+        with replacing(self.folder / "config.yaml") as path:
+            OmegaConf.save(cfg, path)
         self._log = MetricLog(
             self.folder,
             config={**config, **session},
@@ -170,7 +172,8 @@ class Run:
                 the last good checkpoint.
         """
         bar = progress_bar(self.cfg.method, self.cfg.total_frames, initial=self.frames, disable=not self._leads)
-        with self._failures_named(collector), bar, stop_signals(self.interrupt):
+        with ExitStack() as stack, self._failures_named(), bar, stop_signals(self.interrupt):
+            stack.callback(collector.shutdown)
             if not self._progress["evaluations"]:
                 self.evaluate_and_save()
             data = iter(collector)
@@ -218,9 +221,16 @@ class Run:
         Returns:
             Mean evaluation return over the last fifth of the evaluations (what a sweep should maximise); NaN in all
             processes of torchrun but the first.
+
+        Raises:
+            RuntimeError: if something of it fails, as on a full disk; it names the last good checkpoint.
         """
         if not self._leads:
             return math.nan
+        with self._failures_named():
+            return self._conclude(plots)
+
+    def _conclude(self, plots: Iterable[Callable[[Path], object]]) -> float:
         evaluations = self._progress["evaluations"]
         last_fifth = [score for _, score in evaluations[-max(1, len(evaluations) // 5) :]]
         objective = sum(last_fifth) / len(last_fifth)
@@ -391,8 +401,8 @@ class Run:
         )
 
     @contextmanager
-    def _failures_named(self, collector: Collector | SequenceCollector | WorkerCollector) -> Iterator[None]:
-        """Say how to go on after a failure, and end the collector's processes in any case."""
+    def _failures_named(self) -> Iterator[None]:
+        """Say how to go on after a failure."""
         try:
             yield
         except FloatingPointError:
@@ -403,8 +413,6 @@ class Run:
                 f"Stopped after {self._progress['frames']:,} frames. {type(error).__name__}: {error}. "
                 f"Last good checkpoint: {self._checkpoints.latest}. Go on with 'resume=\"{self.folder}\"'"
             ) from error
-        finally:
-            collector.shutdown()
 
     def interrupt(self) -> None:
         """End the run after the iteration under way."""

@@ -1,4 +1,4 @@
-"""What a stored configuration may name: the code that this library's configuration groups name, and no other."""
+"""What the files of a run may say: code that this library's configuration groups name, and what is wrong in a line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["foreign_code"]
+__all__ = ["foreign_code", "reason"]
 
 # The keys of nodes, and what their _target_ may be there. Recipes' YAML files are no part of an installed package; a
 # test compares them. The names are public ones that build something and take no name of further code.
@@ -55,6 +55,17 @@ def foreign_code(config: Mapping[str, Any]) -> dict[str, Any]:
         {'env.factory': 'os:system'}
     """
     return {key: value for key, value in _leaves(config, config.get("env")) if not _is_ours(key, value)}
+
+
+def reason(error: Exception) -> str:
+    """One line of an error, whose text may have many or none.
+
+    Example:
+        >>> reason(KeyError("seed")), reason(ValueError("two   words")), reason(AssertionError())
+        ("KeyError: 'seed'", 'two words', 'AssertionError')
+    """
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text or type(error).__name__
 
 
 def _leaves(node: Any, env: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl_marl.envs.bridge import BridgeEnv, import_extra
 from torchrl_marl.envs.check import innermost
 from torchrl_marl.envs.random_state import preserve_random_state
+from torchrl_marl.files import replacing
 from torchrl_marl.modules import with_recurrent_state
 
 if TYPE_CHECKING:
@@ -104,7 +105,9 @@ def render_episode(
         camera = _VmasCamera(base, env_index)
     else:
         camera = _Camera(base, env_index)
-    write(_film(env, camera, policy, max_steps, env_index), path, fps)
+    frames = _film(env, camera, policy, max_steps, env_index)
+    with replacing(path) as film:
+        write(frames, film, fps)
     return path
 
 

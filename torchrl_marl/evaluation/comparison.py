@@ -34,6 +34,7 @@ from torchrl_marl.evaluation.statistics import (
     sample_efficiency,
     stratified_bootstrap_interval,
 )
+from torchrl_marl.files import replacing
 from torchrl_marl.loggers import without_seed
 
 __all__ = ["compare"]
@@ -93,7 +94,8 @@ def compare(
     write_page(output, title=f"{_counted(methods, 'methods')} on {_counted(list(groups), 'tasks')}", blocks=blocks)
     records = [(run.folder / "evaluations.json", run.method) for run in runs]
     if all(record.exists() for record, _ in records):
-        (output / "evaluations.json").write_text(json.dumps(merge_records(records)) + "\n")
+        with replacing(output / "evaluations.json") as path:
+            path.write_text(json.dumps(merge_records(records)) + "\n")
 
 
 def _scores(runs: Sequence[FinishedRun]) -> NDArray[np.float64]:

@@ -90,7 +90,7 @@ def draw_curves(tasks: Mapping[str, Mapping[str, Band]], *, ylabel: str) -> Figu
     for axes, (task, curves) in zip(panels, tasks.items(), strict=False):
         for method, band in sorted(curves.items()):
             _draw_band(axes, band, method, styles)
-        axes.set_title(task, **_TITLE)
+        axes.set_title(_plain(task), **_TITLE)
         _frames_axis(axes, max(np.max(band.x) for band in curves.values()))
     for axes in panels[len(tasks) :]:
         axes.remove()
@@ -144,6 +144,7 @@ def draw_improvements(panels: Mapping[str, Mapping[str, tuple[float, float, floa
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     height = rows * (0.21 * len(methods) + 0.55) + 0.35
+    labels = [_plain(method) for method in methods]
     names = max(0.35 * _WIDTH, 0.07 * max(map(len, methods)))
     figure, axes_of = _subplots(names + 0.65 * columns / 3 * _WIDTH, height, rows, columns)
     for index, (axes, (title, panel)) in enumerate(zip(axes_of, panels.items(), strict=False)):
@@ -152,8 +153,8 @@ def draw_improvements(panels: Mapping[str, Mapping[str, tuple[float, float, floa
             row, color = methods.index(method), styles[method]["color"]
             axes.plot([low, high], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
             axes.plot(center, row, "o", color=color, markersize=4.5, clip_on=False)
-        axes.set_title(title, **_TITLE)
-        axes.set_yticks(range(len(methods)), methods if index % columns == 0 else [""] * len(methods))
+        axes.set_title(_plain(title), **_TITLE)
+        axes.set_yticks(range(len(methods)), labels if index % columns == 0 else [""] * len(methods))
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
         axes.set(xlim=(0, 1), ylim=(-0.6, len(methods) - 0.4))
         axes.spines["left"].set_visible(False)
@@ -162,8 +163,13 @@ def draw_improvements(panels: Mapping[str, Mapping[str, tuple[float, float, floa
     for axes in axes_of[len(panels) :]:
         axes.remove()
     space = "\n" if len(baseline) > 30 else " "
-    figure.supxlabel(f"probability of improvement over{space}{baseline}", fontsize=9)
+    figure.supxlabel(f"probability of improvement over{space}{_plain(baseline)}", fontsize=9)
     return figure
+
+
+def _plain(name: str) -> str:
+    """A name, of which Matplotlib must not make a formula."""
+    return name.replace("$", r"\$")
 
 
 def _subplots(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -183,7 +189,7 @@ def _subplots(width: float, height: float, rows: int = 1, columns: int = 1) -> t
 
 
 def _draw_band(axes: Axes, band: Band, method: str, styles: Mapping[str, Mapping[str, Any]]) -> None:
-    axes.plot(band.x, band.center, linewidth=1.7, label=method, **styles[method])
+    axes.plot(band.x, band.center, linewidth=1.7, label=_plain(method), **styles[method])
     axes.fill_between(band.x, band.low, band.high, color=styles[method]["color"], alpha=0.16, linewidth=0)
 
 
@@ -196,7 +202,7 @@ def _frames_axis(axes: Axes, most: float) -> None:
 def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], linewidth=1.7, label=method, **style) for method, style in styles.items()]
+    handles = [Line2D([], [], linewidth=1.7, label=_plain(method), **style) for method, style in styles.items()]
     for most in range(min(5, len(handles)), 0, -1):  # the most that fit
         columns = math.ceil(len(handles) / math.ceil(len(handles) / most))  # in rows as equal as can be
         legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchrl_marl.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -80,28 +82,36 @@ def write_page(folder: Path, *, title: str, blocks: Sequence[Block]) -> None:
         <BLANKLINE>
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {title}", *(_markdown(block, folder) for block in blocks)]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+    parts = [f"# {_escaped(title)}", *(_markdown(block, folder) for block in blocks)]
+    with replacing(folder / "README.md") as path:
+        path.write_text("\n\n".join(parts) + "\n")
     body = "\n".join([f"<h1>{html.escape(title)}</h1>", *map(_html, blocks)])
-    (folder / "page.html").write_text(_PAGE.format(title=html.escape(title), style=_STYLE, body=body))
+    with replacing(folder / "page.html") as path:
+        path.write_text(_PAGE.format(title=html.escape(title), style=_STYLE, body=body))
 
 
 def _markdown(block: Block, folder: Path) -> str:
     match block:
         case Heading(text):
-            return f"## {text}"
+            return f"## {_escaped(text)}"
         case Paragraph(text):
-            return text
+            return _escaped(text)
         case Code(text):
             return f"```\n{text}\n```"
         case Table(header, rows, text_columns):
             rule = ":--|" * text_columns + "--:|" * (len(header) - text_columns)
-            cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+            cells = [[_escaped(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
             first, *rest = ["| " + " | ".join(row) + " |" for row in cells]
             return "\n".join([first, f"|{rule}", *rest])
         case Picture(figure, name, text):
-            figure.savefig(folder / f"{name}.png", dpi=200)
-            return f"![{text}]({name}.png)"
+            with replacing(folder / f"{name}.png") as path:
+                figure.savefig(path, dpi=200)
+            return f"![{_escaped(text)}]({name}.png)"
+
+
+def _escaped(text: str) -> str:
+    """Text as one line of Markdown in which names of runs, which may be anyone's, are no HTML and no link."""
+    return " ".join(html.escape(text, quote=False).replace("](", "]\\(").splitlines())
 
 
 def _html(block: Block) -> str:

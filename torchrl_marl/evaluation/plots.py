@@ -9,8 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchrl_marl.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["plot_kl_interval", "plot_learning_curve", "plot_reuse_matrix"]
 
@@ -37,8 +40,7 @@ def plot_learning_curve(evaluations: Sequence[tuple[int, float]], path: Path, *,
     axes.plot(frames, returns, color="#2a6f97", linewidth=1.8, marker="o", markersize=3)
     axes.set(xlabel="frames", ylabel="evaluation return", title=title)
     _tidy(axes)
-    figure.savefig(path)
-    return path
+    return _save(figure, path)
 
 
 def plot_kl_interval(run: Path, group: str = "agents") -> Path:
@@ -74,9 +76,7 @@ def plot_kl_interval(run: Path, group: str = "agents") -> Path:
     for axes in (above, below):
         axes.legend(frameon=False, fontsize=8)
         _tidy(axes)
-    path = run / "kl_interval.png"
-    figure.savefig(path)
-    return path
+    return _save(figure, run / "kl_interval.png")
 
 
 def plot_reuse_matrix(run: Path, group: str = "agents") -> Path:
@@ -114,15 +114,19 @@ def plot_reuse_matrix(run: Path, group: str = "agents") -> Path:
     axes[0].set_title("Share of each agent's experience in what an agent learns from")
     axes[-1].set_xlabel("frames")
     figure.colorbar(ScalarMappable(norm, "Blues"), ax=list(axes))
-    path = run / "reuse_matrix.png"
-    figure.savefig(path)
-    return path
+    return _save(figure, run / "reuse_matrix.png")
 
 
 def _metric(run: Path, group: str, name: str) -> tuple[list[float], list[float]]:
     with (run / "scalars" / "train" / group / f"{name}.csv").open() as file:
         frames, values = zip(*((float(row[0]), float(row[1])) for row in csv.reader(file)), strict=True)
     return list(frames), list(values)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with replacing(path) as picture:
+        figure.savefig(picture)
+    return path
 
 
 def _tidy(axes: Axes) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torchrl_marl.files import replacing
+from torchrl_marl.trust import reason
 
 __all__ = ["EvaluationRecord", "merge_records"]
 
@@ -28,6 +30,9 @@ class EvaluationRecord:
         seed: of the run.
         resumed_at: frames at which a resumed run goes on; evaluations beyond are dropped. ``None`` for a new run.
 
+    Raises:
+        ValueError: if the file of a resumed run is another run's, or damaged.
+
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "evaluations.json"
@@ -44,11 +49,14 @@ class EvaluationRecord:
         self._keys = (environment, task, method, f"seed_{seed}")
         self._steps: dict[str, dict[str, Any]] = {}
         if resumed_at is not None and path.exists():
-            stored = json.loads(path.read_text())
-            for key in self._keys:
-                stored = stored[key]
-            steps = {name: step for name, step in stored.items() if name != _ABSOLUTE}
-            self._steps = {name: step for name, step in steps.items() if step["step_count"] <= resumed_at}
+            try:
+                stored = json.loads(path.read_text())
+                for key in self._keys:
+                    stored = stored[key]
+                steps = {name: step for name, step in stored.items() if name != _ABSOLUTE}
+                self._steps = {name: step for name, step in steps.items() if step["step_count"] <= resumed_at}
+            except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} does not hold the evaluations of this run: {reason(error)}.") from error
 
     def add(self, frames: int, metrics: Mapping[str, Sequence[float]]) -> None:
         """Append the evaluation after ``frames`` frames: one value an episode for each metric."""
@@ -64,9 +72,8 @@ class EvaluationRecord:
         nested: dict[str, Any] = self._steps
         for key in reversed(self._keys):
             nested = {key: nested}
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(nested) + "\n")
-        os.replace(temporary, self._path)
+        with replacing(self._path) as path:
+            path.write_text(json.dumps(nested) + "\n")
 
 
 def merge_records(paths: Iterable[tuple[Path, str]]) -> dict[str, Any]:
@@ -76,16 +83,26 @@ def merge_records(paths: Iterable[tuple[Path, str]]) -> dict[str, Any]:
         paths: of each run its file and the name that its method goes by, which may tell variants apart.
 
     Raises:
-        ValueError: if two files hold the same run.
+        ValueError: if two files hold the same run, or one is of another layout.
     """
     merged: dict[str, Any] = {}
     for path, method in paths:
-        for environment, tasks in json.loads(path.read_text()).items():
-            for task, methods in tasks.items():
-                for seeds in methods.values():
-                    runs = merged.setdefault(environment, {}).setdefault(task, {}).setdefault(method, {})
-                    for seed, steps in seeds.items():
-                        if seed in runs:
-                            raise ValueError(f"{path} holds {seed} of {method} on {task}, which another file also has.")
-                        runs[seed] = steps
+        for environment, task, seed, steps in _runs_in(path):
+            runs = merged.setdefault(environment, {}).setdefault(task, {}).setdefault(method, {})
+            if seed in runs:
+                raise ValueError(f"{path} holds {seed} of {method} on {task}, which another file also has.")
+            runs[seed] = steps
     return merged
+
+
+def _runs_in(path: Path) -> list[tuple[str, str, str, Any]]:
+    try:
+        return [
+            (environment, task, seed, steps)
+            for environment, tasks in json.loads(path.read_text()).items()
+            for task, methods in tasks.items()
+            for seeds in methods.values()
+            for seed, steps in seeds.items()
+        ]
+    except (AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is not in marl-eval's layout: {reason(error)}.") from error

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from torchrl_marl.loggers import without_seed
+from torchrl_marl.trust import reason
 
 __all__ = ["FinishedRun", "RunGroups", "check_comparable", "group_runs", "read_runs"]
 
@@ -60,11 +61,11 @@ def read_runs(roots: Iterable[Path], *, split: Sequence[str] = ()) -> tuple[list
         Finished runs, and the folders of unfinished ones.
 
     Raises:
-        ValueError: if there is no finished run, or none says anything of a key to split by.
+        ValueError: if there is no finished run, one of them is damaged, or none says anything of a key to split by.
     """
     paths = [path for root in roots for path in Path(root).rglob("config.yaml") if "tuning" not in path.parts]
-    folders = sorted({path.parent.resolve() for path in paths})
-    finished = [folder for folder in folders if (folder / "summary.json").exists()]
+    folders = sorted({path.parent.resolve() for path in paths if path.is_file()})
+    finished = [folder for folder in folders if (folder / "summary.json").is_file()]
     if not finished:
         raise ValueError(f"No finished run below {', '.join(map(str, roots))}: a finished run holds a summary.json.")
     runs = [_read(folder, split) for folder in finished]
@@ -121,7 +122,27 @@ def _curve(folder: Path, metric: str) -> Curve:
 
 
 def _read(folder: Path, split: Sequence[str]) -> FinishedRun:
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    try:
+        run = _read_files(folder, split)
+        _check_form(run)
+    except Exception as error:  # anyone's files raise anything, from YAML's errors to RecursionError
+        raise ValueError(f"{folder} cannot be read as a finished run: {reason(error)}.") from error
+    return run
+
+
+def _check_form(run: FinishedRun) -> None:
+    numbers = [run.summary[key] for key in ("absolute", "final", "last_fifth", "frames", "frames_per_second")]
+    sessions = [session[key] for session in run.summary.get("sessions", []) for key in ("command", "git_commit")]
+    if not all(isinstance(text, str) for text in (run.task, run.environment, run.method, *sessions)):
+        raise ValueError("a name, command or commit is no text")
+    if not all(type(number) in (int, float) for number in (*numbers, run.config["evaluation.episodes"])):
+        raise ValueError("summary.json or config.yaml holds something else than numbers")
+    if type(run.seed) is not int or not len(run.frames):
+        raise ValueError("the seed is no integer, or nothing was evaluated")
+
+
+def _read_files(folder: Path, split: Sequence[str]) -> FinishedRun:
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))  # nothing in it is resolved
     flat = _flat(config)
     frames, returns = _curve(folder, "eval/reward/episode_reward_mean")
     return FinishedRun(

@@ -25,6 +25,8 @@ from torchrl_marl.__main__ import main
 from torchrl_marl.checkpoints import find_checkpoint, load_policy, read_metadata
 from torchrl_marl.config import _stored_config
 from torchrl_marl.evaluation.records import EvaluationRecord
+from torchrl_marl.loggers import MetricLog
+from torchrl_marl.seeds import seed_configs
 from torchrl_marl.trust import foreign_code
 
 MKDIR = {"_target_": "os.mkdir"}
@@ -297,6 +299,28 @@ def test_a_run_does_not_go_on_through_a_link(kind: str, run: Path, tmp_path: Pat
     before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
     assert "link" in refusal(call_resume, resumed, monkeypatch, "total_frames=160")
     assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
+
+
+def test_seeds_do_not_go_on_together_through_a_link(run: Path, tmp_path: Path) -> None:
+    newest = find_checkpoint(run)
+    with zipfile.ZipFile(newest) as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+    manifest["metadata"]["trained_with"] = [run.name, "other"]
+    rewrite(newest, {"manifest.json": json.dumps(manifest).encode()})
+    other = shutil.copytree(run, run.parent / "other")
+    cfg = OmegaConf.create({"resume": str(newest), "seed": 0})
+    assert len(seed_configs(cfg)) == 2
+    (other / "summary.json").unlink()
+    (other / "summary.json").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"summary\.json is a link out of the run's folder"):
+        seed_configs(cfg)
+
+
+@pytest.mark.parametrize("row", ["frames,1.0\n", "<b>\n"])
+def test_a_curve_of_anything_else_is_named(row: str, run: Path) -> None:
+    (run / "scalars/counters/iter.csv").write_text(row)
+    with pytest.raises(ValueError, match=r"iter\.csv does not hold rows of frames and value"):
+        MetricLog(run, config={}, name="", group="", tags=(), run_id="a", resumed_at=80, wandb_project=None)
 
 
 def test_links_of_wandb_and_within_the_folder_are_no_hindrance(run: Path, tmp_path: Path) -> None:

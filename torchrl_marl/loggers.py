@@ -178,7 +178,10 @@ def _drop_rows_beyond(frames: int, scalars: Path) -> None:
             path.unlink()
             continue
         rows = path.read_text().splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= frames]
+        try:
+            kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= frames]
+        except ValueError as error:
+            raise ValueError(f"{path} does not hold rows of frames and value: {error}") from error
         if len(kept) < len(rows):
             with replacing(path) as shorter:
                 shorter.write_text("".join(kept))

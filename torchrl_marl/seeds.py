@@ -29,7 +29,7 @@ from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
-from torchrl_marl.checkpoints import read_metadata
+from torchrl_marl.checkpoints import check_resumable, read_metadata
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.random_streams import random_streams
 from torchrl_marl.evaluation import evaluate
@@ -55,7 +55,8 @@ def seed_configs(cfg: DictConfig) -> list[DictConfig]:
             that they have in common, of at most its frames: a kill may come when some have saved and others have not.
 
     Raises:
-        ValueError: if that run was not trained in a group, or the runs of the others are not beside it.
+        ValueError: if that run was not trained in a group, or the runs of the others are not beside it, or one of them
+            holds a link out of its folder.
     """
     if cfg.resume is None:
         seeds = cfg.seed if isinstance(cfg.seed, ListConfig) else [cfg.seed]
@@ -71,6 +72,8 @@ def seed_configs(cfg: DictConfig) -> list[DictConfig]:
         without = ", ".join(str(folder) for folder, own in zip(folders, saved, strict=True) if newest.name not in own)
         raise ValueError(f"Seeds that trained together go on together, but {without} hold no {newest.name}. {alone}")
     resumed = [folder / max(common) for folder in folders]
+    for path in resumed:
+        check_resumable(path)
     own = [{"seed": read_metadata(path)["config"]["seed"], "resume": str(path)} for path in resumed]
     return [DictConfig({**cfg, **each}) for each in own]
 

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torchrl.objectives.value import MultiAgentGAE
 
-from torchrl_marl.collectors import sequence_minibatches
+from torchrl_marl.collectors import sequence_minibatches, sequences_in
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, standardize
@@ -23,7 +23,13 @@ from torchrl_marl.objectives.magpo import GUIDER_LOSSES, LEARNER_LOSSES
 from torchrl_marl.training import Run
 
 
-@recipe(Path(__file__).parent / "config", "magpo_vmas", losses=(MAGPOLoss, CTDSLoss))
+@recipe(
+    Path(__file__).parent / "config",
+    "magpo_vmas",
+    losses=(MAGPOLoss, CTDSLoss),
+    collectors=("sequences",),
+    unread=("critic", "chunk_length"),
+)
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
     torch.set_num_threads(cfg.num_threads)
@@ -45,6 +51,7 @@ def main(cfg: DictConfig) -> float:
     policy = collection_policy(guider, learner)  # only the guider acts; a learner with a memory keeps it up to date
     env, memory = with_recurrent_state(env, policy), guider.memory_keys
     collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch, states=memory)
+    num_sequences = sequences_in(cfg.minibatch_size, collector.num_steps)
 
     run = Run(cfg, env=env, make_env=make_env, actor=learner, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
@@ -60,7 +67,7 @@ def main(cfg: DictConfig) -> float:
             if cfg.shuffle_agents:
                 order = torch.randperm(shape.num_agents, device=device)
                 data[shape.name, "order"] = order.expand(*data.batch_size, -1)
-            for minibatch in sequence_minibatches(data, cfg.minibatch_size // collector.num_steps, states=memory):
+            for minibatch in sequence_minibatches(data, num_sequences, states=memory):
                 losses = compute_loss(minibatch)
                 sum(value for name, value in losses.items() if name in trained).backward()
                 norms = {

@@ -36,6 +36,8 @@ def main(cfg: DictConfig) -> float:
     critic = instantiate(cfg.critic, shape, device=device)
 
     loss = instantiate(cfg.loss, actor, critic)
+    if cfg.chunk_length is None and getattr(loss, "sequences", False):
+        raise ValueError("chunk_length must be an integer, as loss.sequences=true trains on chunks; got null.")
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     optimizer = instantiate(cfg.optimizer, loss.parameters())
     update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)

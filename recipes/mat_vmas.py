@@ -21,7 +21,7 @@ from torchrl_marl.training import Run
 from torchrl_marl.updates import make_update
 
 
-@recipe(Path(__file__).parent / "config", "mat_vmas")
+@recipe(Path(__file__).parent / "config", "mat_vmas", unread=("critic", "chunk_length"))
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
     torch.set_num_threads(cfg.num_threads)

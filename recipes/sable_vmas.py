@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torchrl.objectives.value import MultiAgentGAE
 
-from torchrl_marl.collectors import sequence_minibatches
+from torchrl_marl.collectors import sequence_minibatches, sequences_in
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape, with_recurrent_state
 from torchrl_marl.objectives import standardize
@@ -22,7 +22,7 @@ from torchrl_marl.training import Run
 from torchrl_marl.updates import make_update
 
 
-@recipe(Path(__file__).parent / "config", "sable_vmas")
+@recipe(Path(__file__).parent / "config", "sable_vmas", collectors=("sequences",), unread=("critic", "chunk_length"))
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
     torch.set_num_threads(cfg.num_threads)
@@ -41,6 +41,7 @@ def main(cfg: DictConfig) -> float:
 
     env, memory = with_recurrent_state(env, actor), actor.memory_keys
     collector = instantiate(cfg.collector, env, actor, frames_per_batch=cfg.frames_per_batch, states=memory)
+    num_sequences = sequences_in(cfg.minibatch_size, collector.num_steps)
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
@@ -52,7 +53,7 @@ def main(cfg: DictConfig) -> float:
 
         data = batch.select(*loss.in_keys, strict=False)
         for _ in range(cfg.epochs):
-            for minibatch in sequence_minibatches(data, cfg.minibatch_size // collector.num_steps, states=memory):
+            for minibatch in sequence_minibatches(data, num_sequences, states=memory):
                 run.record(update(minibatch))
     return run.finish()
 

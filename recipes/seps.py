@@ -17,8 +17,22 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape
 
+# What training alone reads.
+_UNREAD = (
+    "total_frames",
+    "epochs",
+    "minibatch_size",
+    "chunk_length",
+    "gamma",
+    "lmbda",
+    "max_grad_norm",
+    "loss",
+    "critic",
+)
+_UNREAD += ("collector", "optimizer", "evaluation", "logger", "resume", "compile", "sweep")
 
-@recipe(Path(__file__).parent / "config", "seps")
+
+@recipe(Path(__file__).parent / "config", "seps", unread=_UNREAD)
 def main(cfg: DictConfig) -> float:
     """Collect transitions, encode and cluster the agents, print who shares; return the number of clusters."""
     torch.set_num_threads(cfg.num_threads)

@@ -121,3 +121,22 @@ def test_a_recorded_update_leads_to_the_same_parameters(compile):
     loss, rows = build("cuda")
     recorded = trained(loss, rows, "cuda", compile=compile, cuda_graph=True)
     torch.testing.assert_close(recorded, trained(loss, rows, "cuda"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan")])
+def test_a_norm_that_stops_or_turns_gradients_is_refused(max_grad_norm):
+    loss, _ = build()
+    optimizer = torch.optim.Adam(loss.parameters())
+    with pytest.raises(ValueError, match=r"max_grad_norm must be a number above 0 \(inf: no limit\)"):
+        make_update(loss, optimizer, max_grad_norm=max_grad_norm)
+
+
+def test_an_infinite_norm_leaves_gradients_as_they_are():
+    taken = []
+    for max_grad_norm in (float("inf"), 1e9):
+        torch.manual_seed(0)
+        loss, rows = build()
+        optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+        make_update(loss, optimizer, max_grad_norm=max_grad_norm)(rows)
+        taken.append(torch.cat([parameter.detach().flatten() for parameter in loss.parameters()]))
+    assert torch.equal(*taken)

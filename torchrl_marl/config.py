@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import dis
 import functools
 import inspect
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeGuard, Union, get_args, get_origin
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, InstantiationException
+from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import get_type_hints
 
 from torchrl_marl.checkpoints import check_resumable, find_checkpoint, read_metadata
+from torchrl_marl.collectors.chunks import check_chunks
+from torchrl_marl.loggers import MetricLog
 from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, MARPOLoss, RatioLoss, SequentialLoss
 from torchrl_marl.trust import foreign_code
 
@@ -33,23 +41,37 @@ _RESUMABLE = {"total_frames", "evaluation", "logger", "device", "num_threads", "
 # Losses that minibatches of a batch are not enough for: a loop that can do more has to name them.
 _NEED_MORE = (SequentialLoss, MARPOLoss, MAGPOLoss, CTDSLoss)
 
+_LARGEST_SEED = 2**32 - 1 - 3_000_009  # evaluation adds up to that, and NumPy takes 32 bits
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
 
 def recipe(
-    config_folder: Path, name: str, *, losses: tuple[type, ...] = (RatioLoss,)
+    config_folder: Path,
+    name: str,
+    *,
+    losses: tuple[type, ...] = (RatioLoss,),
+    collectors: tuple[str, ...] = ("default", "compiled", "multiprocess", "ray"),
+    unread: tuple[str, ...] = (),
 ) -> Callable[[Callable[[DictConfig], float]], Callable[..., None]]:
     """Turn ``function(cfg)`` into the main function of a recipe script.
 
     The function gets ``config_folder/name.yaml`` composed with the command line's Hydra overrides (``-m`` runs grids).
     What a YAML node with a ``_target_`` does not list can be overridden without a ``+`` if the target takes it:
     defaults live in the class. A key that nothing reads ends the program with the nearest names, and so do values out
-    of range and losses that the loop is not made for. ``resume=PATH`` replaces the configuration by the one stored in a
-    checkpoint; other overrides may then change how long the run goes on and how it is watched, not what is trained.
+    of range, values of another type than the target's annotation, and what the loop is not made for. ``resume=PATH``
+    replaces the configuration by the one stored in a checkpoint; other overrides may then change how long the run goes
+    on and how it is watched, not what is trained.
+
+    What Hydra, this library or a constructor refuses is one line on stderr, without a traceback; other errors keep
+    theirs, and with ``HYDRA_FULL_ERROR=1`` in the environment all do.
 
     Args:
         config_folder: folder of the recipes' YAML files.
         name: file name without ``.yaml``.
         losses: what the loop trains; :class:`~torchrl_marl.objectives.RatioLoss` leaves out those of its subclasses
             that need loops of their own, unless they are named as well.
+        collectors: choices of ``collector=`` that the loop can use.
+        unread: keys of the YAML file, and groups, that the loop has no use for.
 
     Returns:
         Decorator; the decorated function reads ``sys.argv``. Its one argument, another file's name, may be left out: a
@@ -57,32 +79,120 @@ def recipe(
     """
 
     def decorate(function: Callable[[DictConfig], float]) -> Callable[[], None]:
+        full_error = os.environ.get(_FULL_ERROR) == "1"
+
         @functools.wraps(function)
         def run(cfg: DictConfig) -> float:
-            resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True))
-            if resolved.resume is not None:
-                stored = _stored_config(resolved.resume, HydraConfig.get().overrides.task)
-                if missing := ", ".join(str(key) for key in resolved if key not in stored):
-                    raise SystemExit(
-                        f"{stored.resume} says nothing of {missing}: it is older than that, or another recipe's, and "
-                        "cannot go on here. Its policy can be used: load_policy, python -m torchrl_marl evaluate."
-                    )
-                resolved = stored
-            own = _load(config_folder, str(HydraConfig.get().job.config_name))
-            known = DictConfig({**dict.fromkeys(_groups(config_folder)), **own})
-            check_loss(resolved, losses, config_folder)
-            check_keys(resolved, known)
-            check_values(resolved)
-            return function(resolved)
+            try:
+                resolved, known = _resolved(cfg, config_folder)
+                several_seeds = isinstance(_load(config_folder, name).seed, ListConfig)
+                check_values(resolved, several_seeds=several_seeds, unread=unread)
+                check_loss(resolved, losses, config_folder)
+                check_collector(resolved, collectors, config_folder)
+                check_keys(resolved, known)
+                check_types(resolved.logger, MetricLog, "logger.")
+                return function(resolved)
+            except Exception as error:
+                if not full_error and HydraConfig.get().mode == RunMode.RUN:
+                    _end_if_refused(error)  # here, as Hydra prints a line of its own about a job that fails
+                raise
 
         def main(config_name: str = name) -> None:
-            sys.argv[1:] = [_checked_override(argument, config_folder, config_name) for argument in sys.argv[1:]]
+            sys.argv[1:] = [_checked_override(word, config_folder, config_name, unread) for word in sys.argv[1:]]
             logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notices would break the progress bar
-            hydra.main(version_base=None, config_path=str(config_folder), config_name=config_name)(run)()
+            start = hydra.main(version_base=None, config_path=str(config_folder), config_name=config_name)(run)
+            if full_error:
+                return start()
+            os.environ[_FULL_ERROR] = "1"  # or Hydra would print errors and exit before they get here
+            try:
+                start()
+            except Exception as error:
+                _end_if_refused(error)
+                raise
+            finally:
+                del os.environ[_FULL_ERROR]
 
         return main
 
     return decorate
+
+
+def _resolved(cfg: DictConfig, folder: Path) -> tuple[DictConfig, DictConfig]:
+    """Return what to train, the composed configuration or the one to resume, and what the recipe's YAML file holds."""
+    overrides = HydraConfig.get().overrides.task
+    own = _load(folder, str(HydraConfig.get().job.config_name))
+    try:
+        resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        raise SystemExit(_in_one_line(error)) from error
+    _check(resolved, "recipe", f"what the script is called, {own.recipe}", lambda value: value == own.recipe)
+    check_choices(resolved, overrides, folder)
+    _check(resolved, "resume", "null, a checkpoint or the folder of a run", _is_text_or_null)
+    if resolved.resume is not None:
+        stored = _stored_config(resolved.resume, overrides)
+        if missing := ", ".join(str(key) for key in resolved if key not in stored):
+            raise SystemExit(
+                f"{stored.resume} says nothing of {missing}: it is older than that, or another recipe's, and "
+                "cannot go on here. Its policy can be used: load_policy, python -m torchrl_marl evaluate."
+            )
+        resolved = stored
+    known = DictConfig({**{group: {} for group in _groups(folder)}, **own})
+    check_nodes(resolved, known)
+    return resolved, known
+
+
+def _end_if_refused(error: Exception) -> None:
+    """End the program with one line if Hydra, this library or a constructor has refused what it was given.
+
+    That is what a ``raise`` statement of this package says, or one of whatever Hydra instantiates, and arguments that
+    do not fit a target; errors that Python itself or Torch's kernels raise are nobody's check.
+    """
+    key, cause = "", error
+    if isinstance(error, InstantiationException):
+        match = re.search(r"full_key: (\S+)", str(error))
+        key = f"{match[1]}: " if match else ""
+        while isinstance(cause, InstantiationException) and isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
+    checked = isinstance(cause, ValueError | TypeError | ImportError | FloatingPointError)
+    no_memory = isinstance(cause, torch.OutOfMemoryError) or "can't allocate memory" in str(cause)
+    others = isinstance(cause, CompactHydraException) or no_memory
+    if others or (checked and _is_refusal(cause, inside=cause is not error)):
+        raise SystemExit(key + _in_one_line(cause)) from error
+
+
+def _is_refusal(error: Exception, *, inside: bool) -> bool:
+    """Whether a ``raise`` statement of this package raised it; ``inside`` what Hydra instantiates, of any package."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    package = str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    if inside and package == "hydra":  # which called the target with arguments that it does not take
+        return True
+    stated = trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return stated and (inside or package in ("torchrl_marl", "hydra_plugins", "hydra"))
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).partition("\nConfig search path")[0].split())
+
+
+def check_choices(cfg: DictConfig, overrides: Iterable[str], folder: Path) -> None:
+    """End the program if a group's choice has no effect, as the recipe sets what it would.
+
+    Raises:
+        SystemExit: with the choice and what the recipe sets.
+    """
+    words = (override.lstrip("+").partition("=") for override in overrides)
+    chosen = {key: value for key, _, value in words}
+    for group, choices in _groups(folder).items():
+        if chosen.get(group) not in choices or f"{group}._target_" in chosen:
+            continue
+        file = OmegaConf.load(folder / group / f"{chosen[group]}.yaml")
+        target = OmegaConf.select(file, f"{group}._target_") or OmegaConf.select(file, "_target_")
+        if target not in (None, found := OmegaConf.select(cfg, f"{group}._target_")):
+            raise SystemExit(f"{group}={chosen[group]} has no effect: {cfg.recipe} sets {group} to {found}.")
 
 
 def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
@@ -98,7 +208,7 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
             for another target.
     """
     target = cfg.get("_target_")
-    known = arguments_of(get_object(target)) if target else reference
+    known = arguments_of(_located(target, path)) if "_target_" in cfg else reference
     keys = [key for key in cfg if not str(key).startswith("_")]
     foreign = [f"~{path}{key}" for key in keys if key in reference and key not in known]
     if foreign:
@@ -107,23 +217,122 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
         if key not in known:
             reader = f"an argument of {target}" if target else "a key of the configuration"
             _fail(f"{path}{key}", reader, [f"{path}{name}" for name in known])
-        if isinstance(cfg[key], DictConfig) and "_target_" in cfg[key]:
-            check_keys(cfg[key], reference.get(key) or DictConfig({}), f"{path}{key}.")
-        elif isinstance(cfg[key], DictConfig) and isinstance(reference.get(key), DictConfig) and not target:
-            check_keys(cfg[key], reference[key], f"{path}{key}.")
+        if isinstance(cfg[key], DictConfig) and (not target or "_target_" in cfg[key]):
+            default = reference.get(key)
+            check_keys(cfg[key], default if isinstance(default, DictConfig) else DictConfig({}), f"{path}{key}.")
+    if target:
+        check_types(cfg, get_object(target), path)
 
 
-def arguments_of(target: Callable[..., Any]) -> list[str]:
-    """Names of the arguments of a function or class, with those of a ``TypedDict`` (``**options: Unpack[...]``)."""
-    names = []
+def check_nodes(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
+    """End the program if a value stands where the YAML file has keys, or for a switch something but true or false.
+
+    Args:
+        cfg: the configuration, or a node of it without a target.
+        reference: what the recipe's own YAML file holds.
+        path: dotted path of ``cfg`` within the whole configuration, with a dot at its end.
+
+    Raises:
+        SystemExit: with the key, the value and what is allowed.
+    """
+    for key, default in reference.items():
+        if isinstance(default, bool):
+            _check(cfg, str(key), "true or false", lambda value: isinstance(value, bool), path)
+        elif isinstance(default, DictConfig) and key in cfg:
+            names = ", ".join(map(str, default)) or "_target_, ..."
+            _check(cfg, str(key), f"a node of keys: {names}", lambda value: isinstance(value, DictConfig), path)
+            if "_target_" not in cfg[key]:
+                check_nodes(cfg[key], default, f"{path}{key}.")
+
+
+def check_types(cfg: DictConfig, target: Callable[..., object], path: str) -> None:
+    """End the program if a value cannot be what a target's annotation says; other annotations say nothing of YAML.
+
+    Args:
+        cfg: arguments of the target.
+        target: function or class.
+        path: dotted path of ``cfg`` within the whole configuration, with a dot at its end.
+
+    Raises:
+        SystemExit: with the key, the value and what is allowed.
+    """
+    for name, kind in arguments_of(target).items():
+        if name in cfg and not (isinstance(cfg[name], DictConfig) and "_target_" in cfg[name]):
+            _check(cfg, name, _kind_in_words(kind), functools.partial(_fits, kind=kind), path)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in arguments)
+    if origin in (float, int):
+        return _is_number(value) if origin is float else _is_integer(value)
+    if not isinstance(origin, type) or origin in (Any, object, inspect.Parameter.empty):
+        return True
+    if issubclass(origin, bool | str | NoneType):
+        return isinstance(value, origin)
+    if issubclass(origin, Mapping):
+        return isinstance(value, DictConfig)
+    if not issubclass(origin, Iterable | torch.Tensor):
+        return False  # something that a nested _target_ has to make
+    pair = origin is tuple and Ellipsis not in arguments
+    kinds = arguments if pair else arguments[:1] * len(value) if isinstance(value, ListConfig) else ()
+    return isinstance(value, ListConfig) and (
+        not arguments or (len(value) == len(kinds) and all(map(_fits, value, kinds)))
+    )
+
+
+def _kind_in_words(kind: Any) -> str:
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    words = {float: "a number", int: "an integer", bool: "true or false", str: "text", NoneType: "null"}
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_kind_in_words, arguments)))
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin in words:
+        return words[origin]
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {len(arguments)}, each {_kind_in_words(arguments[0])}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "keys and values"
+    if isinstance(origin, type) and (issubclass(origin, Iterable) or origin is torch.Tensor):
+        return "a list" + (f", each {_kind_in_words(arguments[0])}" if arguments else "")
+    return f"a _target_ that makes a {getattr(kind, '__name__', kind)}"
+
+
+def _located(target: object, path: str) -> Callable[..., object]:
+    try:
+        found = get_object(str(target))
+        inspect.signature(found)
+    except Exception as error:
+        raise SystemExit(
+            f"{path}_target_ must name a function or a class; got {target}: {_in_one_line(error)}"
+        ) from error
+    return found
+
+
+def arguments_of(target: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments of a function or class and their annotations, ``Any`` for those that only type checkers can resolve.
+
+    Those of a ``TypedDict`` (``**options: Unpack[...]``) are among them.
+    """
+    scope = getattr(target.__init__ if isinstance(target, type) else target, "__globals__", {})
+    kinds: dict[str, Any] = {}
     for parameter in inspect.signature(target).parameters.values():
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            names.append(parameter.name)
-            continue
-        function = target.__init__ if isinstance(target, type) else target
-        for options in get_args(get_type_hints(function).get(parameter.name)):
-            names += get_type_hints(options)
-    return names
+        kind = parameter.annotation
+        if isinstance(kind, str):
+            try:
+                kind = eval(kind, scope)  # the target's own source
+            except NameError:
+                kind = Any
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            for options in get_args(kind):
+                kinds |= get_type_hints(options)
+        else:
+            kinds[parameter.name] = kind
+    return kinds
 
 
 def check_loss(cfg: DictConfig, losses: tuple[type, ...], folder: Path) -> None:
@@ -137,6 +346,7 @@ def check_loss(cfg: DictConfig, losses: tuple[type, ...], folder: Path) -> None:
     Raises:
         SystemExit: with the choices of ``loss=`` that the loop trains.
     """
+    _located(cfg.loss.get("_target_"), "loss.")
     if not _trains(losses, cfg.loss):
         files = {name: _load(folder / "loss", name) for name in sorted(_groups(folder)["loss"])}
         fitting = [name for name, node in files.items() if _trains(losses, node.get("loss", node))]
@@ -152,28 +362,66 @@ def _trains(losses: tuple[type, ...], node: DictConfig) -> bool:
     return not isinstance(loss, type) or (issubclass(loss, losses) and not issubclass(loss, foreign))
 
 
-def check_values(cfg: DictConfig) -> None:
-    """End the program if a number of the loop is out of its range, before anything is built.
+def check_collector(cfg: DictConfig, collectors: tuple[str, ...], folder: Path) -> None:
+    """End the program if the loop cannot use the collector.
+
+    Args:
+        cfg: the configuration.
+        collectors: see :func:`recipe`.
+        folder: of the recipes' YAML files.
+
+    Raises:
+        SystemExit: with the choices of ``collector=`` that it can use.
+    """
+    target = cfg.collector.get("_target_")
+    others = [name for name in _groups(folder)["collector"] if name not in collectors]
+    if target in [_load(folder / "collector", name)._target_ for name in others]:
+        raise SystemExit(
+            f"{cfg.recipe} does not collect with {target}; it takes collector={', '.join(sorted(collectors))}."
+        )
+
+
+def check_values(cfg: DictConfig, *, several_seeds: bool, unread: tuple[str, ...]) -> None:
+    """End the program if a value of the loop is out of its range, before anything is built.
+
+    Args:
+        cfg: the configuration.
+        several_seeds: whether the recipe takes a list of seeds.
+        unread: see :func:`recipe`.
 
     Raises:
         SystemExit: with the key, the value and what is allowed.
     """
 
-    def is_positive(value: object) -> bool:
-        return _is_integer(value) and value >= 1
+    def is_up_to(highest: float) -> Callable[[Any], bool]:
+        return lambda value: _is_integer(value) and 1 <= value <= highest
 
-    loop = ("total_frames", "frames_per_batch", "epochs", "num_threads")
-    for key in (*loop, "env.num_envs", "evaluation.interval", "evaluation.episodes"):
-        _check(cfg, key, "an integer of at least 1", is_positive)
-    size = f"an integer from 1 to frames_per_batch, {cfg.frames_per_batch}"
-    _check(cfg, "minibatch_size", size, lambda value: is_positive(value) and value <= cfg.frames_per_batch)
+    def check(key: str, allowed: str, is_allowed: Callable[[Any], object]) -> None:
+        if key.partition(".")[0] not in unread:
+            _check(cfg, key, allowed, is_allowed)
+
+    loop = ("total_frames", "frames_per_batch", "epochs", "processes", "env.num_envs", "env.max_steps")
+    for key in (*loop, "evaluation.interval", "evaluation.episodes"):
+        check(key, "an integer of at least 1", is_up_to(2**63 - 1))
+    for key in ("env.num_envs", "minibatch_size"):
+        size = f"an integer from 1 to frames_per_batch, {cfg.frames_per_batch}"
+        check(key, size, is_up_to(cfg.frames_per_batch))
+    cores = os.cpu_count() or 1
+    check("num_threads", f"an integer from 1 to this machine's processors, {cores}", is_up_to(cores))
     for key in ("gamma", "lmbda"):
-        _check(cfg, key, "between 0 and 1", lambda value: isinstance(value, int | float) and 0 <= value <= 1)
-    _check(cfg, "compile", "true or false", lambda value: isinstance(value, bool))
-    _check(cfg, "chunk_length", "null or an integer of at least 1", lambda value: value is None or is_positive(value))
-    for seed in cfg.seed if isinstance(cfg.seed, ListConfig) else [cfg.seed]:
-        if not _is_integer(seed) or seed < 0:
-            raise SystemExit(f"seed must be an integer of at least 0, in recipes/seeds.py a list of them; got {seed}.")
+        check(key, "between 0 and 1", lambda value: _is_number(value) and 0 <= value <= 1)
+    check("max_grad_norm", "a number above 0 (inf: no limit)", lambda value: _is_number(value) and value > 0)
+    check("chunk_length", "null or an integer of at least 1", lambda value: value is None or is_up_to(2**63 - 1)(value))
+    check_chunks(-(-cfg.frames_per_batch // cfg.env.num_envs), None if "chunk_length" in unread else cfg.chunk_length)
+    for key in ("method", "environment"):
+        check(key, "a name that a folder can have", lambda value: re.fullmatch(r"[\w+-][\w.+-]*", _text(value)))
+    check("env.scenario", "a name", _text)
+    check("folder", "the path of a folder", _text)
+    seeds = list(cfg.seed) if several_seeds and isinstance(cfg.seed, ListConfig) else [cfg.seed]
+    more = ", or a list of different ones" if several_seeds else " (lists are for recipes/seeds.py)"
+    allowed = f"an integer of at least 0, at most {_LARGEST_SEED}{more}"
+    are_seeds = all(_is_integer(seed) and 0 <= seed <= _LARGEST_SEED for seed in seeds)
+    check("seed", allowed, lambda _: are_seeds and len(set(seeds)) == len(seeds) > 0)
     check_device(cfg.device)
 
 
@@ -183,6 +431,8 @@ def check_device(device: str | None) -> None:
     Raises:
         SystemExit: with what can be used.
     """
+    if not _is_text_or_null(device):
+        raise SystemExit(f"device must be null or the name of one of Torch's; got {device}.")
     try:
         available = torch.device(device or "cpu").type != "cuda" or torch.cuda.is_available()
     except RuntimeError as error:
@@ -191,22 +441,40 @@ def check_device(device: str | None) -> None:
         raise SystemExit(f"device={device} needs CUDA, which Torch does not find here; device=cpu runs anywhere.")
 
 
-def _check(cfg: DictConfig, key: str, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
+def _check(cfg: DictConfig, key: str, allowed: str, is_allowed: Callable[[Any], object], path: str = "") -> None:
     if not is_allowed(value := OmegaConf.select(cfg, key)):
         hint = (
             f" Write {value:.0f}." if isinstance(value, float) and value.is_integer() and is_allowed(int(value)) else ""
         )
-        raise SystemExit(f"{key} must be {allowed}; got {value}.{hint}")
+        raise SystemExit(f"{path}{key} must be {allowed}; got {'null' if value is None else value}.{hint}")
 
 
 def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _checked_override(argument: str, folder: Path, name: str) -> str:
+def _is_number(value: object) -> TypeGuard[float]:
+    return _is_integer(value) or (isinstance(value, float) and value == value)
+
+
+def _text(value: object) -> str:
+    """The value if it is text; else nothing."""
+    return value if isinstance(value, str) else ""
+
+
+def _is_text_or_null(value: object) -> bool:
+    return value is None or _text(value) != ""
+
+
+def _checked_override(argument: str, folder: Path, name: str, unread: tuple[str, ...]) -> str:
     """Check the root of an override by name; let a new key below it through to ``check_keys``."""
     if argument.startswith("hydra/launcher=submitit") and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
         raise SystemExit(f'{argument} needs the launcher: pip install "torchrl_marl[scale]"')
+    if (removed := re.fullmatch(r"~([A-Za-z_]\w*)(=.*)?", argument)) and removed[1] in {
+        *_groups(folder),
+        *_load(folder, name),
+    }:
+        raise SystemExit(f"{argument}: {name} needs {removed[1]}; it can be changed ({removed[1]}=...), not left out.")
     match = re.fullmatch(r"(\+{0,2})([A-Za-z_]\w*)((?:\.\w+)*)=(.*)", argument, flags=re.DOTALL)
     if match is None or match[2] == "hydra":
         return argument
@@ -214,6 +482,8 @@ def _checked_override(argument: str, folder: Path, name: str) -> str:
     groups = _groups(folder)
     if root not in groups and root not in _load(folder, name):
         _fail(root + below, "a key of the configuration", [*groups, *map(str, _load(folder, name))])
+    if root in unread:
+        raise SystemExit(f"{argument} has no effect: {name} has no use for {root}; leave it out.")
     if below:
         return argument if plus else f"++{argument}"
     if root in groups and re.fullmatch(r"\w+(\s*,\s*\w+)*", value):  # Hydra checks choice(...) and the like itself
@@ -273,4 +543,5 @@ def _load(folder: Path, name: str) -> DictConfig:
 def _fail(key: str, what: str, known: Iterable[str]) -> NoReturn:
     known = list(dict.fromkeys(known))
     nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
-    raise SystemExit(f"{key} is not {what}; nearest: {', '.join(nearest)}.")
+    hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+    raise SystemExit(f"{key} is not {what}{hint}.")

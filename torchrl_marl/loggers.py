@@ -10,7 +10,7 @@ import subprocess
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torchrl.record import CSVLogger, TensorboardLogger
 
@@ -62,7 +62,7 @@ class MetricLog:
         resumed_at: int | None = None,
         wandb_project: str | None = "torchrl_marl",
         wandb_tags: Sequence[str] = (),
-        wandb_mode: str | None = None,
+        wandb_mode: Literal["online", "offline", "disabled"] | None = None,
         tensorboard: bool = False,
     ) -> None:
         if resumed_at is not None:

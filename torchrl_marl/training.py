@@ -126,6 +126,7 @@ class Run:
         if resumed is not None:
             self._checkpoints.load(resumed)
         self._records: list[Mapping[str, Tensor]] = []
+        self._warned: set[str] = set()
         self._asked_to_stop = self._interrupted = False
         self.trained_with: list[str] = []
         """Names of folders of runs, this one among them, that are trained in one group; empty for a run alone."""
@@ -313,6 +314,7 @@ class Run:
         }
         self._log.log(metrics, progress["frames"])
         self._check_finite(metrics)
+        self._warn_once(metrics)
         bar.update(frames)
 
     def evaluation_is_due(self, frames_of_a_process: int) -> bool:
@@ -387,6 +389,22 @@ class Run:
             if ("loss_" in name or "grad_norm" in name) and not math.isfinite(value):
                 self._stop(name, value)
 
+    def _warn_once(self, metrics: Mapping[str, float]) -> None:
+        """Say which metric tells that learning degenerates, once in a run for each; the run goes on."""
+        limits = {
+            name: (1e-6, "an action has become all but impossible") for name in metrics if name.endswith("min_ratio")
+        }
+        for shape in [self._shape] if isinstance(self._shape, GroupShape) else self._shape:
+            limits[f"train/{shape.name}/entropy"] = shape.settled_entropy, "agents have all but stopped exploring"
+        for name, (lowest, meaning) in limits.items():
+            if name not in self._warned and metrics.get(name, lowest) < lowest:
+                self._warned.add(name)
+                warnings.warn(
+                    f"Iteration {self._progress['iteration']}: {name} is {metrics[name]:.3g}, below {lowest:.3g}: "
+                    f"{meaning}. {self.folder}",
+                    stacklevel=2,
+                )
+
     def fail(self) -> None:
         """Close the logs of a run that cannot go on; W&B marks it as failed."""
         if self._leads:
@@ -441,7 +459,10 @@ def _new_folder(cfg: DictConfig) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     task = cfg.env.scenario.replace(":", ".")  # that of my_module:make_env is no name of a folder everywhere
     folder = Path(cfg.folder) / cfg.recipe / task / cfg.method / f"seed{cfg.seed}-{stamp}-{secrets.token_hex(2)}"
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"folder={cfg.folder}: a run cannot have its folder there: {error}") from error
     return folder
 
 

@@ -35,7 +35,7 @@ def make_update(
     Args:
         loss: its gradients are those of the sum of all entries ``loss_*`` that it returns.
         optimizer: of the loss's parameters.
-        max_grad_norm: the gradient is scaled down to this norm, over all parameters.
+        max_grad_norm: the gradient is scaled down to this norm, over all parameters; infinity for no limit.
         compile: whether to compile the loss.
         cuda_graph: whether to record the whole step once as a CUDA graph, for minibatches of one size; the optimiser
             needs ``capturable=True``.
@@ -43,6 +43,9 @@ def make_update(
     Returns:
         ``update(minibatch)``: takes a step and returns what the loss measured, and ``grad_norm`` before clipping, all
         detached.
+
+    Raises:
+        ValueError: if ``max_grad_norm`` is not above 0.
 
     Example:
         >>> from torchrl_marl.collectors import minibatches
@@ -60,6 +63,7 @@ def make_update(
         >>> measured[0]["grad_norm"] > 0
         tensor(True)
     """
+    _check_norm(max_grad_norm)
     objective = _Objective(loss)
     parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
 
@@ -103,6 +107,11 @@ def make_update(
         return update
     recorded = CudaGraphModule(lambda minibatch: TensorDict(update(minibatch)))  # pyright: ignore[reportArgumentType]
     return lambda minibatch: dict(recorded(minibatch).items())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _check_norm(max_grad_norm: float) -> None:
+    if not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be a number above 0 (inf: no limit); got {max_grad_norm}.")
 
 
 class _Objective(nn.Module):

@@ -9,13 +9,14 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
+from torch.distributions import Categorical, Uniform
 from torch.testing import assert_close
 from torchrl.data import Binary, Bounded, Composite, OneHot, Unbounded
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.envs import ExplorationType, VmasEnv, set_exploration_type
-from torchrl.modules import RunningValueNorm
+from torchrl.modules import PopArtValueNorm, RunningValueNorm
 
-from torchrl_marl.modules import AgentNetworks, Denormalize, GroupShape, make_actor, make_critic
+from torchrl_marl.modules import AgentNetworks, Denormalize, GroupShape, make_actor, make_critic, make_mat, make_sable
 from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 
 AGENTS, OBSERVATION, ACTIONS, STATE = 3, 5, 4, 6
@@ -531,3 +532,36 @@ def test_networks_live_where_they_are_told(shape, options):
         data = critic(data)
         assert all(tensor.device.type == "cuda" for tensor in [*critic.parameters(), *critic.buffers()])
     assert all(tensor.device.type == "cuda" for tensor in [*actor.parameters(), *data.values(True, True)])
+
+
+def test_settled_entropy_is_that_of_one_action_or_of_a_thousandth_of_the_ranges():
+    discrete = GroupShape("agents", num_agents=2, observation_size=3, num_actions=5)
+    almost_sure = torch.tensor([0.9999, 0.0001, 0, 0, 0])
+    unsure = torch.tensor([0.99, 0.01, 0, 0, 0])
+    assert Categorical(almost_sure).entropy() < discrete.settled_entropy < Categorical(unsure).entropy()
+
+    continuous = GroupShape("agents", num_agents=2, observation_size=3, action_low=(-1.0, 0.0), action_high=(1.0, 8.0))
+    thousandth = Uniform(torch.zeros(2), torch.tensor([0.002, 0.008]))
+    assert continuous.settled_entropy == pytest.approx(thousandth.entropy().sum().item())
+
+
+@pytest.mark.parametrize("make", [make_actor, make_critic])
+@pytest.mark.parametrize("sizes", [(0,), (16, -4)])
+def test_layers_without_width_are_refused(make, sizes):
+    shape = GroupShape("agents", num_agents=2, observation_size=3, num_actions=5)
+    with pytest.raises(ValueError, match="hidden_sizes must be at least 1 each"):
+        make(shape, hidden_sizes=sizes)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0, -0.1])
+def test_statistics_that_never_settle_are_refused(beta):
+    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\); got"):
+        Denormalize(PopArtValueNorm(beta=beta))
+
+
+@pytest.mark.parametrize("make", [make_mat, make_sable])
+@pytest.mark.parametrize("options", [{"embed_dim": 0}, {"embed_dim": -64}, {"num_heads": 0}])
+def test_transformers_without_width_or_heads_are_refused(make, options):
+    shape = GroupShape("agents", num_agents=2, observation_size=3, num_actions=5)
+    with pytest.raises(ValueError, match=f"{next(iter(options))}.* must be .*got"):
+        make(shape, **options)

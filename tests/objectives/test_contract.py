@@ -1,5 +1,6 @@
 """What every loss promises. A new method adds one row to ``METHODS``."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -1066,6 +1067,14 @@ def test_a_stored_log_probability_with_gradient_raises(method):
 )
 def test_unknown_options_raise_and_list_the_known(method, option, value, says):
     with pytest.raises(ValueError, match=f"{option} must be one of {says}; got '{value}'"):
+        make(method, **{option: value})
+
+
+@every_method
+@pytest.mark.parametrize("option", ["entropy_coeff", "critic_coeff"])
+@pytest.mark.parametrize("value", [-1e-3, math.nan, math.inf])
+def test_a_coefficient_that_turns_a_loss_around_is_refused(method, option, value):
+    with pytest.raises(ValueError, match=f"{option} must be a number of at least 0; got {value}"):
         make(method, **{option: value})
 
 

@@ -247,6 +247,7 @@ def test_impossible_clips_raise_and_state_the_rule(loss, clip_epsilon):
 
 BAD_TARGETS = [(1.25, 0.8), (0.8, 0.9), (1.1, 1.25), (0.0, 1.25), (-0.5, 1.25), (0.8, 1.0), (1.0, 1.25)]
 BAD_TARGETS += [(0.8, 1.0, 1.25), (0.8,), (), (0.8, float("nan")), (float("nan"), 1.25)]
+BAD_TARGETS += [(0.5, float("inf")), (0.99999999, 1.25), (0.8, 1.00000001), (1e-50, 1.25)]  # float32 cannot hold them
 
 
 @pytest.mark.parametrize("target_ratios", BAD_TARGETS, ids=str)

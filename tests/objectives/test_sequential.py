@@ -915,6 +915,25 @@ def test_agents_that_share_parameters_raise(cls):
         cls(*make_networks("categorical"))
 
 
+@pytest.mark.parametrize("cls", [HATRPOLoss, OATRPOLoss])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_kl", 0.0),
+        ("max_kl", math.inf),
+        ("damping", -1.0),
+        ("accept_ratio", -0.1),
+        ("backtrack", 1.0),
+        ("backtrack", 0.0),
+        ("num_iterations", 0),
+        ("num_backtracks", 0),
+    ],
+)
+def test_a_step_that_cannot_be_taken_is_refused(cls, option, value):
+    with pytest.raises(ValueError, match=f"{option}.* must be .*{value}"):
+        make(cls, **{option: value})
+
+
 @pytest.mark.parametrize("cls", [SequentialLoss, NaturalGradientLoss])
 def test_base_classes_are_abstract(cls):
     networks = make_networks("categorical", share_parameters=False)

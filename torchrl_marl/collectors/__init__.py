@@ -11,7 +11,7 @@ from torchrl_marl.collectors.reuse import (
     gated_reuse_matrix,
     pairwise_kl,
 )
-from torchrl_marl.collectors.sequences import SequenceCollector, sequence_minibatches
+from torchrl_marl.collectors.sequences import SequenceCollector, sequence_minibatches, sequences_in
 from torchrl_marl.collectors.workers import WorkerCollector, multiprocess_collector, ray_collector
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "pairwise_kl",
     "ray_collector",
     "sequence_minibatches",
+    "sequences_in",
     "split_into_chunks",
 ]

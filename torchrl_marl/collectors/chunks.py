@@ -38,10 +38,22 @@ def split_into_chunks(batch: TensorDictBase, chunk_length: int | None) -> Tensor
     """
     if chunk_length is None:
         return batch.reshape(-1)
-    steps = batch.shape[-1]
-    if chunk_length < 1 or steps % chunk_length:
-        raise ValueError(f"chunk_length must divide the {steps} steps that each environment takes, got {chunk_length}.")
+    check_chunks(batch.shape[-1], chunk_length)
     return batch.reshape(-1, chunk_length)
+
+
+def check_chunks(steps: int, chunk_length: int | None) -> None:
+    """Refuse chunks that do not fill the steps of a batch.
+
+    Args:
+        steps: that each environment takes.
+        chunk_length: steps of a chunk; ``None`` for rows, which always do.
+
+    Raises:
+        ValueError: unless the length divides the steps.
+    """
+    if chunk_length is not None and (chunk_length < 1 or steps % chunk_length):
+        raise ValueError(f"chunk_length must divide the {steps} steps that each environment takes, got {chunk_length}.")
 
 
 def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:

@@ -9,7 +9,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
-__all__ = ["SequenceCollector", "sequence_minibatches"]
+__all__ = ["SequenceCollector", "sequence_minibatches", "sequences_in"]
 
 
 class SequenceCollector:
@@ -69,6 +69,21 @@ class SequenceCollector:
         self._following = following
         batch = torch.stack(steps, -1)
         return batch.update(start.unsqueeze(-1).expand(batch.batch_size))
+
+
+def sequences_in(minibatch_size: int, num_steps: int) -> int:
+    """Return how many whole sequences of ``num_steps`` a minibatch of so many steps holds.
+
+    Raises:
+        ValueError: if it holds none.
+
+    Example:
+        >>> sequences_in(250, 100)
+        2
+    """
+    if minibatch_size < num_steps:
+        raise ValueError(f"minibatch_size must be at least the {num_steps} steps of a sequence; got {minibatch_size}.")
+    return minibatch_size // num_steps
 
 
 def sequence_minibatches(

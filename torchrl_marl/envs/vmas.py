@@ -7,7 +7,8 @@ import difflib
 import importlib
 import io
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,16 +83,17 @@ def make_env(
     make = VmasEnv
     if compile:
         from torchrl_marl.envs.vmas_compiled import CompiledVmasEnv as make  # needs this module
-    env = make(
-        scenario,
-        num_envs=num_envs,
-        max_steps=None if truncate else max_steps,
-        continuous_actions=continuous_actions,
-        seed=seed,
-        device=device,
-        clamp_actions=True,
-        scenario_kwargs=scenario_kwargs,
-    )
+    with _options_named(scenario, scenario_kwargs):
+        env = make(
+            scenario,
+            num_envs=num_envs,
+            max_steps=None if truncate else max_steps,
+            continuous_actions=continuous_actions,
+            seed=seed,
+            device=device,
+            clamp_actions=True,
+            scenario_kwargs=scenario_kwargs,
+        )
     # RewardSum without keys follows every reward of the environment, whatever its groups are called.
     return TransformedEnv(env, Compose([StepCounter(max_steps=max_steps), RewardSum()]) if truncate else RewardSum())
 
@@ -116,6 +118,25 @@ def import_vmas() -> ModuleType:
         raise ImportError(f'VMAS tasks need more packages ({error}): pip install "torchrl_marl[vmas]"') from error
 
 
+@contextlib.contextmanager
+def _options_named(scenario: object, scenario_kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Refuse options that VMAS fails on: it checks none, and looks without end for places that it does not have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="It is taking many iterations to spawn")
+        try:
+            yield
+        except Exception as error:
+            if not scenario_kwargs:
+                raise
+            if isinstance(error, UserWarning):
+                error = ValueError("there is no room to place them all; take fewer, or a larger world")
+            options = ", ".join(f"{name}={value}" for name, value in scenario_kwargs.items())
+            raise ValueError(
+                f"VMAS cannot make the scenario {scenario!r} with scenario_kwargs {options}: "
+                f"{str(error) or type(error).__name__}"
+            ) from error
+
+
 def _check_scenario(vmas: ModuleType, scenario: str, scenario_kwargs: Mapping[str, Any]) -> None:
     """Reject unknown names: VMAS answers a wrong scenario with an assertion and a wrong option with a warning."""
     scenarios: list[str] = [*vmas.scenarios, *vmas.mpe_scenarios, *vmas.debug_scenarios]
@@ -131,3 +152,7 @@ def _check_scenario(vmas: ModuleType, scenario: str, scenario_kwargs: Mapping[st
         raise ValueError(
             f"scenario {scenario!r} has no option {', '.join(unknown)}; it has {', '.join(options) or 'none'}"
         )
+    for name, value in scenario_kwargs.items():
+        lowest = int(name == "n_agents")
+        if name.startswith("n_") and (not isinstance(value, int) or isinstance(value, bool) or value < lowest):
+            raise ValueError(f"scenario_kwargs.{name} must be an integer of at least {lowest}, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,6 +74,18 @@ class GroupShape:
             state_size=None if state is None else state.shape.numel(),
             **_action_space(env.full_action_spec_unbatched[group, "action"]),
         )
+
+    @property
+    def settled_entropy(self) -> float:
+        """Entropy in nats below which an agent has all but settled on what it does in each situation.
+
+        Discrete: that of 1.01 equally likely actions. Continuous: that of a uniform choice from a thousandth of the
+        range of every action.
+        """
+        if self.num_actions is not None:
+            return math.log(1.01)
+        ranges = zip(self.action_low, self.action_high, strict=True)
+        return sum(math.log((high - low) / 1000) for low, high in ranges)
 
 
 def group_shape(env: EnvBase | GroupShape, group: str | None) -> GroupShape:

@@ -138,6 +138,8 @@ def value_layers(
 
 def _mlp(inputs: int, outputs: int, hidden_sizes: Sequence[int], activation: Activation) -> MLP:
     """Multi-layer perceptron, ``[..., inputs]`` to ``[..., outputs]``."""
+    if any(size < 1 for size in hidden_sizes):
+        raise ValueError(f"hidden_sizes must be at least 1 each, got {list(hidden_sizes)}.")
     return MLP(inputs, outputs, num_cells=list(hidden_sizes), activation_class=activation_class(activation))
 
 

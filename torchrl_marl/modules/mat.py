@@ -78,9 +78,9 @@ def make_mat(
         >>> actor(data)["agents", "action"].shape, critic(data)["agents", "state_value"].shape
         (torch.Size([7, 3]), torch.Size([7, 3, 1]))
     """
-    if min(num_heads, num_blocks) < 1 or embed_dim % num_heads:
+    if min(num_heads, num_blocks, embed_dim) < 1 or embed_dim % num_heads:
         raise ValueError(
-            "num_heads and num_blocks must be at least 1 and num_heads must divide embed_dim, "
+            "num_heads, num_blocks and embed_dim must be at least 1 and num_heads must divide embed_dim, "
             f"got {num_heads}, {num_blocks} and {embed_dim}."
         )
     shape = group_shape(env, group)

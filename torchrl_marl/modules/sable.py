@@ -532,16 +532,16 @@ def make_sable(
         >>> critic(data)["agents", "state_value"].shape
         torch.Size([7, 2, 3, 1])
     """
-    if embed_dim % num_heads**2 or embed_dim % 2:
+    if min(num_heads, num_blocks, chunk_size) < 1:
+        raise ValueError(
+            f"num_heads, num_blocks and chunk_size must be at least 1, got {num_heads}, {num_blocks}, {chunk_size}."
+        )
+    if embed_dim < 1 or embed_dim % num_heads**2 or embed_dim % 2:
         raise ValueError(
             f"embed_dim must be even and a multiple of num_heads squared, got {embed_dim} and {num_heads}."
         )
     if not 0 < decay_scaling <= 1:
         raise ValueError(f"decay_scaling must be in (0, 1], got {decay_scaling}.")
-    if min(num_heads, num_blocks, chunk_size) < 1:
-        raise ValueError(
-            f"num_heads, num_blocks and chunk_size must be at least 1, got {num_heads}, {num_blocks}, {chunk_size}."
-        )
     shape = group_shape(env, group)
     space = action_space(shape, device)
     sizes = _Sizes(embed_dim, num_heads, num_blocks, decay_scaling, feed_forward, chunk_size)

@@ -30,10 +30,16 @@ class Denormalize(nn.Module):
         >>> value_norm.update(torch.tensor([[1.0], [5.0]]))  # mean 3, standard deviation 2
         >>> Denormalize(value_norm)(torch.tensor([0.0, 1.0]).unsqueeze(-1)).flatten()
         tensor([3., 5.])
+
+    Raises:
+        ValueError: if the decay of the statistics, ``beta``, is not in [0, 1).
     """
 
     def __init__(self, value_norm: ValueNorm) -> None:
         super().__init__()
+        beta = getattr(value_norm, "beta", 0.0)  # PopArt's, which nobody else checks
+        if not 0 <= beta < 1:
+            raise ValueError(f"A value norm's beta must be in [0, 1); got {beta}.")
         self.value_norm = value_norm
 
     def forward(self, prediction: Tensor) -> Tensor:

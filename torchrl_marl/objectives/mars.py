@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from typing_extensions import Unpack
 
-from torchrl_marl.objectives.ratio import RatioLoss, RatioOptions
+from torchrl_marl.objectives.ratio import RatioLoss, RatioOptions, surround_one
 from torchrl_marl.objectives.surrogates import Gain, barrier_gain
 
 __all__ = ["MARSLoss", "additive_target_ratios", "multiplicative_target_ratios"]
@@ -80,6 +81,8 @@ def additive_target_ratios(epsilon: float) -> tuple[float, float]:
 
 def _checked(target_ratios: Sequence[float]) -> tuple[float, float]:
     pair = isinstance(target_ratios, Sequence) and len(target_ratios) == 2
-    if not pair or not 0 < target_ratios[0] < 1 < target_ratios[1]:
-        raise ValueError(f"target_ratios must be a pair (low, high) with 0 < low < 1 < high, got {target_ratios}.")
+    if not pair or not surround_one(*target_ratios) or target_ratios[1] == math.inf:
+        raise ValueError(
+            f"target_ratios must be a finite pair (low, high) with 0 < low < 1 < high, got {target_ratios}, in float32."
+        )
     return target_ratios[0], target_ratios[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
@@ -155,12 +156,15 @@ class RatioLoss(LossModule):
     ) -> None:
         if type(self) is RatioLoss:
             raise TypeError("RatioLoss is abstract: use MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss or a subclass.")
-        if not 0 < low < 1 < high:
-            raise ValueError(f"Ratio bounds must satisfy 0 < low < 1 < high, got low={low!r} and high={high!r}.")
+        if not surround_one(low, high):
+            raise ValueError(
+                f"Ratio bounds must satisfy 0 < low < 1 < high, got low={low!r} and high={high!r}, in float32."
+            )
         _check_choice("loss_critic_type", loss_critic_type, ("smooth_l1", "l2", "l1"))
         _check_choice("reduction", reduction, ("mean", "sum", "none"))
         if clip_value is not None and not clip_value > 0:
             raise ValueError(f"clip_value must be above 0, or None for no clipping; got {clip_value!r}.")
+        check_at_least_0(entropy_coeff=entropy_coeff, critic_coeff=critic_coeff)
         super().__init__()
         self._functional = functional
         self._selected: tuple[str, ...] | None = None
@@ -617,6 +621,23 @@ def require(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
             f"{key!r} is missing from the data, which holds {sorted(map(str, tensordict.keys(True, True)))}."
         )
     return value
+
+
+def surround_one(low: float, high: float) -> bool:
+    """Whether ``0 < low < 1 < high``, also once they are float32, as the buffers of a loss are."""
+    low, high = torch.tensor([low, high], dtype=torch.float32).tolist()
+    return 0 < low < 1 < high
+
+
+def check_at_least_0(**values: float) -> None:
+    """Refuse numbers below 0, NaN and infinity.
+
+    Raises:
+        ValueError: with the name and the value.
+    """
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number of at least 0; got {value}.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

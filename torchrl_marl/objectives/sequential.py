@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from torchrl_marl.objectives.ratio import (
     OUT_KEYS,
     RatioLoss,
     RatioOptions,
+    check_at_least_0,
     clip_bounds,
     masked_mean,
     per_agent,
@@ -407,6 +409,14 @@ class NaturalGradientLoss(SequentialLoss):
     ) -> None:
         if type(self) is NaturalGradientLoss:
             raise TypeError("NaturalGradientLoss is abstract: use HATRPOLoss, OATRPOLoss or a subclass.")
+        check_at_least_0(damping=damping, accept_ratio=accept_ratio)
+        if not 0 < max_kl < math.inf:
+            raise ValueError(f"max_kl must be a number above 0; got {max_kl}.")
+        if not 0 < backtrack < 1:
+            raise ValueError(f"backtrack must be between 0 and 1; got {backtrack}.")
+        if min(num_iterations, num_backtracks) < 1:
+            found = f"{num_iterations} and {num_backtracks}"
+            raise ValueError(f"num_iterations and num_backtracks must be at least 1; got {found}.")
         options.setdefault("gain", ratio_gain)
         options.setdefault("entropy_coeff", 0.0)
         super().__init__(actor_network, critic_network, reuse=reuse, sampled=sampled, **options)

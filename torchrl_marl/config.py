@@ -466,7 +466,7 @@ def _is_text_or_null(value: object) -> bool:
     return value is None or _text(value) != ""
 
 
-def _checked_override(argument: str, folder: Path, name: str, unread: tuple[str, ...]) -> str:
+def _checked_override(argument: str, folder: Path, name: str, unread: tuple[str, ...] = ()) -> str:
     """Check the root of an override by name; let a new key below it through to ``check_keys``."""
     if argument.startswith("hydra/launcher=submitit") and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
         raise SystemExit(f'{argument} needs the launcher: pip install "torchrl_marl[scale]"')

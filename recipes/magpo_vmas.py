@@ -43,6 +43,8 @@ def main(cfg: DictConfig) -> float:
     learner = instantiate(cfg.actor, shape, device=device)
 
     loss = instantiate(cfg.loss, guider, critic, learner)
+    if (adapt_ratio := getattr(loss, "adapt_ratio", None)) is not None:
+        adapt_ratio(loss.guider_learner_ratio, torch.ones((), device=device))  # refuses its options before the run
     loss.make_value_estimator(MultiAgentGAE(gamma=cfg.gamma, lmbda=cfg.lmbda, value_network=None))
     compute_loss = torch.compile(loss) if cfg.compile else loss
     optimizer = instantiate(cfg.optimizer, loss.parameters())

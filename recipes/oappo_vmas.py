@@ -36,6 +36,8 @@ def main(cfg: DictConfig) -> float:
     critic = instantiate(cfg.critic, shape, device=device)
 
     loss = instantiate(cfg.loss, actor, critic)
+    if isinstance(loss, NaturalGradientLoss) and loss.reduction != "mean":
+        raise ValueError(f"loss.reduction must be mean, as a natural step compares means; got {loss.reduction}.")
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     compute_loss = torch.compile(loss) if cfg.compile else loss
     optimizer = instantiate(cfg.optimizer, loss.parameters())

@@ -94,7 +94,8 @@ def recipe(
                 return function(resolved)
             except Exception as error:
                 if not full_error and HydraConfig.get().mode == RunMode.RUN:
-                    _end_if_refused(error)  # here, as Hydra prints a line of its own about a job that fails
+                    # here, as Hydra prints a line of its own about a job that fails
+                    _end_if_refused(error, function.__module__)
                 raise
 
         def main(config_name: str = name) -> None:
@@ -107,7 +108,7 @@ def recipe(
             try:
                 start()
             except Exception as error:
-                _end_if_refused(error)
+                _end_if_refused(error, function.__module__)
                 raise
             finally:
                 del os.environ[_FULL_ERROR]
@@ -141,11 +142,11 @@ def _resolved(cfg: DictConfig, folder: Path) -> tuple[DictConfig, DictConfig]:
     return resolved, known
 
 
-def _end_if_refused(error: Exception) -> None:
+def _end_if_refused(error: Exception, script: str) -> None:
     """End the program with one line if Hydra, this library or a constructor has refused what it was given.
 
-    That is what a ``raise`` statement of this package says, or one of whatever Hydra instantiates, and arguments that
-    do not fit a target; errors that Python itself or Torch's kernels raise are nobody's check.
+    That is what a ``raise`` statement of this package or of the script says, or one of whatever Hydra instantiates, and
+    arguments that do not fit a target; errors that Python itself or Torch's kernels raise are nobody's check.
     """
     key, cause = "", error
     if isinstance(error, InstantiationException):
@@ -156,12 +157,12 @@ def _end_if_refused(error: Exception) -> None:
     checked = isinstance(cause, ValueError | TypeError | ImportError | FloatingPointError)
     no_memory = isinstance(cause, torch.OutOfMemoryError) or "can't allocate memory" in str(cause)
     others = isinstance(cause, CompactHydraException) or no_memory
-    if others or (checked and _is_refusal(cause, inside=cause is not error)):
+    if others or (checked and _is_refusal(cause, script, inside=cause is not error)):
         raise SystemExit(key + _in_one_line(cause)) from error
 
 
-def _is_refusal(error: Exception, *, inside: bool) -> bool:
-    """Whether a ``raise`` statement of this package raised it; ``inside`` what Hydra instantiates, of any package."""
+def _is_refusal(error: Exception, script: str, *, inside: bool) -> bool:
+    """Whether a ``raise`` of this package or script raised it; ``inside`` what Hydra instantiates, of any package."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -171,7 +172,7 @@ def _is_refusal(error: Exception, *, inside: bool) -> bool:
     if inside and package == "hydra":  # which called the target with arguments that it does not take
         return True
     stated = trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return stated and (inside or package in ("torchrl_marl", "hydra_plugins", "hydra"))
+    return stated and (inside or package in ("torchrl_marl", "hydra_plugins", "hydra", script))
 
 
 def _in_one_line(error: Exception) -> str:

@@ -122,3 +122,9 @@ def test_what_cannot_be_asked_for_is_named(agents, options, message):
     pytest.importorskip("sklearn")
     with pytest.raises(ValueError, match=message):
         cluster_agents(PAIRS[:agents], **options)
+
+
+@pytest.mark.parametrize("option", ["latent_size", "num_epochs", "minibatch_size"])
+def test_nothing_is_encoded_in_no_dimension_epoch_or_minibatch(option):
+    with pytest.raises(ValueError, match=f"{option}.* must be at least 1; got .*0"):
+        encode_agents(transitions(KINDS, actions=None), shape_of(KINDS, None), **{option: 0})

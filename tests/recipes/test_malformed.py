@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Literal
 
 import pytest
@@ -62,6 +63,9 @@ from torchrl_marl.training import Run
             "env.scenario_kwargs.n_agents=2.5",
             "env: scenario_kwargs.n_agents must be an integer",
         ),
+        ("marpo_vmas", "chunk_length=null", "chunk_length must be an integer, as loss.sequences=true"),
+        ("oatrpo_vmas", "loss.reduction=sum", "loss.reduction must be mean, as a natural step compares means; got sum"),
+        ("groups_vmas", "env.scenario_kwargs.num_good_agents=-1", "env: scenario_kwargs.num_good_agents must be"),
         ("mars_vmas", "env.scenario=nowhere", "env: VMAS has no scenario 'nowhere'"),
         ("mars_vmas", "actor.hidden_sizes=[-4]", "actor: hidden_sizes must be at least 1 each, got \\[-4\\]"),
         ("mars_vmas", "loss=[", "no viable alternative at input '\\['"),
@@ -103,9 +107,11 @@ def test_checks_keep_their_traceback_on_request(tmp_path: Path, monkeypatch: pyt
 def test_errors_that_no_check_raises_keep_their_traceback(
     error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        int("bug") if error == "ValueError" else torch.zeros(2) + torch.zeros(3)
-
+    causes: dict[str, Callable[..., object]] = {
+        "ValueError": lambda *_, **__: int("bug"),
+        "RuntimeError": lambda *_, **__: torch.zeros(2) + torch.zeros(3),
+    }
+    fail = FunctionType(causes[error].__code__, {"__name__": "torchrl_marl.objectives.mars", "torch": torch})
     monkeypatch.setattr("torchrl_marl.objectives.MARSLoss.make_value_estimator", fail)
     with pytest.raises((ValueError, RuntimeError)) as raised:
         run_recipe(monkeypatch, tmp_path)

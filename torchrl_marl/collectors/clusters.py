@@ -114,7 +114,11 @@ def encode_agents(
 
     Raises:
         KeyError: if an entry is missing.
+        ValueError: if a size or the number of epochs is below 1.
     """
+    if min(latent_size, num_epochs, minibatch_size) < 1:
+        found = f"{latent_size}, {num_epochs} and {minibatch_size}"
+        raise ValueError(f"latent_size, num_epochs and minibatch_size must be at least 1; got {found}.")
     name = shape.name
     observation, action = (require(tensordict, (name, key)) for key in ("observation", "action"))
     action = action if shape.num_actions is None else functional.one_hot(action, shape.num_actions).to(observation)

@@ -154,5 +154,7 @@ def _check_scenario(vmas: ModuleType, scenario: str, scenario_kwargs: Mapping[st
         )
     for name, value in scenario_kwargs.items():
         lowest = int(name == "n_agents")
-        if name.startswith("n_") and (not isinstance(value, int) or isinstance(value, bool) or value < lowest):
+        if name.startswith(("n_", "num_")) and (
+            not isinstance(value, int) or isinstance(value, bool) or value < lowest
+        ):
             raise ValueError(f"scenario_kwargs.{name} must be an integer of at least {lowest}, got {value}")

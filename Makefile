@@ -20,7 +20,7 @@ test-envs: .venv/test-envs # the bridges to other packages' environments, which 
 		$(BIN)/python -m pytest tests/envs $(ARGS)
 
 test-football: .venv/test-football # builds the engine; docs/environments.md lists what it needs from the system
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/envs/test_football.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/envs/wrappers/test_football.py $(ARGS)
 
 test-scale: .venv/test-scale # Ray, torchrun, jobs, and what survives which kill: minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/collectors/test_workers.py tests/recipes/test_scale.py $(ARGS)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from torchrl_marl.checkpoints import check_resumable, read_metadata
 from torchrl_marl.envs import TensorEnv, preserve_random_state
-from torchrl_marl.envs.random_streams import random_streams
+from torchrl_marl.envs.games.streams import random_streams
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
 from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical

@@ -25,7 +25,7 @@ from torchrl.envs import (
 )
 
 from torchrl_marl.envs import TensorEnv, preserve_random_state
-from torchrl_marl.envs.vmas_compiled import VmasGraphs
+from torchrl_marl.envs.vmas_graph import VmasGraphs
 
 __all__ = ["CompiledCollector"]
 

@@ -17,9 +17,9 @@ from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorS
 from torchrl.envs import EnvBase, StepCounter, TransformedEnv, VmasWrapper
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_marl.envs.bridge import BridgeEnv
+from torchrl_marl.envs.games.tensor_env import TensorEnv
 from torchrl_marl.envs.random_state import preserve_random_state
-from torchrl_marl.envs.tensor_env import TensorEnv
+from torchrl_marl.envs.wrappers.base import WrapperEnv
 
 __all__ = ["check_env", "innermost", "missing_entries"]
 
@@ -163,7 +163,7 @@ def _time_limit(env: EnvBase) -> tuple[int, str] | None:
     base = innermost(env)
     if isinstance(base, TensorEnv):
         return base.rules.max_steps, f"{base.rules.time_limit}d"
-    if isinstance(base, BridgeEnv):
+    if isinstance(base, WrapperEnv):
         return base.max_steps, "truncated"
     simulator = _simulator(env)
     return (simulator.max_steps, "terminated") if simulator is not None and simulator.max_steps else None

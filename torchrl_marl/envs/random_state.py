@@ -13,10 +13,10 @@ import torch
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.bridge import BridgeEnv
-from torchrl_marl.envs.random_streams import random_streams
-from torchrl_marl.envs.tensor_env import TensorEnv
+from torchrl_marl.envs.games.streams import random_streams
+from torchrl_marl.envs.games.tensor_env import TensorEnv
 from torchrl_marl.envs.vmas import import_vmas
+from torchrl_marl.envs.wrappers.base import WrapperEnv
 
 __all__ = ["RandomState", "preserve_random_state", "reseed"]
 
@@ -28,7 +28,7 @@ class RandomState:
 
     Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's ``GlobalRNGState``), where VMAS
     is loaded the random stream that all VMAS environments share, and the streams of an environment that owns its
-    randomness (``TensorEnv``, ``BridgeEnv``).
+    randomness (``TensorEnv``, ``WrapperEnv``).
 
     Args:
         env: the environment whose streams are part of the state, under any transforms; ``None`` for no environment.
@@ -111,7 +111,7 @@ def reseed(env: EnvBase, seed: int, *, part: int = 0, num_parts: int = 1) -> Non
     """Begin the random state of one of several processes that share the copies of an environment.
 
     Python's, NumPy's and Torch's generators and the environment's seed differ by part. Environments with a random
-    stream for each copy (``TensorEnv``, ``BridgeEnv``) get the streams that these copies have in the whole, so that it
+    stream for each copy (``TensorEnv``, ``WrapperEnv``) get the streams that these copies have in the whole, so that it
     does not matter for them how it is shared.
 
     Args:
@@ -137,8 +137,8 @@ def reseed(env: EnvBase, seed: int, *, part: int = 0, num_parts: int = 1) -> Non
         game.set_extra_state(random_streams(seed, num_parts * copies)[part * copies : (part + 1) * copies])
 
 
-def _games(env: EnvBase) -> list[TensorEnv | BridgeEnv]:
-    return [module for module in env.modules() if isinstance(module, TensorEnv | BridgeEnv)]
+def _games(env: EnvBase) -> list[TensorEnv | WrapperEnv]:
+    return [module for module in env.modules() if isinstance(module, TensorEnv | WrapperEnv)]
 
 
 def _vmas_stream() -> list[Any]:

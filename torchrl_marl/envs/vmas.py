@@ -82,7 +82,7 @@ def make_env(
     truncate = time_limit == "truncate"
     make = VmasEnv
     if compile:
-        from torchrl_marl.envs.vmas_compiled import CompiledVmasEnv as make  # needs this module
+        from torchrl_marl.envs.vmas_graph import CompiledVmasEnv as make  # needs this module
     with _options_named(scenario, scenario_kwargs):
         env = make(
             scenario,

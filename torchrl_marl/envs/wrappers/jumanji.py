@@ -12,8 +12,8 @@ import torch
 from torchrl.data import Bounded, Categorical
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.bridge import Layout, import_extra
-from torchrl_marl.envs.jax_games import FIGURE_INCHES, JaxGame, JaxGamesEnv, game_by_name
+from torchrl_marl.envs.wrappers.base import Layout, import_extra
+from torchrl_marl.envs.wrappers.jax import FIGURE_INCHES, JaxEnv, JaxGame, game_by_name
 
 __all__ = ["make_jumanji"]
 
@@ -73,9 +73,7 @@ def make_jumanji(
             "scenario must be con-GxGxNa, rware-SIZE-Nag[-easy|-hard], lbf-[2s-]GxG-Np-Ff[-coop] or sar-Na, such as "
             f"con-5x5x3a, rware-tiny-2ag, lbf-2s-8x8-2p-2f-coop or sar-2a; got {scenario!r}"
         )
-    return JaxGamesEnv(
-        game, num_envs=num_envs, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device
-    )
+    return JaxEnv(game, num_envs=num_envs, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def _connector(name: re.Match, max_steps: int) -> JaxGame:

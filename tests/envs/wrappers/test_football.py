@@ -11,7 +11,7 @@ from torchrl.envs.utils import check_env_specs
 
 from tests.recipes.runs import run_folders, run_recipe
 from torchrl_marl.envs import make_football
-from torchrl_marl.envs.random_streams import draw_below, random_streams
+from torchrl_marl.envs.games.streams import draw_below, random_streams
 
 
 class Pitch:

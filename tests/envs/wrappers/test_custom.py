@@ -12,7 +12,7 @@ from torchrl.envs.utils import check_env_specs
 from tests.recipes.runs import run_folders, run_recipe
 from torchrl_marl.__main__ import main
 from torchrl_marl.envs import check_env, make_custom, make_env, render_episode
-from torchrl_marl.envs.random_streams import draw_below, random_streams
+from torchrl_marl.envs.games.streams import draw_below, random_streams
 
 
 class Space:
@@ -266,7 +266,7 @@ WRONG = [
     (None, {}, "factory must be 'module:callable', such as my_module:make_env; got None"),
     ("games", {}, "factory must be 'module:callable'.*got 'games'"),
     ("no_such_games:make", {}, "there is no module 'no_such_games' in "),
-    ("tests.envs.test_custom:Lister", {}, "has no callable 'Lister'; it has Listed"),
+    ("tests.envs.wrappers.test_custom:Lister", {}, "has no callable 'Lister'; it has Listed"),
     (Listed, {"num_envs": 0}, "num_envs must be at least 1, got 0"),
     (needs_size, {}, r"needs_size needs size: set env\.factory_kwargs\.size=\.\.\., or a default"),
     (Named, {"factory_kwargs": {"price": 1}}, "Named takes no price; it takes seed, max_steps, render_mode, prize"),
@@ -310,7 +310,7 @@ def test_check_env_names_the_entries_that_an_environment_lacks():
 def test_a_recipe_finds_the_factory_in_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "found_here.py").write_text("from tests.envs.test_custom import Named\n")
+    (tmp_path / "found_here.py").write_text("from tests.envs.wrappers.test_custom import Named\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     own = ["env=custom", "env.factory=found_here:Named", "env.factory_kwargs.prize=2.0", "total_frames=80"]

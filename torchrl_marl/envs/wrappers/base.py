@@ -16,9 +16,9 @@ from torch import Tensor
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.random_streams import random_streams
+from torchrl_marl.envs.games.streams import random_streams
 
-__all__ = ["BridgeEnv", "Layout", "check_options", "import_extra"]
+__all__ = ["Layout", "WrapperEnv", "check_options", "import_extra"]
 
 
 _ROOT = {"state", "step_count", "done", "terminated", "truncated"}
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
     """Whether agents can drop out of an episode that goes on."""
 
 
-class BridgeEnv(EnvBase, ABC):
+class WrapperEnv(EnvBase, ABC):
     """A batch of another package's environments, which differ in how they are reset and stepped.
 
     The keys are those of the library's own: observations, actions, masks and rewards of the group ``"agents"``, done

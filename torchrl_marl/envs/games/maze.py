@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, one_hot
 from torchrl.data import Categorical
 
-from torchrl_marl.envs.canvas import FAINT, Canvas
-from torchrl_marl.envs.rules import Rules, State, TimeLimit
-from torchrl_marl.envs.tensor_env import TensorEnv
+from torchrl_marl.envs.games.pictures import FAINT, Canvas
+from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
+from torchrl_marl.envs.games.tensor_env import TensorEnv
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import embedding, pad
 from torchrl.data import Bounded
 
-from torchrl_marl.envs.aerocombat_picture import Plane, draw_combat
-from torchrl_marl.envs.flight import (
+from torchrl_marl.envs.games.aerocombat_picture import Plane, draw_combat
+from torchrl_marl.envs.games.flight import (
     JET,
     Aircraft,
     Angles,
@@ -26,10 +26,10 @@ from torchrl_marl.envs.flight import (
     fly,
     minus,
 )
-from torchrl_marl.envs.random_streams import draw_uniform
-from torchrl_marl.envs.rules import Rules, State, TimeLimit
-from torchrl_marl.envs.sensors import SENSORS, Sensors, look, of_observers
-from torchrl_marl.envs.tensor_env import TensorEnv
+from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
+from torchrl_marl.envs.games.sensors import SENSORS, Sensors, look, of_observers
+from torchrl_marl.envs.games.streams import draw_uniform
+from torchrl_marl.envs.games.tensor_env import TensorEnv
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -265,8 +265,8 @@ class AeroCombatEnv(TensorEnv):
     """Air combat of two teams of jets, N against N, the opponents flown by a pursuit policy.
 
     Each agent moves ailerons (rate of roll), elevator (rate of the angle of attack) and throttle (thrust) four times a
-    second. :mod:`~torchrl_marl.envs.flight` has the mechanics: turning costs speed through lift-induced drag, height
-    and speed are exchanged, wings stall, and turns are coordinated. View and weapons are cones about the nose
+    second. :mod:`~torchrl_marl.envs.games.flight` has the mechanics: turning costs speed through lift-induced drag,
+    height and speed are exchanged, wings stall, and turns are coordinated. View and weapons are cones about the nose
     (:class:`Sensors`). An aircraft that hits the ground or has no health left is out.
 
     A step: all fly, all detect, all shoot at once, all report. An aircraft knows those that it detects, its allies
@@ -282,8 +282,8 @@ class AeroCombatEnv(TensorEnv):
     3 km; nobody has detected anything yet.
 
     Reference: the MARS paper, appendix C.1 (AeroJAX), which describes the game in words. All constants are ours, see
-    :class:`~torchrl_marl.envs.flight.Aircraft` and :class:`Sensors`; so are the opponents' policy, the weapons, and the
-    values of rewards. There is one type of aircraft, so that observations do not tell it.
+    :class:`~torchrl_marl.envs.games.flight.Aircraft` and :class:`Sensors`; so are the opponents' policy, the weapons,
+    and the values of rewards. There is one type of aircraft, so that observations do not tell it.
 
     ==============================  ======================  ============================================================
     key                             shape                   content
@@ -312,7 +312,7 @@ class AeroCombatEnv(TensorEnv):
         sensors: what they see, hit and report.
         num_envs: number of environments stepped together, ``B``.
         max_steps: time limit of an episode, a quarter of a second each.
-        time_limit: how it is reported, see :class:`~torchrl_marl.envs.rules.Rules`.
+        time_limit: how it is reported, see :class:`~torchrl_marl.envs.games.rules.Rules`.
         seed: of the environments' streams; ``None`` draws one from Torch's global generator.
         device: where to play.
 

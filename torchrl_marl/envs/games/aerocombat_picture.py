@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from torchrl_marl.envs.canvas import AGENT_COLORS, FAINT, INK, Canvas
+from torchrl_marl.envs.games.pictures import AGENT_COLORS, FAINT, INK, Canvas
 
 if TYPE_CHECKING:
     from PIL.Image import Image

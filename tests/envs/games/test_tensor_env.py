@@ -18,7 +18,7 @@ from torchrl_marl.envs import (
     make_paxmen,
     render_episode,
 )
-from torchrl_marl.envs.random_streams import random_streams
+from torchrl_marl.envs.games.streams import random_streams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ENVS = {

@@ -10,8 +10,8 @@ import torch
 from torchrl.data import Categorical
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.bridge import Layout
-from torchrl_marl.envs.team_games import TeamGame, TeamGamesEnv, Turn
+from torchrl_marl.envs.wrappers.base import Layout
+from torchrl_marl.envs.wrappers.gymnasium import SerialGame, SerialGymEnv, Turn
 
 __all__ = ["make_smacv2"]
 
@@ -28,7 +28,7 @@ _RACES = {  # units, their weights, and which of them must not be a whole team
 }
 
 
-class _StarCraftGame(TeamGame):
+class _StarCraftGame(SerialGame):
     """A game behind SMAC's interface: ``get_obs``, ``get_state``, ``get_avail_actions``, ``timeouts`` and ``step``."""
 
     def __init__(self, env: Any) -> None:
@@ -135,4 +135,4 @@ def make_smacv2(
         options |= {"prob_obs_enemy": 0.0, "action_mask": False}
     seeds = [None if seed is None else (seed + index) % 2**32 for index in range(num_envs)]
     games = [_StarCraftGame(StarCraftCapabilityEnvWrapper(**options, seed=own)) for own in seeds]
-    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=False, seed=seed, device=device)
+    return SerialGymEnv(games, max_steps=max_steps, shared_reward=False, seed=seed, device=device)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torchrl.data import Categorical
 
-from torchrl_marl.envs.canvas import AGENT_COLORS, FAINT, INK, Canvas
-from torchrl_marl.envs.random_streams import draw_below
-from torchrl_marl.envs.rules import Rules, State, TimeLimit
-from torchrl_marl.envs.tensor_env import TensorEnv
+from torchrl_marl.envs.games.pictures import AGENT_COLORS, FAINT, INK, Canvas
+from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
+from torchrl_marl.envs.games.streams import draw_below
+from torchrl_marl.envs.games.tensor_env import TensorEnv
 
 if TYPE_CHECKING:
     from PIL.Image import Image

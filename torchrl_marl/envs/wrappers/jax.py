@@ -13,9 +13,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded
 
-from torchrl_marl.envs.bridge import BridgeEnv, Layout, import_extra
+from torchrl_marl.envs.wrappers.base import Layout, WrapperEnv, import_extra
 
-__all__ = ["FIGURE_INCHES", "JaxGame", "JaxGamesEnv", "game_by_name"]
+__all__ = ["FIGURE_INCHES", "JaxEnv", "JaxGame", "game_by_name"]
 
 FIGURE_INCHES = (3.6, 3.6)  # of the figures that packages draw on
 
@@ -36,7 +36,7 @@ class JaxGame(NamedTuple):
     """From one environment's state to its picture, by the package's own means."""
 
 
-class JaxGamesEnv(BridgeEnv):
+class JaxEnv(WrapperEnv):
     """A batch of one JAX environment: one compiled call for all copies in each step.
 
     A step is one compiled call that returns finished tensors, new episodes are begun by another that resets only those
@@ -113,7 +113,7 @@ class JaxGamesEnv(BridgeEnv):
         return jax.lax.bitcast_convert_type(keys, jnp.int32), shown
 
     def _played(self, shown: Any, action: Any) -> Any:
-        """Step all, and count what ``BridgeEnv`` counts."""
+        """Step all, and count what ``WrapperEnv`` counts."""
         jax, jnp = self._jax, self._jax.numpy
         before, old = shown
         bounds = self.layout.action_spec.space

@@ -43,7 +43,7 @@ class Rules(nn.Module, ABC):
 
     Example:
         >>> from torchrl_marl.envs import MazeEnv
-        >>> from torchrl_marl.envs.random_streams import random_streams
+        >>> from torchrl_marl.envs.games.streams import random_streams
         >>> rules = MazeEnv("black_red", num_envs=1).rules
         >>> state = rules.reset(random_streams(0, 1000))
         >>> data = rules.describe(state)  # what the agents see

@@ -15,8 +15,8 @@ import torch
 from torchrl.data import Bounded, Categorical
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.bridge import Layout, import_extra
-from torchrl_marl.envs.jax_games import FIGURE_INCHES, JaxGame, JaxGamesEnv, game_by_name
+from torchrl_marl.envs.wrappers.base import Layout, import_extra
+from torchrl_marl.envs.wrappers.jax import FIGURE_INCHES, JaxEnv, JaxGame, game_by_name
 
 __all__ = ["make_jaxmarl"]
 
@@ -82,9 +82,7 @@ def make_jaxmarl(
             "scenario must be smax-MAP, simple_spread_Nag, jaxnav-GxGxNa or overcooked-LAYOUT, such as smax-2s3z, "
             f"simple_spread_3ag, jaxnav-11x11x4a or overcooked-cramped_room; got {scenario!r}"
         )
-    return JaxGamesEnv(
-        game, num_envs=num_envs, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device
-    )
+    return JaxEnv(game, num_envs=num_envs, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def _battle(name: re.Match, max_steps: int) -> JaxGame:

@@ -9,14 +9,14 @@ from torch import Tensor
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.random_streams import random_streams
-from torchrl_marl.envs.rules import Rules
+from torchrl_marl.envs.games.rules import Rules
+from torchrl_marl.envs.games.streams import random_streams
 
 __all__ = ["TensorEnv"]
 
 
 class TensorEnv(EnvBase):
-    """A batch of environments that play by :class:`~torchrl_marl.envs.rules.Rules`.
+    """A batch of environments that play by :class:`~torchrl_marl.envs.games.rules.Rules`.
 
     The keys are those of ``make_env``'s environments: observations, actions, rewards and ``episode_reward`` of the
     group ``"agents"``, done flags and ``step_count`` at the root. The time limit and the sums are kept here, so that

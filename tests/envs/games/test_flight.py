@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from torchrl_marl.envs.flight import GRAVITY, JET, Angles, air_density, angles, axes, dot, flight_at, fly
+from torchrl_marl.envs.games.flight import GRAVITY, JET, Angles, air_density, angles, axes, dot, flight_at, fly
 
 
 def some_flights(count=200, seed=0, **fixed):

@@ -16,10 +16,10 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.bridge import BridgeEnv, Layout, check_options, import_extra
-from torchrl_marl.envs.random_streams import draw_below
+from torchrl_marl.envs.games.streams import draw_below
+from torchrl_marl.envs.wrappers.base import Layout, WrapperEnv, check_options, import_extra
 
-__all__ = ["TeamGame", "TeamGamesEnv", "as_team_game", "make_lbforaging", "make_pettingzoo", "make_rware"]
+__all__ = ["SerialGame", "SerialGymEnv", "as_serial_game", "make_lbforaging", "make_pettingzoo", "make_rware"]
 
 
 class Turn(NamedTuple):
@@ -31,7 +31,7 @@ class Turn(NamedTuple):
     truncated: bool
 
 
-class TeamGame(ABC):
+class SerialGame(ABC):
     """One environment in which all agents move at once."""
 
     layout: Layout
@@ -53,7 +53,7 @@ class TeamGame(ABC):
         """Return a picture, ``uint8`` of shape ``[height, width, 3]``, or raise whatever says why there is none."""
 
 
-class TeamGamesEnv(BridgeEnv):
+class SerialGymEnv(WrapperEnv):
     """Games stepped one after the other in this process.
 
     One TensorDict for the batch costs less than a wrapped environment for each game (``SerialEnv``) would.
@@ -71,7 +71,7 @@ class TeamGamesEnv(BridgeEnv):
 
     def __init__(
         self,
-        games: Sequence[TeamGame],
+        games: Sequence[SerialGame],
         *,
         max_steps: int,
         shared_reward: bool,
@@ -128,7 +128,7 @@ class TeamGamesEnv(BridgeEnv):
         return picture
 
 
-class _Game(TeamGame):
+class _Game(SerialGame):
     """An environment of Gymnasium or PettingZoo, whatever it says of all agents at once being a list or a dictionary.
 
     Args:
@@ -192,7 +192,7 @@ class _Game(TeamGame):
         return {**seen, "state": self.env.state().astype(np.float32).ravel()} if self._has_state else seen
 
 
-def as_team_game(env: Any) -> TeamGame:
+def as_serial_game(env: Any) -> SerialGame:
     """Bridge an environment of PettingZoo's parallel API, or a Gymnasium environment of several agents.
 
     The latter has ``Tuple`` spaces, or ``Dict`` spaces by agents' names; rewards and flags may be everyone's.
@@ -258,8 +258,8 @@ def make_lbforaging(
     build = import_extra("lbforaging.foraging", "gym").ForagingEnv
     options = {**_registered("lbforaging", scenario), **(scenario_kwargs or {}), "max_episode_steps": float("inf")}
     check_options(build, options, scenario)
-    games = [as_team_game(build(**options)) for _ in range(num_envs)]
-    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    games = [as_serial_game(build(**options)) for _ in range(num_envs)]
+    return SerialGymEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def make_rware(
@@ -297,8 +297,8 @@ def make_rware(
     build = import_extra("rware.warehouse", "gym").Warehouse
     options = {**_registered("rware", scenario), **(scenario_kwargs or {}), "max_steps": None}
     check_options(build, options, scenario)
-    games = [as_team_game(build(**options)) for _ in range(num_envs)]
-    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    games = [as_serial_game(build(**options)) for _ in range(num_envs)]
+    return SerialGymEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def make_pettingzoo(
@@ -341,8 +341,8 @@ def make_pettingzoo(
     options = {**(scenario_kwargs or {}), "max_cycles": max_steps}
     check_options(module.raw_env, options, scenario)
     options["render_mode"] = "rgb_array"
-    games = [as_team_game(module.parallel_env(**options)) for _ in range(num_envs)]
-    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    games = [as_serial_game(module.parallel_env(**options)) for _ in range(num_envs)]
+    return SerialGymEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def _registered(package: str, scenario: str) -> dict[str, Any]:

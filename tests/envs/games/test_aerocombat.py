@@ -7,9 +7,9 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_marl.envs import AeroCombatEnv, make_aerocombat
-from torchrl_marl.envs.flight import Angles, Flight, angles, axes, flight_at
-from torchrl_marl.envs.random_streams import draw_uniform, random_streams
-from torchrl_marl.envs.sensors import SENSORS, Cone, Sensors, Sight, look
+from torchrl_marl.envs.games.flight import Angles, Flight, angles, axes, flight_at
+from torchrl_marl.envs.games.sensors import SENSORS, Cone, Sensors, Sight, look
+from torchrl_marl.envs.games.streams import draw_uniform, random_streams
 
 NORTH, EAST, SOUTH = 0.0, math.pi / 2, math.pi
 STRAIGHT = torch.tensor([0.0, 0.0, 1.0])
@@ -26,7 +26,7 @@ def luck(monkeypatch):
             drawn[..., size * size :] = hit
             return stream, drawn
 
-        monkeypatch.setattr("torchrl_marl.envs.aerocombat.draw_uniform", draw)
+        monkeypatch.setattr("torchrl_marl.envs.games.aerocombat.draw_uniform", draw)
 
     return choose
 

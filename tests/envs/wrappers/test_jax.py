@@ -13,7 +13,7 @@ from torchrl.envs.utils import check_env_specs
 
 from tests.recipes.runs import run_folders, run_recipe
 from torchrl_marl.envs import RandomState, make_jaxmarl, make_jumanji, render_episode
-from torchrl_marl.envs.random_streams import random_streams
+from torchrl_marl.envs.games.streams import random_streams
 from torchrl_marl.modules import make_actor, make_critic
 from torchrl_marl.objectives import MAPPOLoss
 
@@ -295,7 +295,7 @@ def test_importing_jaxmarl_leaves_the_streams_as_they_are(monkeypatch):
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         raise ImportError
 
-    monkeypatch.setattr("torchrl_marl.envs.jaxmarl.import_extra", imported)
+    monkeypatch.setattr("torchrl_marl.envs.wrappers.jaxmarl.import_extra", imported)
     before = sys.stdout, sys.stderr
     with pytest.raises(ImportError):
         make_jaxmarl(num_envs=1)

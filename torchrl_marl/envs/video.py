@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase, VmasWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from torchrl_marl.envs.bridge import BridgeEnv, import_extra
 from torchrl_marl.envs.check import innermost
 from torchrl_marl.envs.random_state import preserve_random_state
+from torchrl_marl.envs.wrappers.base import WrapperEnv, import_extra
 from torchrl_marl.files import replacing
 from torchrl_marl.modules import with_recurrent_state
 
@@ -143,7 +143,7 @@ class _Camera:
         if isinstance(picture, list):  # SerialEnv asks every copy
             picture = picture[self._env_index]
         image = Image.fromarray(picture.cpu().numpy())
-        if isinstance(self._env, BridgeEnv):
+        if isinstance(self._env, WrapperEnv):
             image.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
         self._images.append(image)
 

@@ -15,8 +15,8 @@ import torch
 from torchrl.envs import Compose, EnvBase, RewardSum, SerialEnv, StepCounter, Transform, TransformedEnv
 
 from torchrl_marl.envs.check import missing_entries
-from torchrl_marl.envs.team_games import TeamGamesEnv, as_team_game
 from torchrl_marl.envs.vmas import make_env
+from torchrl_marl.envs.wrappers.gymnasium import SerialGymEnv, as_serial_game
 
 __all__ = ["make_custom"]
 
@@ -96,8 +96,8 @@ def make_custom(
             f"{name} returned {type(made).__name__}; it must return an environment of TorchRL (EnvBase), PettingZoo "
             "(parallel API) or Gymnasium, with reset and step, or a VMAS scenario object"
         )
-    games = [as_team_game(made), *(as_team_game(make(copy)) for copy in range(1, num_envs))]
-    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    games = [as_serial_game(made), *(as_serial_game(make(copy)) for copy in range(1, num_envs))]
+    return SerialGymEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
 
 
 def _find(factory: str | Callable[..., Any] | None) -> tuple[Callable[..., Any], str]:

@@ -25,7 +25,7 @@ def script_targets(monkeypatch):
             assert target < bound
             return stream, torch.full_like(stream, target)
 
-        monkeypatch.setattr("torchrl_marl.envs.coordsum.draw_below", draw)
+        monkeypatch.setattr("torchrl_marl.envs.games.coordsum.draw_below", draw)
 
     return script
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchrl_marl.envs.random_streams import draw_below, draw_uniform, random_streams
+from torchrl_marl.envs.games.streams import draw_below, draw_uniform, random_streams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

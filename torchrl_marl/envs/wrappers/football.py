@@ -11,8 +11,8 @@ import torch
 from torchrl.data import Categorical
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.bridge import Layout, import_extra
-from torchrl_marl.envs.team_games import TeamGame, TeamGamesEnv, Turn
+from torchrl_marl.envs.wrappers.base import Layout, import_extra
+from torchrl_marl.envs.wrappers.gymnasium import SerialGame, SerialGymEnv, Turn
 
 __all__ = ["make_football"]
 
@@ -20,7 +20,7 @@ _ACTIVE = slice(97, 108)  # of the 115 numbers: which player of the team the obs
 _CHECKPOINTS, _CHECKPOINT_REWARD = 10, 0.1
 
 
-class _FootballGame(TeamGame):
+class _FootballGame(SerialGame):
     """A match as the engine plays it, in the numbers of ``simple115v2``."""
 
     def __init__(self, scenario: str, num_agents: int, checkpoints: bool) -> None:
@@ -114,4 +114,4 @@ def make_football(
         raise ValueError(f"num_agents must be in 1..11, got {num_agents}")
     logging.getLogger("absl").setLevel(logging.WARNING)  # the package reports every episode
     games = [_FootballGame(scenario, num_agents, checkpoints) for _ in range(num_envs)]
-    return TeamGamesEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    return SerialGymEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)

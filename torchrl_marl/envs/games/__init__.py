@@ -1,0 +1,1 @@
+"""Cooperative games written in Torch, as pure functions on a state."""

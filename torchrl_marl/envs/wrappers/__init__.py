@@ -1,0 +1,1 @@
+"""Environments of other packages under the keys of this library."""

@@ -19,7 +19,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from torchrl_marl.checkpoints import POLICY_BUILDERS, best_checkpoint, load_policy, read_metadata
-from torchrl_marl.envs.wrappers.base import import_extra
+from torchrl_marl.extras import import_extra
 from torchrl_marl.files import replacing
 from torchrl_marl.modules import AgentNetworks, GroupShape, RecurrentModule
 from torchrl_marl.modules.layers import OneHotAgentID

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrl.modules import MLP
 
-from torchrl_marl.envs.wrappers.base import import_extra
+from torchrl_marl.extras import import_extra
 from torchrl_marl.modules import GroupShape
 from torchrl_marl.objectives.ratio import require
 from torchrl_marl.objectives.trust_region import gaussian_kl

@@ -17,9 +17,7 @@ from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorS
 from torchrl.envs import EnvBase, StepCounter, TransformedEnv, VmasWrapper
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_marl.envs.games.tensor_env import TensorEnv
 from torchrl_marl.envs.random_state import preserve_random_state
-from torchrl_marl.envs.wrappers.base import WrapperEnv
 
 __all__ = ["check_env", "innermost", "missing_entries"]
 
@@ -160,11 +158,9 @@ def _time_limit(env: EnvBase) -> tuple[int, str] | None:
     counters = [module.max_steps for module in env.modules() if isinstance(module, StepCounter)]
     if limits := [limit for limit in counters if limit is not None]:
         return min(limits), "truncated"
-    base = innermost(env)
-    if isinstance(base, TensorEnv):
-        return base.rules.max_steps, f"{base.rules.time_limit}d"
-    if isinstance(base, WrapperEnv):
-        return base.max_steps, "truncated"
+    base: Any = innermost(env)
+    if hasattr(base, "limit_flag"):
+        return base.max_steps, base.limit_flag
     simulator = _simulator(env)
     return (simulator.max_steps, "terminated") if simulator is not None and simulator.max_steps else None
 
@@ -266,9 +262,9 @@ def _time_limit_findings(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]
         "Advantages then count the value beyond the limit as zero. Report the limit as `truncated`: "
         "make_env(time_limit='truncate'), or no limit in the environment and a StepCounter(max_steps=...) around it."
     )
-    base, limit = innermost(env), _time_limit(env)
+    limit = _time_limit(env)
     lengths, terminated = _episodes(env, rollout)
-    if isinstance(base, TensorEnv) and base.rules.fixed_length:
+    if getattr(innermost(env), "fixed_length", False):
         return
     if limit is None and not len(lengths):
         yield (

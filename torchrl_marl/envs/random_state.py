@@ -13,10 +13,9 @@ import torch
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.envs import EnvBase
 
+from torchrl_marl.envs.base import TeamEnv
 from torchrl_marl.envs.games.streams import random_streams
-from torchrl_marl.envs.games.tensor_env import TensorEnv
-from torchrl_marl.envs.vmas import import_vmas
-from torchrl_marl.envs.wrappers.base import WrapperEnv
+from torchrl_marl.extras import import_extra
 
 __all__ = ["RandomState", "preserve_random_state", "reseed"]
 
@@ -28,7 +27,7 @@ class RandomState:
 
     Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's ``GlobalRNGState``), where VMAS
     is loaded the random stream that all VMAS environments share, and the streams of an environment that owns its
-    randomness (``TensorEnv``, ``WrapperEnv``).
+    randomness (:class:`~torchrl_marl.envs.base.TeamEnv`).
 
     Args:
         env: the environment whose streams are part of the state, under any transforms; ``None`` for no environment.
@@ -42,7 +41,7 @@ class RandomState:
     """
 
     def __init__(self, env: EnvBase | None = None) -> None:
-        self._games = [] if env is None else _games(env)
+        self._owners = [] if env is None else _stream_owners(env)
 
     def state_dict(self) -> dict[str, Any]:
         """Capture every generator.
@@ -52,7 +51,7 @@ class RandomState:
             ``torch.load(..., weights_only=True)`` reads it back.
         """
         state = GlobalRNGState().state_dict()
-        state["streams"] = [game.get_extra_state() for game in self._games]
+        state["streams"] = [owner.get_extra_state() for owner in self._owners]
         if _VMAS_ENVIRONMENT in sys.modules:
             torch_state, (name, keys, *rest), python_state = _vmas_stream()
             numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), *rest)
@@ -70,13 +69,13 @@ class RandomState:
             ValueError: if the state was taken of another environment.
         """
         streams = state_dict.get("streams", [])
-        if len(streams) != len(self._games):
-            raise ValueError(f"the state holds streams of {len(streams)} environments, here are {len(self._games)}")
-        for game, own in zip(self._games, streams, strict=True):
-            game.set_extra_state(own)
+        if len(streams) != len(self._owners):
+            raise ValueError(f"the state holds streams of {len(streams)} environments, here are {len(self._owners)}")
+        for owner, own in zip(self._owners, streams, strict=True):
+            owner.set_extra_state(own)
         GlobalRNGState().load_state_dict(state_dict)
         if "vmas" in state_dict:
-            import_vmas()
+            import_extra("vmas", "vmas")
             vmas = state_dict["vmas"]
             name, keys, *rest = vmas["numpy"]
             numpy_state = (name, keys.cpu().numpy().astype(np.uint32), *rest)
@@ -111,8 +110,8 @@ def reseed(env: EnvBase, seed: int, *, part: int = 0, num_parts: int = 1) -> Non
     """Begin the random state of one of several processes that share the copies of an environment.
 
     Python's, NumPy's and Torch's generators and the environment's seed differ by part. Environments with a random
-    stream for each copy (``TensorEnv``, ``WrapperEnv``) get the streams that these copies have in the whole, so that it
-    does not matter for them how it is shared.
+    stream for each copy get the streams that these copies have in the whole, so that it does not matter for them how it
+    is shared.
 
     Args:
         env: the part's environment, with as many copies as any other part's.
@@ -132,13 +131,13 @@ def reseed(env: EnvBase, seed: int, *, part: int = 0, num_parts: int = 1) -> Non
     np.random.seed((seed + part) % 2**32)
     torch.manual_seed(seed + part)
     env.set_seed(seed + part)
-    for game in _games(env):
-        copies = game.batch_size.numel()
-        game.set_extra_state(random_streams(seed, num_parts * copies)[part * copies : (part + 1) * copies])
+    for owner in _stream_owners(env):
+        copies = owner.batch_size.numel()
+        owner.set_extra_state(random_streams(seed, num_parts * copies)[part * copies : (part + 1) * copies])
 
 
-def _games(env: EnvBase) -> list[TensorEnv | WrapperEnv]:
-    return [module for module in env.modules() if isinstance(module, TensorEnv | WrapperEnv)]
+def _stream_owners(env: EnvBase) -> list[TeamEnv]:
+    return [module for module in env.modules() if isinstance(module, TeamEnv)]
 
 
 def _vmas_stream() -> list[Any]:

@@ -16,7 +16,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_marl.envs.check import innermost
 from torchrl_marl.envs.random_state import preserve_random_state
-from torchrl_marl.envs.wrappers.base import WrapperEnv, import_extra
+from torchrl_marl.extras import import_extra
 from torchrl_marl.files import replacing
 from torchrl_marl.modules import with_recurrent_state
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["render_episode"]
 
 _SIZE = 360  # longer side of the scene in pixels
+_LARGEST = 480  # that of a picture that an environment draws of itself
 _CAPTION = 24  # height of the line of text above the scene
 _SUPERSAMPLING = 3
 _LAST = 1.5  # seconds that the last frame stays
@@ -143,8 +144,7 @@ class _Camera:
         if isinstance(picture, list):  # SerialEnv asks every copy
             picture = picture[self._env_index]
         image = Image.fromarray(picture.cpu().numpy())
-        if isinstance(self._env, WrapperEnv):
-            image.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
+        image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
         self._images.append(image)
 
     def images(self) -> list[Image]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
-import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv, VmasEnv
 
+from torchrl_marl.envs.vmas_graph import CompiledVmasEnv
+from torchrl_marl.extras import import_extra
+
 if TYPE_CHECKING:
     from vmas.simulator.scenario import BaseScenario
 
-__all__ = ["import_vmas", "make_env"]
+__all__ = ["make_env"]
 
 
 def make_env(
@@ -78,13 +79,10 @@ def make_env(
             raise ValueError(f"{name} must be at least 1, got {value}")
     scenario_kwargs = dict(scenario_kwargs or {})
     if isinstance(scenario, str):
-        _check_scenario(import_vmas(), scenario, scenario_kwargs)
+        _check_scenario(import_extra("vmas", "vmas"), scenario, scenario_kwargs)
     truncate = time_limit == "truncate"
-    make = VmasEnv
-    if compile:
-        from torchrl_marl.envs.vmas_graph import CompiledVmasEnv as make  # needs this module
     with _options_named(scenario, scenario_kwargs):
-        env = make(
+        env = (CompiledVmasEnv if compile else VmasEnv)(
             scenario,
             num_envs=num_envs,
             max_steps=None if truncate else max_steps,
@@ -96,26 +94,6 @@ def make_env(
         )
     # RewardSum without keys follows every reward of the environment, whatever its groups are called.
     return TransformedEnv(env, Compose([StepCounter(max_steps=max_steps), RewardSum()]) if truncate else RewardSum())
-
-
-def import_vmas() -> ModuleType:
-    """Import VMAS without the end-of-life notice that gym, which VMAS still depends on, prints.
-
-    Returns:
-        The module ``vmas``.
-
-    Raises:
-        ImportError: if VMAS is not installed.
-
-    Example:
-        >>> import_vmas().__name__
-        'vmas'
-    """
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return importlib.import_module("vmas")
-    except ModuleNotFoundError as error:
-        raise ImportError(f'VMAS tasks need more packages ({error}): pip install "torchrl_marl[vmas]"') from error
 
 
 @contextlib.contextmanager

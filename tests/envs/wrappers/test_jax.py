@@ -295,7 +295,7 @@ def test_importing_jaxmarl_leaves_the_streams_as_they_are(monkeypatch):
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         raise ImportError
 
-    monkeypatch.setattr("torchrl_marl.envs.wrappers.jaxmarl.import_extra", imported)
+    monkeypatch.setattr("torchrl_marl.extras.importlib.import_module", imported)
     before = sys.stdout, sys.stderr
     with pytest.raises(ImportError):
         make_jaxmarl(num_envs=1)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 from torchrl.data import Bounded
+from typing_extensions import Unpack
 
+from torchrl_marl.envs.base import BatchOptions
 from torchrl_marl.envs.games.aerocombat_picture import Plane, draw_combat
 from torchrl_marl.envs.games.flight import (
     JET,
@@ -29,7 +32,8 @@ from torchrl_marl.envs.games.flight import (
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.sensors import SENSORS, Sensors, look, of_observers
 from torchrl_marl.envs.games.streams import draw_uniform
-from torchrl_marl.envs.games.tensor_env import TensorEnv
+from torchrl_marl.envs.games.tensor_env import GameOptions, TensorEnv
+from torchrl_marl.signatures import hands_on_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +49,7 @@ _TRAIL = 12  # steps, for pictures
 _VECTORS = ("position", "direction", "lift_axis")  # of a flight, entries of the state
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class AeroCombatRules(Rules):
     """The rules of :class:`AeroCombatEnv`, whose arguments these are.
 
@@ -54,25 +59,23 @@ class AeroCombatRules(Rules):
     Within a step, aircraft come first and the batch last, ``[2N, ..., B]`` and ``[2N, 2N, B]`` for pairs.
     """
 
-    enemies: Tensor
-    oneself: Tensor
-    side: Tensor
-    lane: Tensor
+    aircraft: Aircraft
+    sensors: Sensors
 
-    def __init__(
-        self, *, num_agents: int, aircraft: Aircraft, sensors: Sensors, max_steps: int, time_limit: TimeLimit
-    ) -> None:
-        super().__init__(num_agents=num_agents, max_steps=max_steps, time_limit=time_limit)
-        self.aircraft, self.sensors = aircraft, sensors
-        opponent = torch.arange(2 * num_agents) >= num_agents
-        same = opponent == opponent.unsqueeze(-1)
-        lane = _LANE * (torch.arange(num_agents) - (num_agents - 1) / 2)
-        self.register_buffer("oneself", torch.eye(2 * num_agents, dtype=torch.bool), persistent=False)
-        self.register_buffer("enemies", ~same, persistent=False)
-        self.register_buffer("side", 1.0 - 2.0 * opponent, persistent=False)  # 1 agents, -1 opponents
-        self.register_buffer("lane", lane.repeat(2), persistent=False)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        opponent = torch.arange(2 * self.num_agents) >= self.num_agents
+        lane = _LANE * (torch.arange(self.num_agents) - (self.num_agents - 1) / 2)
+        self._register_tables(
+            {
+                "oneself": torch.eye(2 * self.num_agents, dtype=torch.bool),
+                "enemies": opponent != opponent.unsqueeze(-1),
+                "side": 1.0 - 2.0 * opponent,  # 1 agents, -1 opponents
+                "lane": lane.repeat(2),
+            }
+        )
 
-    def begin(self, random: Tensor) -> dict[str, Tensor]:
+    def init_state(self, random: Tensor) -> dict[str, Tensor]:
         """Line the teams up abreast and face to face, in level flight, with some disorder and eyes closed."""
         size = 2 * self.num_agents
         stream, drawn = draw_uniform(random, 5 * size)
@@ -95,7 +98,7 @@ class AeroCombatRules(Rules):
             "trail": motion["position"].unsqueeze(-3).repeat_interleave(_TRAIL, -3),
         }
 
-    def advance(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Fly, then see, shoot and report at the new places."""
         batch, size = state["random"].shape, 2 * self.num_agents
         pursuit = self.pursue(state["observation"][..., self.num_agents :, :])
@@ -310,11 +313,9 @@ class AeroCombatEnv(TensorEnv):
         num_agents: aircraft on each side, ``N``.
         aircraft: how they fly.
         sensors: what they see, hit and report.
-        num_envs: number of environments stepped together, ``B``.
         max_steps: time limit of an episode, a quarter of a second each.
         time_limit: how it is reported, see :class:`~torchrl_marl.envs.games.rules.Rules`.
-        seed: of the environments' streams; ``None`` draws one from Torch's global generator.
-        device: where to play.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -329,23 +330,22 @@ class AeroCombatEnv(TensorEnv):
         (torch.Size([3, 2, 36]), tensor(True))
     """
 
+    @hands_on_to(TensorEnv.__init__)
     def __init__(
         self,
         num_agents: int = 2,
         *,
         aircraft: Aircraft = JET,
         sensors: Sensors = SENSORS,
-        num_envs: int,
         max_steps: int = 240,
         time_limit: TimeLimit = "truncate",
-        seed: int | None = None,
-        device: torch.device | str = "cpu",
+        **batch: Unpack[BatchOptions],
     ) -> None:
         rules = AeroCombatRules(
             num_agents=num_agents, aircraft=aircraft, sensors=sensors, max_steps=max_steps, time_limit=time_limit
         )
         action_spec = Bounded(-1, 1, torch.Size([num_agents, 3]), dtype=torch.float32)
-        super().__init__(rules, action_spec=action_spec, num_envs=num_envs, seed=seed, device=device)
+        super().__init__(rules, action_spec=action_spec, **batch)
 
 
 def _batch_last(value: Tensor, *shape: int) -> Tensor:
@@ -375,24 +375,13 @@ def _live(health: Tensor) -> tuple[Tensor, Tensor]:
     return agents, opponents
 
 
-def make_aerocombat(
-    scenario: str = "AeroCombat-2v2",
-    *,
-    num_envs: int,
-    max_steps: int = 240,
-    time_limit: TimeLimit = "truncate",
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
-) -> AeroCombatEnv:
+@hands_on_to(AeroCombatEnv.__init__)
+def make_aerocombat(scenario: str = "AeroCombat-2v2", **options: Unpack[GameOptions]) -> AeroCombatEnv:
     """Build AeroCombat by its name, ``AeroCombat-NvN``, such as AeroCombat-2v2 or AeroCombat-16v16.
 
     Args:
         scenario: the name.
-        num_envs: number of environments stepped together.
-        max_steps: time limit of an episode.
-        time_limit: how it is reported.
-        seed: of the environments' streams; ``None`` draws one from Torch's global generator.
-        device: where to play.
+        options: the other arguments are those of :class:`AeroCombatEnv`.
 
     Returns:
         The environment.
@@ -407,6 +396,4 @@ def make_aerocombat(
     match = re.fullmatch(r"AeroCombat-(\d+)v(\d+)", scenario)
     if match is None or match[1] != match[2]:
         raise ValueError(f"scenario must be AeroCombat-NvN, such as AeroCombat-2v2; got {scenario!r}")
-    return AeroCombatEnv(
-        int(match[1]), num_envs=num_envs, max_steps=max_steps, time_limit=time_limit, seed=seed, device=device
-    )
+    return AeroCombatEnv(int(match[1]), **options)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torchrl.data import Categorical
+from typing_extensions import Unpack
 
+from torchrl_marl.envs.base import BatchOptions
 from torchrl_marl.envs.games.pictures import AGENT_COLORS, FAINT, INK, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.streams import draw_below
-from torchrl_marl.envs.games.tensor_env import TensorEnv
+from torchrl_marl.envs.games.tensor_env import GameOptions, TensorEnv
+from torchrl_marl.signatures import hands_on_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +29,7 @@ _GOOD, _FAIR, _POOR = "#228833", "#e0862c", "#c1384f"
 _SHADES = ("#f0f3f8", "#d3e0ef", "#b0cae4", "#8bb2d8", "#6699c9", "#4477aa")
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class CoordSumRules(Rules):
     """The rules of :class:`CoordSumEnv`, whose arguments these are.
 
@@ -34,32 +39,20 @@ class CoordSumRules(Rules):
     and a step costs the same for any number of targets and actions.
     """
 
+    num_actions: int
+    num_targets: int
+    num_rows: int
+    observe_step: bool
     fixed_length = True
 
-    def __init__(
-        self,
-        *,
-        num_agents: int,
-        num_actions: int,
-        num_targets: int | None,
-        num_rows: int | None,
-        observe_step: bool,
-        max_steps: int,
-        time_limit: TimeLimit,
-    ) -> None:
-        super().__init__(num_agents=num_agents, max_steps=max_steps, time_limit=time_limit)
-        self.num_actions = num_actions
-        self.num_targets = num_actions if num_targets is None else num_targets
-        self.num_rows = self.num_targets if num_rows is None else num_rows
-        self.observe_step = observe_step
-        for name in ("num_actions", "num_targets", "num_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        largest = num_actions * max(self.num_rows, max_steps + 1)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("num_actions", "num_targets", "num_rows")
+        largest = self.num_actions * max(self.num_rows, self.max_steps + 1)
         self._memory_dtype = torch.int16 if largest < 2**15 else torch.int32
-        self.register_buffer("actions", torch.arange(num_actions), persistent=False)
+        self._register_tables({"actions": torch.arange(self.num_actions)})
 
-    def begin(self, random: Tensor) -> dict[str, Tensor]:
+    def init_state(self, random: Tensor) -> dict[str, Tensor]:
         """Draw the first target; the opponent remembers nothing."""
         random, target = draw_below(random, self.num_targets)
         ballots = torch.full((*random.shape, self.max_steps), -1, dtype=self._memory_dtype, device=random.device)
@@ -75,7 +68,7 @@ class CoordSumRules(Rules):
             "played_action": nothing.unsqueeze(-1).expand(*nothing.shape, self.num_agents),
         }
 
-    def advance(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Compare the sum with the target and the guess with the first choice; remember the choice; draw a target."""
         target, guess, ballots, leader = (state[name] for name in ("target", "guess", "ballots", "leader"))
         first = action[..., 0]
@@ -154,11 +147,9 @@ class CoordSumEnv(TensorEnv):
         num_rows: rows of the opponent's memory; target ``m`` is remembered in row ``min(m, num_rows - 1)``. ``None``
             for one of each target, as the paper has it.
         observe_step: whether the observation holds the share of rounds played.
-        num_envs: number of environments stepped together, ``B``.
         max_steps: rounds of an episode.
         time_limit: how its end is reported, see above.
-        seed: of the environments' streams; ``None`` draws one from Torch's global generator.
-        device: where to play.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -172,6 +163,7 @@ class CoordSumEnv(TensorEnv):
         tensor([1., 1., 1., 1.])
     """
 
+    @hands_on_to(TensorEnv.__init__)
     def __init__(
         self,
         num_agents: int = 3,
@@ -180,34 +172,25 @@ class CoordSumEnv(TensorEnv):
         num_targets: int | None = None,
         num_rows: int | None = None,
         observe_step: bool = True,
-        num_envs: int,
         max_steps: int = 100,
         time_limit: TimeLimit = "terminate",
-        seed: int | None = None,
-        device: torch.device | str = "cpu",
+        **batch: Unpack[BatchOptions],
     ) -> None:
+        num_targets = num_actions if num_targets is None else num_targets
         rules = CoordSumRules(
             num_agents=num_agents,
             num_actions=num_actions,
             num_targets=num_targets,
-            num_rows=num_rows,
+            num_rows=num_targets if num_rows is None else num_rows,
             observe_step=observe_step,
             max_steps=max_steps,
             time_limit=time_limit,
         )
-        action_spec = Categorical(num_actions, shape=torch.Size([num_agents]))
-        super().__init__(rules, action_spec=action_spec, num_envs=num_envs, seed=seed, device=device)
+        super().__init__(rules, action_spec=Categorical(num_actions, shape=torch.Size([num_agents])), **batch)
 
 
-def make_coordsum(
-    scenario: str = "CoordSum-3x10",
-    *,
-    num_envs: int,
-    max_steps: int = 100,
-    time_limit: TimeLimit = "terminate",
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
-) -> CoordSumEnv:
+@hands_on_to(CoordSumEnv.__init__)
+def make_coordsum(scenario: str = "CoordSum-3x10", **options: Unpack[GameOptions]) -> CoordSumEnv:
     """Build a CoordSum task by its name.
 
     ``CoordSum-NxK``: ``N`` agents and ``K`` actions by the paper's rules, with targets ``0..K - 1``. The paper reports
@@ -220,11 +203,7 @@ def make_coordsum(
 
     Args:
         scenario: the name.
-        num_envs: number of environments stepped together.
-        max_steps: rounds of an episode.
-        time_limit: how its end is reported.
-        seed: of the environments' streams; ``None`` draws one from Torch's global generator.
-        device: where to play.
+        options: the other arguments are those of :class:`CoordSumEnv`.
 
     Returns:
         The environment.
@@ -244,19 +223,10 @@ def make_coordsum(
             f"such as CoordSum-3x10 or CoordSum-3x10-30; got {scenario!r}"
         )
     num_agents, num_actions = int(match[1]), int(match[2])
-    released = match[3] is not None
-    return CoordSumEnv(
-        num_agents,
-        num_actions,
-        num_targets=int(match[3]) if released else None,
-        num_rows=num_actions if released else None,
-        observe_step=not released,
-        num_envs=num_envs,
-        max_steps=max_steps,
-        time_limit=time_limit,
-        seed=seed,
-        device=device,
-    )
+    if match[3] is None:
+        return CoordSumEnv(num_agents, num_actions, **options)
+    released: Any = {"num_targets": int(match[3]), "num_rows": num_actions, "observe_step": False}
+    return CoordSumEnv(num_agents, num_actions, **released, **options)
 
 
 def _draw_round(canvas: Canvas, rules: CoordSumRules, state: State) -> None:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, one_hot
 from torchrl.data import Categorical
+from typing_extensions import Unpack
 
+from torchrl_marl.envs.base import BatchOptions
 from torchrl_marl.envs.games.pictures import FAINT, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
-from torchrl_marl.envs.games.tensor_env import TensorEnv
+from torchrl_marl.envs.games.tensor_env import GameOptions, TensorEnv
+from torchrl_marl.signatures import hands_on_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +28,11 @@ __all__ = ["MazeEnv", "MazeRules", "make_maze"]
 class _Maze:
     layout: str  # "#" wall, "." open, "R", "B" red and black grids, "T" blue trap, "S" start, "*" goal
     agents: tuple[str, ...]
+
+    @property
+    def letters(self) -> str:
+        """All cells, row by row."""
+        return "".join(self.layout.split())
 
 
 _MAZES = {
@@ -66,38 +74,34 @@ _AGENT_COLORS = {"red": "#d1353f", "black": "#23262e", "blue": "#2f74c0"}
 _MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, nop; row 0 is on top
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class MazeRules(Rules):
     """The rules of :class:`MazeEnv`, whose arguments these are: tables of the cells, and a lookup in each per step."""
 
-    codes: Tensor
-    successor: Tensor
-    agent_offset: Tensor
-    view: Tensor
+    maze: str
+    step_cost: float
 
-    def __init__(self, *, maze: str, step_cost: float, max_steps: int, time_limit: TimeLimit) -> None:
-        if maze not in _MAZES:
-            raise ValueError(f"maze must be one of {', '.join(_MAZES)}; got {maze!r}")
-        super().__init__(num_agents=len(_MAZES[maze].agents), max_steps=max_steps, time_limit=time_limit)
-        self.maze, self.step_cost = maze, step_cost
-        letters = "".join(_MAZES[maze].layout.split())
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        letters, colors = _MAZES[self.maze].letters, _MAZES[self.maze].agents
         self.start, self.goal = letters.index("S"), letters.index("*")
         codes = torch.tensor([_CODES[letter] for letter in letters])
-        tables = {
-            "codes": codes / max(_CODES.values()),
-            "successor": torch.tensor([_successors(letters, color) for color in _MAZES[maze].agents]).flatten(),
-            "agent_offset": torch.arange(self.num_agents) * len(letters) * len(_MOVES),
-            "view": torch.cat([_surroundings(codes), _locations()], -1),
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
+        self._register_tables(
+            {
+                "codes": codes / max(_CODES.values()),
+                "successor": torch.tensor([_successors(letters, color) for color in colors]).flatten(),
+                "agent_offset": torch.arange(self.num_agents) * len(letters) * len(_MOVES),
+                "view": torch.cat([_surroundings(codes), _locations()], -1),
+            }
+        )
 
-    def begin(self, random: Tensor) -> dict[str, Tensor]:
+    def init_state(self, random: Tensor) -> dict[str, Tensor]:
         """Put all agents at the start."""
         cell = torch.full((*random.shape, self.num_agents), self.start, device=random.device)
         path = torch.full((*cell.shape, self.max_steps + 1), self.start, dtype=torch.uint8, device=random.device)
         return {"cell": cell, "path": path}
 
-    def advance(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Look up where each agent gets to; who was at the goal stays there."""
         before = state["cell"]
         cell = self.successor.take(self.agent_offset + before * len(_MOVES) + action)
@@ -118,7 +122,7 @@ class MazeRules(Rules):
     def draw(self, state: State) -> Image:
         """Draw the maze and the way that each agent has gone."""
         canvas = Canvas(2 * _MARGIN + _SIZE * _CELL, 2 * _MARGIN + _SIZE * _CELL)
-        for cell, letter in enumerate("".join(_MAZES[self.maze].layout.split())):
+        for cell, letter in enumerate(_MAZES[self.maze].letters):
             _draw_cell(canvas, cell, letter)
         colors = [_AGENT_COLORS[color] for color in _MAZES[self.maze].agents]
         shifts = [7 * (agent - (self.num_agents - 1) / 2) for agent in range(self.num_agents)]  # side by side
@@ -164,11 +168,9 @@ class MazeEnv(TensorEnv):
     Args:
         maze: ``"black_red"`` or ``"black_blue_red"``.
         step_cost: cost of a step.
-        num_envs: number of environments stepped together, ``B``.
         max_steps: time limit of an episode.
         time_limit: how the limit is reported: ``"truncate"`` or ``"terminate"``.
-        seed: taken for uniformity with other environments.
-        device: where to play.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`; the seed is taken for uniformity with other games.
 
     Raises:
         ValueError: if there is no such maze or an argument is out of its range.
@@ -183,47 +185,40 @@ class MazeEnv(TensorEnv):
         (tensor([[True]]), tensor([0.8000, 0.8000]))
     """
 
+    @hands_on_to(TensorEnv.__init__)
     def __init__(
         self,
         maze: str = "black_red",
         *,
         step_cost: float = 0.02,
-        num_envs: int,
         max_steps: int = 100,
         time_limit: TimeLimit = "truncate",
-        seed: int | None = None,
-        device: torch.device | str = "cpu",
+        **batch: Unpack[BatchOptions],
     ) -> None:
-        rules = MazeRules(maze=maze, step_cost=step_cost, max_steps=max_steps, time_limit=time_limit)
-        action_spec = Categorical(len(_MOVES), shape=torch.Size([rules.num_agents]))
-        super().__init__(rules, action_spec=action_spec, num_envs=num_envs, seed=seed, device=device)
+        if maze not in _MAZES:
+            raise ValueError(f"maze must be one of {', '.join(_MAZES)}; got {maze!r}")
+        num_agents = len(_MAZES[maze].agents)
+        rules = MazeRules(
+            num_agents=num_agents, maze=maze, step_cost=step_cost, max_steps=max_steps, time_limit=time_limit
+        )
+        super().__init__(rules, action_spec=Categorical(len(_MOVES), shape=torch.Size([num_agents])), **batch)
 
 
-def make_maze(
-    scenario: str = "black_red",
-    *,
-    step_cost: float = 0.02,
-    num_envs: int,
-    max_steps: int = 100,
-    time_limit: TimeLimit = "truncate",
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
-) -> MazeEnv:
+class MazeOptions(GameOptions, total=False):
+    """What ``make_maze`` hands on."""
+
+    step_cost: float
+
+
+@hands_on_to(MazeEnv.__init__)
+def make_maze(scenario: str = "black_red", **options: Unpack[MazeOptions]) -> MazeEnv:
     """Build a maze; the arguments are those of :class:`MazeEnv`, whose ``maze`` is called ``scenario`` here.
 
     Example:
         >>> make_maze("black_blue_red", num_envs=2).group_map
         {'agents': ['agent_0', 'agent_1', 'agent_2']}
     """
-    return MazeEnv(
-        scenario,
-        step_cost=step_cost,
-        num_envs=num_envs,
-        max_steps=max_steps,
-        time_limit=time_limit,
-        seed=seed,
-        device=device,
-    )
+    return MazeEnv(scenario, **options)
 
 
 def _successors(letters: str, color: str) -> list[list[int]]:

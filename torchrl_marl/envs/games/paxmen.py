@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 from torchrl.data import Categorical
+from typing_extensions import Unpack
 
+from torchrl_marl.envs.base import BatchOptions
 from torchrl_marl.envs.games.pictures import AGENT_COLORS, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.streams import draw_below
-from torchrl_marl.envs.games.tensor_env import TensorEnv
+from torchrl_marl.envs.games.tensor_env import GameOptions, TensorEnv
+from torchrl_marl.signatures import hands_on_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,6 +91,7 @@ _CELL = 24  # of the picture, in pixels
 _BACKGROUND, _BLOCK, _FLOOR_COLOR, _LIT, _DOT = "#10142b", "#28357a", "#10142b", "#2b3050", "#ffd86b"
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class PaxMenRules(Rules):
     """The rules of :class:`PaxMenEnv`, whose arguments these are.
 
@@ -95,25 +100,14 @@ class PaxMenRules(Rules):
     that it sees.
     """
 
-    successor: Tensor
-    kind: Tensor
-    view: Tensor
-    offset: Tensor
-    layout_code: Tensor
-    place: Tensor
-    start: Tensor
-    all_dots: Tensor
-    self_pairs: Tensor
+    view_radius: int
+    step_cost: float
 
-    def __init__(
-        self, *, num_agents: int, view_radius: int, step_cost: float, max_steps: int, time_limit: TimeLimit
-    ) -> None:
-        super().__init__(num_agents=num_agents, max_steps=max_steps, time_limit=time_limit)
-        if num_agents > _MAX_AGENTS:
-            raise ValueError(f"num_agents must be at most {_MAX_AGENTS}, the places in the hub; got {num_agents}")
-        if view_radius < 1:
-            raise ValueError(f"view_radius must be at least 1, got {view_radius}")
-        self.view_radius, self.step_cost = view_radius, step_cost
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("view_radius")
+        if self.num_agents > _MAX_AGENTS:
+            raise ValueError(f"num_agents must be at most {_MAX_AGENTS}, the places in the hub; got {self.num_agents}")
         kinds = _layouts()
         self.num_layouts = len(kinds)
         hub = "".join(_MAZES[0].split())
@@ -121,26 +115,25 @@ class PaxMenRules(Rules):
         tables = {
             "successor": _successors(kinds).flatten(),
             "kind": kinds.flatten(),
-            "view": _windows(kinds, view_radius).flatten(0, 1),
-            "offset": _offsets(view_radius).flatten(),
+            "view": _windows(kinds, self.view_radius).flatten(0, 1),
+            "offset": _offsets(self.view_radius).flatten(),
             "layout_code": torch.eye(self.num_layouts),
             "place": torch.stack([cells // _SIZE, cells % _SIZE], -1) / (_SIZE - 1),
-            "start": torch.tensor([hub.index(str(agent)) for agent in range(num_agents)]),
+            "start": torch.tensor([hub.index(str(agent)) for agent in range(self.num_agents)]),
             # Numbers, not truth values, which compiled scattering is slow with.
             "all_dots": (torch.arange(_NUM_DOTS + 2) < _NUM_DOTS).float(),
-            "self_pairs": torch.eye(num_agents, dtype=torch.bool),
+            "self_pairs": torch.eye(self.num_agents, dtype=torch.bool),
         }
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
+        self._register_tables(tables)
 
-    def begin(self, random: Tensor) -> dict[str, Tensor]:
+    def init_state(self, random: Tensor) -> dict[str, Tensor]:
         """Draw a layout; the agents stand in the hub, and no dot is eaten."""
         random, layout = draw_below(random, self.num_layouts)
         cell = self.start.expand(*random.shape, -1)
         dots = self.all_dots.expand(*random.shape, -1)
         return {"random": random, "layout": layout, "cell": cell, "facing": torch.full_like(cell, 3), "dots": dots}
 
-    def advance(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Eat and move; all at once, so that a dot that several agents eat counts once."""
         index = self._index(state)
         bite = torch.where(action == _EAT, self.kind.take(index), _FLOOR)
@@ -222,11 +215,9 @@ class PaxMenEnv(TensorEnv):
         view_radius: how many cells an agent sees in each direction; an observation has ``3 (2 view_radius + 1)**2``
             entries.
         step_cost: the team's cost of a step.
-        num_envs: number of environments stepped together, ``B``.
         max_steps: time limit of an episode.
         time_limit: how the limit is reported: ``"truncate"`` or ``"terminate"``.
-        seed: of the environments' streams; ``None`` draws one from Torch's global generator.
-        device: where to play.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -238,17 +229,16 @@ class PaxMenEnv(TensorEnv):
         (torch.Size([2, 5, 75]), tensor([-0.0250]))
     """
 
+    @hands_on_to(TensorEnv.__init__)
     def __init__(
         self,
         num_agents: int = 4,
         *,
         view_radius: int = 2,
         step_cost: float = 0.025,
-        num_envs: int,
         max_steps: int = 200,
         time_limit: TimeLimit = "truncate",
-        seed: int | None = None,
-        device: torch.device | str = "cpu",
+        **batch: Unpack[BatchOptions],
     ) -> None:
         rules = PaxMenRules(
             num_agents=num_agents,
@@ -257,32 +247,23 @@ class PaxMenEnv(TensorEnv):
             max_steps=max_steps,
             time_limit=time_limit,
         )
-        action_spec = Categorical(len(_MOVES), shape=torch.Size([num_agents]))
-        super().__init__(rules, action_spec=action_spec, num_envs=num_envs, seed=seed, device=device)
+        super().__init__(rules, action_spec=Categorical(len(_MOVES), shape=torch.Size([num_agents])), **batch)
 
 
-def make_paxmen(
-    scenario: str = "PaxMen-4",
-    *,
-    view_radius: int = 2,
-    step_cost: float = 0.025,
-    num_envs: int,
-    max_steps: int = 200,
-    time_limit: TimeLimit = "truncate",
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
-) -> PaxMenEnv:
+class PaxMenOptions(GameOptions, total=False):
+    """What ``make_paxmen`` hands on."""
+
+    view_radius: int
+    step_cost: float
+
+
+@hands_on_to(PaxMenEnv.__init__)
+def make_paxmen(scenario: str = "PaxMen-4", **options: Unpack[PaxMenOptions]) -> PaxMenEnv:
     """Build a PaxMen task by its name.
 
     Args:
         scenario: ``PaxMen-N`` for ``N`` agents; the paper has 4, 5 and 6.
-        view_radius: see :class:`PaxMenEnv`, as for the other arguments.
-        step_cost: the team's cost of a step.
-        num_envs: number of environments stepped together.
-        max_steps: time limit of an episode.
-        time_limit: how the limit is reported.
-        seed: of the environments' streams.
-        device: where to play.
+        options: the other arguments are those of :class:`PaxMenEnv`.
 
     Returns:
         The environment.
@@ -297,16 +278,7 @@ def make_paxmen(
     match = re.fullmatch(r"PaxMen-(\d+)", scenario)
     if match is None:
         raise ValueError(f"scenario must be PaxMen-N for N agents, such as PaxMen-4; got {scenario!r}")
-    return PaxMenEnv(
-        int(match[1]),
-        view_radius=view_radius,
-        step_cost=step_cost,
-        num_envs=num_envs,
-        max_steps=max_steps,
-        time_limit=time_limit,
-        seed=seed,
-        device=device,
-    )
+    return PaxMenEnv(int(match[1]), **options)
 
 
 def _layouts() -> Tensor:

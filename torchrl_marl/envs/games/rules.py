@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ TimeLimit = Literal["truncate", "terminate"]
 State = Mapping[str, Tensor]  # the entries of a state's TensorDict
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Rules(nn.Module, ABC):
     """A cooperative game as pure functions on a state, for any batch ``[*B]`` of environments at once.
 
@@ -30,7 +32,9 @@ class Rules(nn.Module, ABC):
     all ``[*B]``. Each environment draws from its own stream only: from a state and actions it goes on in a batch as it
     does alone, and a stored state resumes it exactly.
 
-    A game defines ``begin``, ``advance``, ``observe`` and ``draw``. Tables are buffers, so that ``to`` moves them.
+    A game defines ``init_state``, ``transition``, ``observe`` and ``draw``; its settings are the fields of a dataclass.
+    Tables are buffers, so that ``to`` moves them. ``fixed_length`` says that the number of steps is part of the game,
+    so that reaching it may well be a termination.
 
     Args:
         num_agents: number of agents, ``N``.
@@ -53,24 +57,36 @@ class Rules(nn.Module, ABC):
         tensor([1])
     """
 
+    num_agents: int
+    max_steps: int
+    time_limit: TimeLimit
     fixed_length: ClassVar[bool] = False
-    """Whether the number of steps is part of the game, so that reaching it may well be a termination."""
 
-    def __init__(self, *, num_agents: int, max_steps: int, time_limit: TimeLimit) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        for name, value in (("num_agents", num_agents), ("max_steps", max_steps)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if time_limit not in ("truncate", "terminate"):
-            raise ValueError(f"time_limit must be 'truncate' or 'terminate', got {time_limit!r}")
-        self.num_agents, self.max_steps, self.time_limit = num_agents, max_steps, time_limit
+        self._check_positive("num_agents", "max_steps")
+        if self.time_limit not in ("truncate", "terminate"):
+            raise ValueError(f"time_limit must be 'truncate' or 'terminate', got {self.time_limit!r}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...  # a table
+
+    def _register_tables(self, tables: Mapping[str, Tensor]) -> None:
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
 
     @abstractmethod
-    def begin(self, random: Tensor) -> dict[str, Tensor]:
+    def init_state(self, random: Tensor) -> dict[str, Tensor]:
         """Return the game's own part of the state at the start of an episode, and ``random`` if it drew numbers."""
 
     @abstractmethod
-    def advance(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Return what an action changes in the state, the team's reward and whether the game is over, both ``[*B]``."""
 
     @abstractmethod
@@ -84,7 +100,7 @@ class Rules(nn.Module, ABC):
     def reset(self, random: Tensor) -> TensorDict:
         """Return the states of new episodes, drawn from the streams ``random``, ``[*B]``."""
         zeros = torch.zeros_like(random)
-        state = {"random": random, "step": zeros, "episode_reward": zeros.float(), **self.begin(random)}
+        state = {"random": random, "step": zeros, "episode_reward": zeros.float(), **self.init_state(random)}
         return TensorDict(state, batch_size=random.shape)
 
     def restart(self, state: TensorDict, where: Tensor) -> TensorDict:
@@ -103,7 +119,7 @@ class Rules(nn.Module, ABC):
             ``terminated`` and ``truncated``.
         """
         entries = _entries(state)
-        changes, reward, terminated = self.advance(entries, action)
+        changes, reward, terminated = self.transition(entries, action)
         step = entries["step"] + 1
         at_limit = step >= self.max_steps
         if self.time_limit == "terminate":

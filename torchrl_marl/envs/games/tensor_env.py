@@ -6,30 +6,33 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.data import TensorSpec
 
-from torchrl_marl.envs.games.rules import Rules
-from torchrl_marl.envs.games.streams import random_streams
+from torchrl_marl.envs.base import BatchOptions, TeamEnv, spec_of
+from torchrl_marl.envs.games.rules import Rules, TimeLimit
+from torchrl_marl.extras import import_extra
 
-__all__ = ["TensorEnv"]
+__all__ = ["GameOptions", "TensorEnv"]
 
 
-class TensorEnv(EnvBase):
+class GameOptions(BatchOptions, total=False):
+    """What every game takes besides: the time limit of an episode, in steps, and how it is reported.
+
+    ``max_steps`` has a default in each game. ``time_limit="truncate"`` sets ``truncated``, and advantage estimation
+    bootstraps from the last state; ``"terminate"`` sets ``terminated``.
+    """
+
+    max_steps: int
+    time_limit: TimeLimit
+
+
+class TensorEnv(TeamEnv):
     """A batch of environments that play by :class:`~torchrl_marl.envs.games.rules.Rules`.
-
-    The keys are those of ``make_env``'s environments: observations, actions, rewards and ``episode_reward`` of the
-    group ``"agents"``, done flags and ``step_count`` at the root. The time limit and the sums are kept here, so that
-    no transform is needed.
-
-    The environment owns its randomness: ``set_seed`` gives each copy a stream of its own, nothing else in the process
-    draws from it, and ``state_dict`` holds it. An environment restored from ``state_dict`` begins the same episodes at
-    its next ``reset``. (A ``TransformedEnv`` leaves it out of its own ``state_dict``: use that of its ``base_env``.)
 
     Args:
         rules: the game.
         action_spec: of one environment, ``[N]`` for discrete or ``[N, A]`` for continuous actions.
-        num_envs: number of environments stepped together.
+        num_envs: number of environments stepped together, ``B``.
         seed: of the streams; ``None`` draws one from Torch's global generator.
         device: where to play.
 
@@ -51,43 +54,24 @@ class TensorEnv(EnvBase):
         *,
         action_spec: TensorSpec,
         num_envs: int,
-        seed: int | None,
-        device: torch.device | str,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
+        agents = [f"agent_{index}" for index in range(rules.num_agents)]
+        super().__init__(agents, action_spec, num_envs=num_envs, max_steps=rules.max_steps, device=device)
         self.rules = rules.to(self.device)
-        self.group_map = {"agents": [f"agent_{index}" for index in range(rules.num_agents)]}
+        self.limit_flag, self.fixed_length = f"{rules.time_limit}d", rules.fixed_length
         self._set_seed(seed)
-        self.observation_spec = _spec_of(rules.describe(self.state))
-        self.action_spec = self._of_agents("action", action_spec.expand(torch.Size([num_envs, *action_spec.shape])))
-        self.reward_spec = self._of_agents("reward", Unbounded(torch.Size([num_envs, rules.num_agents, 1])))
-        flag = Categorical(2, shape=torch.Size([num_envs, 1]), dtype=torch.bool)
-        flags = {"done": flag, "terminated": flag.clone(), "truncated": flag.clone()}
-        self.done_spec = Composite(flags, shape=self.batch_size).to(self.device)
+        self.observation_spec = spec_of(rules.describe(self.state))
 
-    def _of_agents(self, name: str, spec: TensorSpec) -> Composite:
-        group = Composite({name: spec}, shape=(*self.batch_size, self.rules.num_agents))
-        return Composite(agents=group, shape=self.batch_size).to(self.device)
-
-    def _set_seed(self, seed: int | None) -> None:
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        self.set_extra_state(random_streams(seed, self.batch_size[0], device=self.device))
-
-    def get_extra_state(self) -> Tensor:
-        """Return every environment's stream, ``[num_envs]``: the part of ``state_dict`` that is not a parameter."""
+    @property
+    def streams(self) -> Tensor:
+        """Every copy's random stream, a part of its state."""
         return self.state["random"]
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Continue every environment's stream from ``state``, ``[num_envs]``, at the next ``reset``.
-
-        Raises:
-            ValueError: if there is not one stream for each environment.
-        """
-        if state.shape != self.batch_size:
-            raise ValueError(f"streams must be of shape {list(self.batch_size)}, got {list(state.shape)}")
-        random = state.to(self.device)
+    @streams.setter
+    def streams(self, streams: Tensor) -> None:
+        random = streams.to(self.device)
         self.state = self.rules.reset(random).set("random", random)
 
     def _reset(self, tensordict: TensorDictBase | None) -> TensorDict:
@@ -102,36 +86,6 @@ class TensorEnv(EnvBase):
         self.state, data = self.rules.step(self.state, tensordict["agents", "action"])
         return data
 
-    def render(self, env_index: int = 0) -> Tensor:
-        """Draw one of the environments.
-
-        Args:
-            env_index: which one.
-
-        Returns:
-            Picture, ``uint8`` of shape ``[height, width, 3]``.
-
-        Raises:
-            ImportError: if Pillow is not installed.
-            ValueError: if there is no such environment.
-        """
-        if not 0 <= env_index < self.batch_size[0]:
-            raise ValueError(f"env_index must be in 0..{self.batch_size[0] - 1}, got {env_index}")
-        try:
-            import PIL.Image  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ImportError('drawing needs Pillow: pip install "torchrl_marl[plot]"') from error
-        return torch.from_numpy(np.array(self.rules.draw(dict(self.state[env_index].cpu().items()))))
-
-
-def _spec_of(data: TensorDictBase) -> Composite:
-    specs = {
-        key: _spec_of(value) if isinstance(value, TensorDictBase) else _leaf_spec(value) for key, value in data.items()
-    }
-    return Composite(specs, shape=data.batch_size, device=data.device)
-
-
-def _leaf_spec(value: Tensor) -> TensorSpec:
-    if value.dtype == torch.bool:
-        return Categorical(2, shape=value.shape, dtype=torch.bool, device=value.device)
-    return Unbounded(value.shape, dtype=value.dtype, device=value.device)
+    def _draw(self, env_index: int) -> np.ndarray:
+        import_extra("PIL.Image", "plot")
+        return np.array(self.rules.draw(dict(self.state[env_index].cpu().items())))

@@ -96,8 +96,14 @@ def make_custom(
             f"{name} returned {type(made).__name__}; it must return an environment of TorchRL (EnvBase), PettingZoo "
             "(parallel API) or Gymnasium, with reset and step, or a VMAS scenario object"
         )
-    games = [as_serial_game(made), *(as_serial_game(make(copy)) for copy in range(1, num_envs))]
-    return SerialGymEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    return SerialGymEnv(
+        lambda copy: as_serial_game(make(copy) if copy else made),
+        max_steps=max_steps,
+        shared_reward=shared_reward,
+        num_envs=num_envs,
+        seed=seed,
+        device=device,
+    )
 
 
 def _find(factory: str | Callable[..., Any] | None) -> tuple[Callable[..., Any], str]:

@@ -10,9 +10,13 @@ import numpy as np
 import torch
 from torchrl.data import Categorical
 from torchrl.envs import EnvBase
+from typing_extensions import Unpack
 
-from torchrl_marl.envs.wrappers.base import Layout, import_extra
+from torchrl_marl.envs.base import BatchOptions
+from torchrl_marl.envs.wrappers.base import WrapperEnv
 from torchrl_marl.envs.wrappers.gymnasium import SerialGame, SerialGymEnv, Turn
+from torchrl_marl.extras import import_extra
+from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["make_football"]
 
@@ -29,14 +33,15 @@ class _FootballGame(SerialGame):
         players = [f"agent:left_players={num_agents}"]
         config = import_extra("gfootball.env.config", "football").Config({"level": scenario, "players": players})
         self._config, self.env = config, football.FootballEnv(config)
-        actions = Categorical(19, shape=torch.Size([num_agents]))
-        names = [f"left_{index}" for index in range(num_agents)]
-        self.layout = Layout(names, 115, actions, state_size=115 - (_ACTIVE.stop - _ACTIVE.start))
+        self.agents = [f"left_{index}" for index in range(num_agents)]
+        self.action_spec = Categorical(19, shape=torch.Size([num_agents]))
+        numbers = np.zeros((num_agents, 115), np.float32)
+        self.blank = {"observation": numbers, "state": np.delete(numbers[0], _ACTIVE)}
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         self._config["game_engine_random_seed"] = seed
         self._config["reverse_team_processing"] = bool(seed % 2)  # the engine would keep that of the first episode
-        self._passed = np.zeros(len(self.layout.agents), dtype=int)
+        self._passed = np.zeros(len(self.agents), dtype=int)
         return self._seen(self.env.reset())
 
     def step(self, action: np.ndarray) -> Turn:
@@ -70,16 +75,15 @@ class _FootballGame(SerialGame):
         return {"observation": numbers, "state": np.delete(numbers[0], _ACTIVE)}
 
 
+@hands_on_to(WrapperEnv.__init__)
 def make_football(
     scenario: str = "academy_3_vs_1_with_keeper",
     *,
-    num_envs: int,
     num_agents: int = 3,
     max_steps: int = 400,
     checkpoints: bool = True,
     shared_reward: bool = False,
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
+    **batch: Unpack[BatchOptions],
 ) -> EnvBase:
     """Build a scenario of Google Research Football, with agents for the first players of the left team.
 
@@ -90,14 +94,13 @@ def make_football(
 
     Args:
         scenario: a module of ``gfootball.scenarios``.
-        num_envs: number of environments; each has an engine of its own, all in this process, of 60 MiB.
         num_agents: players that agents control. Papers use 3 in academy_3_vs_1_with_keeper, 2 in the two
             pass_and_shoot scenarios, 4 in the counterattacks and 5_vs_5, 10 in academy_corner and 11_vs_11.
         max_steps: time limit of an episode.
         checkpoints: whether a player also earns 0.1 for each of ten rings about the goal that it carries the ball into.
         shared_reward: whether every agent gets the sum of all agents' rewards. A goal is 1 for every agent anyway.
-        seed: of the random streams; ``None`` draws one from Torch's global generator.
-        device: where the tensors are.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`. Each environment has an engine of its own, all in this
+            process, of 60 MiB.
 
     Returns:
         The environments, with batch size ``[num_envs]``.
@@ -113,5 +116,5 @@ def make_football(
     if not 1 <= num_agents <= 11:
         raise ValueError(f"num_agents must be in 1..11, got {num_agents}")
     logging.getLogger("absl").setLevel(logging.WARNING)  # the package reports every episode
-    games = [_FootballGame(scenario, num_agents, checkpoints) for _ in range(num_envs)]
-    return SerialGymEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    make = lambda _: _FootballGame(scenario, num_agents, checkpoints)  # noqa: E731
+    return SerialGymEnv(make, max_steps=max_steps, shared_reward=shared_reward, **batch)

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
+from typing_extensions import Unpack
 
+from torchrl_marl.envs.base import BatchOptions, spec_of
 from torchrl_marl.envs.games.streams import draw_below
-from torchrl_marl.envs.wrappers.base import Layout, WrapperEnv, check_options, import_extra
+from torchrl_marl.envs.wrappers.base import WrapperEnv, check_options
+from torchrl_marl.extras import import_extra
+from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["SerialGame", "SerialGymEnv", "as_serial_game", "make_lbforaging", "make_pettingzoo", "make_rware"]
 
@@ -34,14 +38,19 @@ class Turn(NamedTuple):
 class SerialGame(ABC):
     """One environment in which all agents move at once."""
 
-    layout: Layout
+    agents: list[str]
+    """Names of the ``N`` agents."""
+    action_spec: TensorSpec
+    """``[N]`` for discrete or ``[N, A]`` for continuous actions."""
+    blank: dict[str, np.ndarray]
+    """What ``reset`` returns, filled with zeros."""
 
     @abstractmethod
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         """Begin the episode of a seed.
 
         Returns:
-            ``observation [N, O]``, and ``action_mask [N, A]`` and ``state [S]`` where the layout has them.
+            ``observation [N, O]`` and, where the game has them, ``action_mask [N, A]``, ``mask [N]`` and ``state [S]``.
         """
 
     @abstractmethod
@@ -50,7 +59,7 @@ class SerialGame(ABC):
 
     @abstractmethod
     def draw(self) -> np.ndarray:
-        """Return a picture, ``uint8`` of shape ``[height, width, 3]``, or raise whatever says why there is none."""
+        """Return a picture, ``uint8`` of shape ``[height, width, 3]``, or raise an error that says why not."""
 
 
 class SerialGymEnv(WrapperEnv):
@@ -59,52 +68,41 @@ class SerialGymEnv(WrapperEnv):
     One TensorDict for the batch costs less than a wrapped environment for each game (``SerialEnv``) would.
 
     Args:
-        games: equal games, one for each environment of the batch.
+        make: makes one of them, given its number.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards.
-        seed: of the random streams; ``None`` draws one from Torch's global generator.
-        device: where the tensors are.
+        batch: ``num_envs``, ``seed`` and ``device``, see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
-        ValueError: if there is no game.
+        ValueError: if ``num_envs`` or ``max_steps`` is below 1.
     """
 
     def __init__(
-        self,
-        games: Sequence[SerialGame],
-        *,
-        max_steps: int,
-        shared_reward: bool,
-        seed: int | None,
-        device: torch.device | str,
+        self, make: Callable[[int], SerialGame], *, max_steps: int, shared_reward: bool, **batch: Unpack[BatchOptions]
     ) -> None:
-        if not games:
-            raise ValueError("num_envs must be at least 1, got 0")
-        super().__init__(
-            games[0].layout,
-            num_envs=len(games),
-            max_steps=max_steps,
-            shared_reward=shared_reward,
-            seed=seed,
-            device=device,
-        )
+        if batch["num_envs"] < 1:
+            raise ValueError(f"num_envs must be at least 1, got {batch['num_envs']}")
+        games = [make(index) for index in range(batch["num_envs"])]
+        first = games[0]
+        super().__init__(first.agents, first.action_spec, max_steps=max_steps, shared_reward=shared_reward, **batch)
         self._games = games
-        self._seen: list[dict[str, np.ndarray]] = [{}] * len(games)
+        self._seen = [game.blank for game in games]
         self._steps = torch.zeros(len(games), 1, dtype=torch.int32)
-        self._returns = torch.zeros(len(games), len(self.layout.agents), 1)
+        self._returns = torch.zeros(len(games), len(first.agents), 1)
+        self.observation_spec = spec_of(self._data(self._shown()))
 
-    def _begin(self, which: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _reset_copies(self, where: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         drawn, seeds = draw_below(streams, 2**31 - 1)
-        for index in which.nonzero().flatten().tolist():
+        for index in where.nonzero().flatten().tolist():
             self._seen[index] = self._games[index].reset(int(seeds[index]))
-        self._steps = self._steps.masked_fill(which[:, None], 0)
-        self._returns = self._returns.masked_fill(which[:, None, None], 0)
-        return torch.where(which, drawn, streams), self._shown()
+        self._steps = self._steps.masked_fill(where[:, None], 0)
+        self._returns = self._returns.masked_fill(where[:, None, None], 0)
+        return torch.where(where, drawn, streams), self._shown()
 
-    def _advance(self, action: Tensor) -> dict[str, Tensor]:
-        spec = self.layout.action_spec
+    def _step_copies(self, action: Tensor) -> dict[str, Tensor]:
+        spec = self.action_spec
         if isinstance(spec, Bounded):  # so that a plain Gaussian policy can act
-            action = action.clamp(spec.space.low.to(action.device), spec.space.high.to(action.device))
+            action = action.clamp(spec.space.low, spec.space.high)
         turns = [game.step(own) for game, own in zip(self._games, action.cpu().numpy(), strict=True)]
         self._seen = [turn.seen for turn in turns]
         reward = torch.tensor([list(turn.reward) for turn in turns], dtype=torch.float32).unsqueeze(-1)
@@ -120,7 +118,7 @@ class SerialGymEnv(WrapperEnv):
         seen = {key: torch.from_numpy(np.stack([seen[key] for seen in self._seen])) for key in self._seen[0]}
         return {**seen, "episode_reward": self._returns, "step_count": self._steps}
 
-    def _draw(self, env_index: int) -> np.ndarray:
+    def _picture(self, env_index: int) -> np.ndarray:
         picture = self._games[env_index].draw()
         if getattr(picture, "dtype", None) != np.uint8 or getattr(picture, "shape", ())[2:] != (3,):
             found = type(picture).__name__ if picture is None else f"{picture.dtype} {picture.shape}"
@@ -128,7 +126,7 @@ class SerialGymEnv(WrapperEnv):
         return picture
 
 
-class _Game(SerialGame):
+class _GymGame(SerialGame):
     """An environment of Gymnasium or PettingZoo, whatever it says of all agents at once being a list or a dictionary.
 
     Args:
@@ -143,9 +141,13 @@ class _Game(SerialGame):
         self._legal_actions = getattr(env, "get_valid_actions", None)  # Level-Based Foraging has it, RWARE has not
         self._named, self._has_state = named, state_size is not None
         self._agents = list(spaces[1])
-        size, spec, masked = _equal_spaces(*spaces)
-        names = [str(agent) for agent in self._agents]
-        self.layout = Layout(names, size, spec, state_size, masked=masked or self._legal_actions is not None)
+        self.agents = [str(agent) for agent in self._agents]
+        size, self.action_spec, masked = _equal_spaces(*spaces)
+        self.blank = {"observation": np.zeros((len(self.agents), size), np.float32)}
+        if masked or self._legal_actions is not None:
+            self.blank["action_mask"] = np.zeros((len(self.agents), self.action_spec.space.n), bool)
+        if state_size is not None:
+            self.blank["state"] = np.zeros(state_size, np.float32)
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         return self._seen(self.env.reset(seed=seed)[0])
@@ -186,7 +188,7 @@ class _Game(SerialGame):
             own = [view["observation"] for view in own]
         seen["observation"] = np.stack([np.ravel(view) for view in own]).astype(np.float32)
         if self._legal_actions is not None:
-            seen["action_mask"] = np.zeros((len(own), self.layout.action_spec.space.n), dtype=bool)
+            seen["action_mask"] = np.zeros_like(self.blank["action_mask"])
             for mask, legal in zip(seen["action_mask"], zip(*self._legal_actions(), strict=True), strict=True):
                 mask[[int(action.value) for action in set(legal)]] = True
         return {**seen, "state": self.env.state().astype(np.float32).ravel()} if self._has_state else seen
@@ -210,13 +212,13 @@ def as_serial_game(env: Any) -> SerialGame:
         shape = getattr(getattr(env, "state_space", None), "shape", None)
         observation = {agent: env.observation_space(agent) for agent in agents}
         action = {agent: env.action_space(agent) for agent in agents}
-        return _Game(env, observation, action, named=True, state_size=None if shape is None else int(np.prod(shape)))
+        return _GymGame(env, observation, action, named=True, state_size=None if shape is None else int(np.prod(shape)))
     both: list[Any] = [getattr(env, kind, None) for kind in ("observation_space", "action_space")]
     spaces: list[Any] = [getattr(space, "spaces", None) for space in both]
     if all(isinstance(space, Mapping) for space in spaces):
-        return _Game(env, *spaces, named=True)
+        return _GymGame(env, *spaces, named=True)
     if all(isinstance(space, Sequence) for space in spaces):
-        return _Game(env, *({f"agent_{i}": one for i, one in enumerate(space)} for space in spaces), named=False)
+        return _GymGame(env, *({f"agent_{i}": one for i, one in enumerate(space)} for space in spaces), named=False)
     raise ValueError(
         f"{name} does not say what each agent observes and does: it needs possible_agents, observation_space(agent) "
         "and action_space(agent), as in PettingZoo, or observation_space and action_space that are both a Tuple with "
@@ -224,15 +226,14 @@ def as_serial_game(env: Any) -> SerialGame:
     )
 
 
+@hands_on_to(WrapperEnv.__init__)
 def make_lbforaging(
     scenario: str = "Foraging-8x8-2p-2f-v3",
     *,
-    num_envs: int,
     max_steps: int = 50,
     shared_reward: bool = True,
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
     scenario_kwargs: Mapping[str, Any] | None = None,
+    **batch: Unpack[BatchOptions],
 ) -> EnvBase:
     """Build Level-Based Foraging: agents of different levels load food together.
 
@@ -241,12 +242,10 @@ def make_lbforaging(
 
     Args:
         scenario: a name that the package ``lbforaging`` registers, ``Foraging[-2s]-SxS-Np-Ff[-coop]-v3``.
-        num_envs: number of environments.
         max_steps: time limit of an episode.
         shared_reward: whether every agent gets the sum of all agents' rewards, which is at most 1 in an episode.
-        seed: of the random streams; ``None`` draws one from Torch's global generator.
-        device: where the tensors are.
         scenario_kwargs: arguments of ``ForagingEnv`` that differ from the scenario's, such as ``{"max_num_food": 5}``.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Returns:
         The environments, with batch size ``[num_envs]``.
@@ -258,19 +257,18 @@ def make_lbforaging(
     build = import_extra("lbforaging.foraging", "gym").ForagingEnv
     options = {**_registered("lbforaging", scenario), **(scenario_kwargs or {}), "max_episode_steps": float("inf")}
     check_options(build, options, scenario)
-    games = [as_serial_game(build(**options)) for _ in range(num_envs)]
-    return SerialGymEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    make = lambda _: as_serial_game(build(**options))  # noqa: E731
+    return SerialGymEnv(make, max_steps=max_steps, shared_reward=shared_reward, **batch)
 
 
+@hands_on_to(WrapperEnv.__init__)
 def make_rware(
     scenario: str = "rware-tiny-2ag-v2",
     *,
-    num_envs: int,
     max_steps: int = 500,
     shared_reward: bool = True,
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
     scenario_kwargs: Mapping[str, Any] | None = None,
+    **batch: Unpack[BatchOptions],
 ) -> EnvBase:
     """Build the multi-robot warehouse: robots bring requested shelves to the goal and back.
 
@@ -279,13 +277,11 @@ def make_rware(
 
     Args:
         scenario: a name that the package ``rware`` registers, ``rware-SIZE-Nag[-easy|-hard]-v2``.
-        num_envs: number of environments.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards.
-        seed: of the random streams; ``None`` draws one from Torch's global generator.
-        device: where the tensors are.
         scenario_kwargs: arguments of ``Warehouse`` that differ from the scenario's; ``{"shelf_rows": 4,
             "shelf_columns": 5}`` is the size called xlarge.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Returns:
         The environments, with batch size ``[num_envs]``.
@@ -297,20 +293,19 @@ def make_rware(
     build = import_extra("rware.warehouse", "gym").Warehouse
     options = {**_registered("rware", scenario), **(scenario_kwargs or {}), "max_steps": None}
     check_options(build, options, scenario)
-    games = [as_serial_game(build(**options)) for _ in range(num_envs)]
-    return SerialGymEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    make = lambda _: as_serial_game(build(**options))  # noqa: E731
+    return SerialGymEnv(make, max_steps=max_steps, shared_reward=shared_reward, **batch)
 
 
+@hands_on_to(WrapperEnv.__init__)
 def make_pettingzoo(
     scenario: str = "simple_spread_v3",
     *,
-    num_envs: int,
     package: str = "mpe2",
     max_steps: int = 25,
     shared_reward: bool = False,
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
     scenario_kwargs: Mapping[str, Any] | None = None,
+    **batch: Unpack[BatchOptions],
 ) -> EnvBase:
     """Build a PettingZoo environment whose agents are all alike, such as MPE's simple_spread.
 
@@ -319,13 +314,11 @@ def make_pettingzoo(
 
     Args:
         scenario: a module of ``package`` with a ``parallel_env``.
-        num_envs: number of environments.
         package: where it is from.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards.
-        seed: of the random streams; ``None`` draws one from Torch's global generator.
-        device: where the tensors are.
         scenario_kwargs: arguments of ``parallel_env``, such as ``{"N": 5, "continuous_actions": True}``.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Returns:
         The environments, with batch size ``[num_envs]``.
@@ -341,8 +334,8 @@ def make_pettingzoo(
     options = {**(scenario_kwargs or {}), "max_cycles": max_steps}
     check_options(module.raw_env, options, scenario)
     options["render_mode"] = "rgb_array"
-    games = [as_serial_game(module.parallel_env(**options)) for _ in range(num_envs)]
-    return SerialGymEnv(games, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    make = lambda _: as_serial_game(module.parallel_env(**options))  # noqa: E731
+    return SerialGymEnv(make, max_steps=max_steps, shared_reward=shared_reward, **batch)
 
 
 def _registered(package: str, scenario: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded
+from torchrl.data import Bounded, TensorSpec
+from typing_extensions import Unpack
 
-from torchrl_marl.envs.wrappers.base import Layout, WrapperEnv, import_extra
+from torchrl_marl.envs.base import BatchOptions, spec_of
+from torchrl_marl.envs.wrappers.base import WrapperEnv
+from torchrl_marl.extras import import_extra
 
-__all__ = ["FIGURE_INCHES", "JaxEnv", "JaxGame", "game_by_name"]
+__all__ = ["FIGURE_INCHES", "JaxEnv", "JaxGame", "JaxTask", "game_by_name"]
 
 FIGURE_INCHES = (3.6, 3.6)  # of the figures that packages draw on
 
@@ -23,10 +26,12 @@ FIGURE_INCHES = (3.6, 3.6)  # of the figures that packages draw on
 class JaxGame(NamedTuple):
     """One environment as two pure functions of JAX arrays, neither of which begins a new episode by itself."""
 
-    layout: Layout
-    """What it reads and writes."""
+    agents: list[str]
+    """Names of the ``N`` agents."""
+    action_spec: TensorSpec
+    """``[N]`` for discrete or ``[N, A]`` for continuous actions."""
     reset: Callable[[Any], tuple[Any, dict[str, Any]]]
-    """From a random key to the state and what is seen: ``observation [N, O]`` and, where the layout has them,
+    """From a random key to the state and what is seen: ``observation [N, O]`` and, where there are such,
     ``action_mask [N, A]``, ``mask [N]`` and ``state [S]``."""
     step: Callable[[Any, Any], tuple[Any, dict[str, Any], Any, Any]]
     """From the state and the actions to the state, what is seen, the rewards ``[N]`` and whether it terminated."""
@@ -34,6 +39,35 @@ class JaxGame(NamedTuple):
     """False if all agents get the team's reward anyway."""
     draw: Callable[[Any], np.ndarray]
     """From one environment's state to its picture, by the package's own means."""
+
+
+class JaxTask(NamedTuple):
+    """A row of a package's table of tasks."""
+
+    written: str
+    """How its names are written, for people."""
+    form: str
+    """The same as a regular expression."""
+    example: str
+    """One of the names."""
+    build: Callable[[re.Match, int], JaxGame]
+    """From the parts of a name and the time limit to the game."""
+
+
+def game_by_name(tasks: Sequence[JaxTask], scenario: str, max_steps: int) -> JaxGame:
+    """Build the game whose form the name has.
+
+    Raises:
+        ValueError: if there is none, with the forms and examples.
+    """
+    for task in tasks:
+        if match := re.fullmatch(task.form, scenario):
+            return task.build(match, max_steps)
+    written, examples = (
+        " or ".join([", ".join(column[:-1]), column[-1]])
+        for column in ([task.written for task in tasks], [task.example for task in tasks])
+    )
+    raise ValueError(f"scenario must be {written}, such as {examples}; got {scenario!r}")
 
 
 class JaxEnv(WrapperEnv):
@@ -46,50 +80,33 @@ class JaxEnv(WrapperEnv):
 
     Args:
         game: the environment.
-        num_envs: number of copies.
         max_steps: time limit of an episode, reported as truncation.
-        shared_reward: whether every agent gets the sum of all agents' rewards.
-        seed: of the random streams; ``None`` draws one from Torch's global generator.
-        device: where the tensors are.
+        shared_reward: whether every agent gets the sum of all agents' rewards; False where the reward is the team's.
+        batch: ``num_envs``, ``seed`` and ``device``, see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
         ValueError: if ``num_envs`` or ``max_steps`` is below 1.
     """
 
-    def __init__(
-        self,
-        game: JaxGame,
-        *,
-        num_envs: int,
-        max_steps: int,
-        shared_reward: bool,
-        seed: int | None,
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, game: JaxGame, *, max_steps: int, shared_reward: bool, **batch: Unpack[BatchOptions]) -> None:
         shared_reward = shared_reward and game.own_rewards
-        super().__init__(
-            game.layout,
-            num_envs=num_envs,
-            max_steps=max_steps,
-            shared_reward=shared_reward,
-            seed=seed,
-            device=device,
-        )
+        super().__init__(game.agents, game.action_spec, max_steps=max_steps, shared_reward=shared_reward, **batch)
         self.game = game
         jax = import_extra("jax", "jax")
         self._jax: ModuleType = jax
         self._jax_device = torch.device("cpu" if jax.default_backend() == "cpu" else "cuda")
         self._restart, self._play = jax.jit(self._restarted), jax.jit(self._played)
-        nothing = jax.eval_shape(self._begun, jax.ShapeDtypeStruct((num_envs, 2), "uint32"))
+        nothing = jax.eval_shape(self._begun, jax.ShapeDtypeStruct((batch["num_envs"], 2), "uint32"))
         nothing = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), nothing)
         # Of all copies the state and what is seen. Committed to the device, or else it would compile twice.
         self._shown = jax.device_put(nothing, jax.devices()[0])
+        self.observation_spec = spec_of(self._data(self._to_torch(self._shown[1])))
 
     def _begun(self, keys: Any) -> Any:
         """The states of new episodes and what is seen of them; keys ``[*, 2]``."""
         jnp = self._jax.numpy
         state, seen = self._jax.vmap(self.game.reset)(keys)
-        returns = jnp.zeros((len(keys), len(self.layout.agents), 1))
+        returns = jnp.zeros((len(keys), len(self.game.agents), 1))
         return state, {**seen, "episode_reward": returns, "step_count": jnp.zeros((len(keys), 1), int)}
 
     def _restarted(self, keys: Any, which: Any, shown: Any) -> Any:
@@ -113,12 +130,12 @@ class JaxEnv(WrapperEnv):
         return jax.lax.bitcast_convert_type(keys, jnp.int32), shown
 
     def _played(self, shown: Any, action: Any) -> Any:
-        """Step all, and count what ``WrapperEnv`` counts."""
+        """Step all, and count steps and rewards."""
         jax, jnp = self._jax, self._jax.numpy
         before, old = shown
-        bounds = self.layout.action_spec.space
-        if isinstance(self.layout.action_spec, Bounded):  # so that a plain Gaussian policy can act
-            action = action.clip(bounds.low.numpy(), bounds.high.numpy())
+        spec = self.game.action_spec
+        if isinstance(spec, Bounded):  # so that a plain Gaussian policy can act
+            action = action.clip(spec.space.low.numpy(), spec.space.high.numpy())
         state, seen, reward, terminated = jax.vmap(self.game.step)(before, action)
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, before)
         if self.shared_reward:
@@ -130,12 +147,12 @@ class JaxEnv(WrapperEnv):
         flags = {"done": terminated | truncated, "terminated": terminated, "truncated": truncated}
         return (state, seen), {"reward": reward, **flags}
 
-    def _begin(self, which: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _reset_copies(self, where: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         keys = streams.view(torch.int32).unflatten(0, (-1, 2))  # a stream's 64 bits are a key of JAX
-        keys, self._shown = self._restart(self._to_jax(keys), self._to_jax(which), self._shown)
+        keys, self._shown = self._restart(self._to_jax(keys), self._to_jax(where), self._shown)
         return torch.from_dlpack(keys).cpu().view(torch.int64).squeeze(-1), self._to_torch(self._shown[1])
 
-    def _advance(self, action: Tensor) -> dict[str, Tensor]:
+    def _step_copies(self, action: Tensor) -> dict[str, Tensor]:
         action = action if action.is_floating_point() else action.int()  # JAX would copy int64
         self._shown, outcome = self._play(self._shown, self._to_jax(action))
         return self._to_torch({**self._shown[1], **outcome})
@@ -147,15 +164,15 @@ class JaxEnv(WrapperEnv):
         """
         if "next" in tensordict or "_step" in tensordict:
             return super().step_and_maybe_reset(tensordict)
-        shown = self._advance(tensordict["agents", "action"])
+        shown = self._step_copies(tensordict["agents", "action"])
         tensordict["next"] = self._data(shown)
         if shown["done"].any():
-            self._streams, begun = self._begin(shown["done"].squeeze(-1).cpu(), self._streams)
+            self.streams, begun = self._reset_copies(shown["done"].squeeze(-1).cpu(), self.streams)
             flags = {name: torch.zeros_like(shown[name]) for name in ("done", "terminated", "truncated")}
             return tensordict, self._data(begun | flags)
         return tensordict, self._data({name: value for name, value in shown.items() if name != "reward"})
 
-    def _draw(self, env_index: int) -> np.ndarray:
+    def _picture(self, env_index: int) -> np.ndarray:
         return self.game.draw(self._jax.tree.map(lambda leaf: leaf[env_index], self._shown[0]))
 
     def _to_jax(self, tensor: Tensor) -> Any:
@@ -165,11 +182,3 @@ class JaxEnv(WrapperEnv):
 
     def _to_torch(self, arrays: dict[str, Any]) -> dict[str, Tensor]:
         return {name: torch.from_dlpack(array).to(self.device) for name, array in arrays.items()}
-
-
-def game_by_name(
-    forms: Mapping[str, Callable[[re.Match, int], JaxGame]], scenario: str, max_steps: int
-) -> JaxGame | None:
-    """Build the game whose form, a regular expression, the name has; ``None`` if there is none."""
-    games = (build(match, max_steps) for form, build in forms.items() if (match := re.fullmatch(form, scenario)))
-    return next(games, None)

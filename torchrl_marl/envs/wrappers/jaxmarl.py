@@ -5,30 +5,33 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torchrl.data import Bounded, Categorical
+from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
+from typing_extensions import Unpack
 
-from torchrl_marl.envs.wrappers.base import Layout, import_extra
-from torchrl_marl.envs.wrappers.jax import FIGURE_INCHES, JaxEnv, JaxGame, game_by_name
+from torchrl_marl.envs.base import BatchOptions
+from torchrl_marl.envs.wrappers.base import WrapperEnv
+from torchrl_marl.envs.wrappers.jax import FIGURE_INCHES, JaxEnv, JaxGame, JaxTask, game_by_name
+from torchrl_marl.extras import import_extra
+from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["make_jaxmarl"]
 
 
+@hands_on_to(WrapperEnv.__init__)
 def make_jaxmarl(
     scenario: str = "smax-2s3z",
     *,
-    num_envs: int,
     max_steps: int = 100,
     shared_reward: bool = False,
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
+    **batch: Unpack[BatchOptions],
 ) -> EnvBase:
     """Build a task of JaxMARL.
 
@@ -51,12 +54,10 @@ def make_jaxmarl(
 
     Args:
         scenario: the name.
-        num_envs: number of environments stepped together.
         max_steps: time limit of an episode, reported as truncation. Winning and losing are terminations, and in JaxNav
             that all have arrived or crashed. JaxMARL's own are 100, 25, 500 and 400.
         shared_reward: whether every agent gets the sum of all agents' rewards.
-        seed: of the random streams; ``None`` draws one from Torch's global generator.
-        device: where the tensors are.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Returns:
         The environments, with batch size ``[num_envs]``.
@@ -65,28 +66,15 @@ def make_jaxmarl(
         ImportError: if JaxMARL is not installed.
         ValueError: if there is no such task or an argument is out of its range.
     """
-    # it prints what else could be installed, and leaves both streams as they were when Python started
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(sys.stderr):
-        import_extra("jaxmarl", "jax")
-    forms: dict[str, Callable[[re.Match, int], JaxGame]] = {
-        r"smax-(\w+)": _battle,
-        r"simple_spread_(\d+)ag": _spread,
-        r"jaxnav-(\d+)x\1x(\d+)a": _navigation,
-        r"overcooked-(\w+)": _kitchen,
-    }
+    import_extra("jaxmarl", "jax")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # JaxNav clips its own defaults, Overcooked recommends its successor
-        game = game_by_name(forms, scenario, max_steps)
-    if game is None:
-        raise ValueError(
-            "scenario must be smax-MAP, simple_spread_Nag, jaxnav-GxGxNa or overcooked-LAYOUT, such as smax-2s3z, "
-            f"simple_spread_3ag, jaxnav-11x11x4a or overcooked-cramped_room; got {scenario!r}"
-        )
-    return JaxEnv(game, num_envs=num_envs, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+        game = game_by_name(_TASKS, scenario, max_steps)
+    return JaxEnv(game, max_steps=max_steps, shared_reward=shared_reward, **batch)
 
 
 def _battle(name: re.Match, max_steps: int) -> JaxGame:
-    smax, jax = import_extra("jaxmarl.environments.smax", "jax"), import_extra("jax", "jax")
+    smax, jax = _environments("smax"), import_extra("jax", "jax")
     try:
         units = smax.map_name_to_scenario(name[1])
     except KeyError:
@@ -110,43 +98,34 @@ def _battle(name: re.Match, max_steps: int) -> JaxGame:
         with jax.disable_jit():  # of which it would compile something for every unit of every picture
             return _drawn(lambda axes: env.init_render(axes, scene, 0, units.step))
 
-    layout = _jaxmarl_layout(env)._replace(state_size=env.state_size, masked=True, mortal=True)
-    return _jaxmarl_game(env, layout, known, draw, own_rewards=False)
+    return _jaxmarl_game(env, draw, known=known, own_rewards=False)
 
 
 def _spread(name: re.Match, max_steps: int) -> JaxGame:
-    mpe, number = import_extra("jaxmarl.environments.mpe", "jax"), int(name[1])
+    mpe, number = _environments("mpe"), int(name[1])
     env = mpe.SimpleSpreadMPE(num_agents=number, num_landmarks=number, action_type="Continuous", max_steps=max_steps)
 
     def draw(state: Any) -> np.ndarray:
-        visualizer = import_extra("jaxmarl.environments.mpe.mpe_visualizer", "jax").MPEVisualizer
         with contextlib.redirect_stdout(io.StringIO()):
-            figure = visualizer(env, [state]).fig
+            figure = _environments("mpe.mpe_visualizer").MPEVisualizer(env, [state]).fig
         figure.canvas.draw()
         picture = np.array(figure.canvas.buffer_rgba())[..., :3]
         import_extra("matplotlib.pyplot", "jax").close(figure)
         return picture
 
-    return _jaxmarl_game(env, _jaxmarl_layout(env), _nothing_more, draw)
+    return _jaxmarl_game(env, draw)
 
 
 def _navigation(name: re.Match, max_steps: int) -> JaxGame:
-    jaxnav, size = import_extra("jaxmarl.environments.jaxnav.jaxnav_env", "jax"), int(name[1])
-    env = jaxnav.JaxNav(
-        num_agents=int(name[2]),
-        map_params={"map_size": (size, size), "fill": 0.3},
-        goal_radius=0.3,
-        max_steps=max_steps + 1,  # its own limit looks like an arrival of all: out of reach
-    )
-
-    def draw(state: Any) -> np.ndarray:
-        return _drawn(lambda axes: env.init_render(axes, state, lidar=False))
-
-    return _jaxmarl_game(env, _jaxmarl_layout(env), _nothing_more, draw)
+    jaxnav, size = _environments("jaxnav.jaxnav_env"), int(name[1])
+    world = {"map_size": (size, size), "fill": 0.3}
+    limit = max_steps + 1  # its own looks like an arrival of all: out of reach
+    env = jaxnav.JaxNav(num_agents=int(name[2]), map_params=world, goal_radius=0.3, max_steps=limit)
+    return _jaxmarl_game(env, lambda state: _drawn(lambda axes: env.init_render(axes, state, lidar=False)))
 
 
 def _kitchen(name: re.Match, max_steps: int) -> JaxGame:
-    overcooked = import_extra("jaxmarl.environments.overcooked", "jax")
+    overcooked = _environments("overcooked")
     if name[1] not in overcooked.overcooked_layouts:
         layouts = ", ".join(overcooked.overcooked_layouts)
         raise ValueError(f"Overcooked has no layout {name[1]!r}; it has {layouts}")
@@ -158,29 +137,26 @@ def _kitchen(name: re.Match, max_steps: int) -> JaxGame:
         visualizer.render(env.agent_view_size, state, highlight=False)
         return window.picture
 
-    return _jaxmarl_game(env, _jaxmarl_layout(env), _nothing_more, draw, own_rewards=False, ends=False)
+    return _jaxmarl_game(env, draw, own_rewards=False, ends=False)
 
 
-def _nothing_more(state: Any, observation: dict[str, Any]) -> dict[str, Any]:
-    return {}
+_TASKS = (
+    JaxTask("smax-MAP", r"smax-(\w+)", "smax-2s3z", _battle),
+    JaxTask("simple_spread_Nag", r"simple_spread_(\d+)ag", "simple_spread_3ag", _spread),
+    JaxTask("jaxnav-GxGxNa", r"jaxnav-(\d+)x\1x(\d+)a", "jaxnav-11x11x4a", _navigation),
+    JaxTask("overcooked-LAYOUT", r"overcooked-(\w+)", "overcooked-cramped_room", _kitchen),
+)
 
 
-def _jaxmarl_layout(env: Any) -> Layout:
-    agents = list(env.agents)
-    observation, action = env.observation_space(agents[0]), env.action_space(agents[0])
-    size, rows = torch.Size(observation.shape).numel(), len(agents)
-    if hasattr(action, "n"):
-        return Layout(agents, size, Categorical(int(action.n), shape=torch.Size([rows])))
-    low, high = (torch.tensor(np.broadcast_to(bound, (rows, *action.shape))) for bound in (action.low, action.high))
-    return Layout(agents, size, Bounded(low, high, torch.Size([rows, *action.shape]), dtype=torch.float32))
+def _environments(name: str) -> ModuleType:
+    return import_extra(f"jaxmarl.environments.{name}", "jax")
 
 
 def _jaxmarl_game(
     env: Any,
-    layout: Layout,
-    known: Callable[[Any, dict[str, Any]], dict[str, Any]],
     draw: Callable[[Any], np.ndarray],
     *,
+    known: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda state, observation: {},
     own_rewards: bool = True,
     ends: bool = True,
 ) -> JaxGame:
@@ -188,13 +164,12 @@ def _jaxmarl_game(
 
     Args:
         env: the environment.
-        layout: what it reads and writes.
-        known: from the state and the agents' observations to what there is besides.
         draw: from the state to a picture.
+        known: from the state and the agents' observations to what there is besides.
         own_rewards: False if all agents get the team's reward anyway.
         ends: False if all that ends an episode is its limit.
     """
-    jax, agents = import_extra("jax", "jax"), layout.agents
+    jax, agents = import_extra("jax", "jax"), list(env.agents)
     jnp = jax.numpy
 
     def seen(state: Any, observation: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +187,16 @@ def _jaxmarl_game(
         rewards = jnp.stack([reward[agent] for agent in agents])
         return (key, state), seen(state, observation), rewards, done["__all__"] & ends
 
-    return JaxGame(layout, reset, step, own_rewards, lambda keyed: draw(keyed[1]))
+    spec = _action_spec(env.action_space(agents[0]), len(agents))
+    return JaxGame(agents, spec, reset, step, own_rewards, lambda keyed: draw(keyed[1]))
+
+
+def _action_spec(space: Any, num_agents: int) -> TensorSpec:
+    if hasattr(space, "n"):
+        return Categorical(int(space.n), shape=torch.Size([num_agents]))
+    shape = torch.Size([num_agents, *space.shape])
+    low, high = (torch.tensor(np.broadcast_to(bound, shape)) for bound in (space.low, space.high))
+    return Bounded(low, high, shape, dtype=torch.float32)
 
 
 class _Window:

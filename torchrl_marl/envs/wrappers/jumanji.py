@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torchrl.data import Bounded, Categorical
+from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
+from typing_extensions import Unpack
 
-from torchrl_marl.envs.wrappers.base import Layout, import_extra
-from torchrl_marl.envs.wrappers.jax import FIGURE_INCHES, JaxEnv, JaxGame, game_by_name
+from torchrl_marl.envs.base import BatchOptions
+from torchrl_marl.envs.wrappers.base import WrapperEnv
+from torchrl_marl.envs.wrappers.jax import FIGURE_INCHES, JaxEnv, JaxGame, JaxTask, game_by_name
+from torchrl_marl.extras import import_extra
+from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["make_jumanji"]
 
@@ -21,14 +26,13 @@ _FIGURE = "torchrl_marl"  # its name
 _WAREHOUSES = {"tiny": (1, 3), "small": (2, 3), "medium": (2, 5), "large": (3, 5), "xlarge": (4, 5)}  # rows, columns
 
 
+@hands_on_to(WrapperEnv.__init__)
 def make_jumanji(
     scenario: str = "lbf-2s-8x8-2p-2f-coop",
     *,
-    num_envs: int,
     max_steps: int = 100,
     shared_reward: bool = True,
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
+    **batch: Unpack[BatchOptions],
 ) -> EnvBase:
     """Build a task of Jumanji by the name that papers give it.
 
@@ -47,11 +51,9 @@ def make_jumanji(
 
     Args:
         scenario: the name.
-        num_envs: number of environments stepped together.
         max_steps: time limit of an episode. Papers use ``G * G`` for Connector, 500, 100 and 400.
         shared_reward: whether every agent gets the sum of all agents' rewards. RobotWarehouse's is the team's anyway.
-        seed: of the random streams; ``None`` draws one from Torch's global generator.
-        device: where the tensors are.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Returns:
         The environments, with batch size ``[num_envs]``.
@@ -61,27 +63,15 @@ def make_jumanji(
         ValueError: if the name has none of these forms or an argument is out of its range.
     """
     import_extra("jumanji", "jax")
-    forms: dict[str, Callable[[re.Match, int], JaxGame]] = {
-        r"con-(\d+)x\1x(\d+)a": _connector,
-        r"rware-(tiny|small|medium|large|xlarge)-(\d+)ag(-easy|-hard)?": _warehouse,
-        r"lbf-(2s-)?(\d+)x\2-(\d+)p-(\d+)f(-coop)?": _foraging,
-        r"sar-(\d+)a": _search,
-    }
-    game = game_by_name(forms, scenario, max_steps)
-    if game is None:
-        raise ValueError(
-            "scenario must be con-GxGxNa, rware-SIZE-Nag[-easy|-hard], lbf-[2s-]GxG-Np-Ff[-coop] or sar-Na, such as "
-            f"con-5x5x3a, rware-tiny-2ag, lbf-2s-8x8-2p-2f-coop or sar-2a; got {scenario!r}"
-        )
-    return JaxEnv(game, num_envs=num_envs, max_steps=max_steps, shared_reward=shared_reward, seed=seed, device=device)
+    game = game_by_name(_TASKS, scenario, max_steps)
+    return JaxEnv(game, max_steps=max_steps, shared_reward=shared_reward, **batch)
 
 
 def _connector(name: re.Match, max_steps: int) -> JaxGame:
-    module, jnp = import_extra("jumanji.environments.routing.connector", "jax"), import_extra("jax.numpy", "jax")
-    generator = import_extra("jumanji.environments.routing.connector.generator", "jax").RandomWalkGenerator
+    (module, generators, viewers), jnp = _parts("routing.connector"), import_extra("jax.numpy", "jax")
     size, num_agents = int(name[1]), int(name[2])
-    env = module.Connector(generator=generator(grid_size=size, num_agents=num_agents), time_limit=max_steps)
-
+    grid = generators.RandomWalkGenerator(grid_size=size, num_agents=num_agents)
+    env = module.Connector(generator=grid, time_limit=max_steps)
     ids = jnp.arange(num_agents)[:, None, None]
 
     def seen(state: Any, observation: Any) -> dict[str, Any]:
@@ -96,38 +86,26 @@ def _connector(name: re.Match, max_steps: int) -> JaxGame:
             "state": of_all.reshape(-1).astype(float),
         }
 
-    layout = Layout(_names(num_agents), 5 * size**2, _choices(num_agents, 5), state_size=3 * size**2, masked=True)
-    viewer = import_extra("jumanji.environments.routing.connector.viewer", "jax").ConnectorViewer
-    viewer = partial(viewer, _FIGURE, num_agents, "rgb_array")
-    return _jumanji_game(env, layout, seen, _without_future, viewer, scene=lambda state: state.grid)
+    viewer = partial(viewers.ConnectorViewer, _FIGURE, num_agents, "rgb_array")
+    return _jumanji_game(env, _choices(num_agents, 5), viewer, seen=seen, scene=lambda state: state.grid)
 
 
 def _warehouse(name: re.Match, max_steps: int) -> JaxGame:
-    module = import_extra("jumanji.environments.routing.robot_warehouse", "jax")
-    generator = import_extra("jumanji.environments.routing.robot_warehouse.generator", "jax").RandomGenerator
+    module, generators, viewers = _parts("routing.robot_warehouse")
     (rows, columns), num_agents = _WAREHOUSES[name[1]], int(name[2])
     requests = {"-easy": 2 * num_agents, None: num_agents, "-hard": num_agents // 2}[name[3]]
-    floor = generator(
-        shelf_rows=rows,
-        shelf_columns=columns,
-        column_height=8,
-        num_agents=num_agents,
-        sensor_range=1,
-        request_queue_size=requests,
-    )
+    size = {"shelf_rows": rows, "shelf_columns": columns, "column_height": 8}
+    floor = generators.RandomGenerator(**size, num_agents=num_agents, sensor_range=1, request_queue_size=requests)
     # Its own limit is reported like a collision: out of reach.
     env = module.RobotWarehouse(generator=floor, time_limit=max_steps + 1)
-    layout = Layout(_names(num_agents), env.num_obs_features, _choices(num_agents, 5), masked=True)
-    viewer = import_extra("jumanji.environments.routing.robot_warehouse.viewer", "jax").RobotWarehouseViewer
-    viewer = partial(viewer, env.grid_size, env.goals, _FIGURE, "rgb_array")
-    return _jumanji_game(env, layout, _own_views, _without_future, viewer, own_rewards=False)
+    viewer = partial(viewers.RobotWarehouseViewer, env.grid_size, env.goals, _FIGURE, "rgb_array")
+    return _jumanji_game(env, _choices(num_agents, 5), viewer, own_rewards=False)
 
 
 def _foraging(name: re.Match, max_steps: int) -> JaxGame:
-    module = import_extra("jumanji.environments.routing.lbf", "jax")
-    generator = import_extra("jumanji.environments.routing.lbf.generator", "jax").RandomGenerator
+    module, generators, viewers = _parts("routing.lbf")
     size, num_agents, num_food = int(name[2]), int(name[3]), int(name[4])
-    field = generator(
+    field = generators.RandomGenerator(
         grid_size=size,
         fov=2 if name[1] else size,
         num_agents=num_agents,
@@ -136,17 +114,14 @@ def _foraging(name: re.Match, max_steps: int) -> JaxGame:
         force_coop=bool(name[5]),
     )
     env = module.LevelBasedForaging(generator=field, time_limit=max_steps)
-    layout = Layout(_names(num_agents), 3 * (num_agents + num_food), _choices(num_agents, 6), masked=True)
-    viewer = import_extra("jumanji.environments.routing.lbf.viewer", "jax").LevelBasedForagingViewer
-    viewer = partial(viewer, size, _FIGURE, "rgb_array")
-    return _jumanji_game(env, layout, _own_views, _without_future, viewer)
+    viewer = partial(viewers.LevelBasedForagingViewer, size, _FIGURE, "rgb_array")
+    return _jumanji_game(env, _choices(num_agents, 6), viewer)
 
 
 def _search(name: re.Match, max_steps: int) -> JaxGame:
-    module, jnp = import_extra("jumanji.environments.swarms.search_and_rescue", "jax"), import_extra("jax.numpy", "jax")
-    generator = import_extra("jumanji.environments.swarms.search_and_rescue.generator", "jax").RandomGenerator
+    (module, generators, viewers), jnp = _parts("swarms.search_and_rescue"), import_extra("jax.numpy", "jax")
     num_agents = int(name[1])
-    area = generator(num_searchers=num_agents, num_targets=40)
+    area = generators.RandomGenerator(num_searchers=num_agents, num_targets=40)
     env = module.SearchAndRescue(generator=area, time_limit=max_steps)
 
     def seen(state: Any, observation: Any) -> dict[str, Any]:
@@ -158,48 +133,32 @@ def _search(name: re.Match, max_steps: int) -> JaxGame:
         ]
         return {"observation": jnp.concatenate(parts, 1)}
 
-    views = env.observation_spec.searcher_views.shape
-    size = torch.Size(views[1:]).numel() + 4
+    def found_all(state: Any, timestep: Any) -> Any:
+        return state.targets.found.all()
+
     spec = Bounded(-1.0, 1.0, torch.Size([num_agents, 2]), dtype=torch.float32)
-    found_all = lambda state, timestep: state.targets.found.all()  # noqa: E731
-    viewer = import_extra("jumanji.environments.swarms.search_and_rescue.viewer", "jax").SearchAndRescueViewer
-    viewer = partial(viewer, _FIGURE, render_mode="rgb_array")
-    return _jumanji_game(env, Layout(_names(num_agents), size, spec), seen, found_all, viewer)
+    viewer = partial(viewers.SearchAndRescueViewer, _FIGURE, render_mode="rgb_array")
+    return _jumanji_game(env, spec, viewer, seen=seen, terminated=found_all)
 
 
-def _jumanji_game(
-    env: Any,
-    layout: Layout,
-    seen: Callable[[Any, Any], dict[str, Any]],
-    terminated: Callable[[Any, Any], Any],
-    viewer: Callable[[], Any],
-    *,
-    own_rewards: bool = True,
-    scene: Callable[[Any], Any] = lambda state: state,
-) -> JaxGame:
-    """An environment of Jumanji.
+_TASKS = (
+    JaxTask("con-GxGxNa", r"con-(\d+)x\1x(\d+)a", "con-5x5x3a", _connector),
+    JaxTask(
+        "rware-SIZE-Nag[-easy|-hard]",
+        rf"rware-({'|'.join(_WAREHOUSES)})-(\d+)ag(-easy|-hard)?",
+        "rware-tiny-2ag",
+        _warehouse,
+    ),
+    JaxTask(
+        "lbf-[2s-]GxG-Np-Ff[-coop]", r"lbf-(2s-)?(\d+)x\2-(\d+)p-(\d+)f(-coop)?", "lbf-2s-8x8-2p-2f-coop", _foraging
+    ),
+    JaxTask("sar-Na", r"sar-(\d+)a", "sar-2a", _search),
+)
 
-    Args:
-        env: the environment.
-        layout: what it reads and writes.
-        seen: from the state and the observation to the entries of ``JaxGame.reset``.
-        terminated: from the state and the time step to whether the episode has ended for good.
-        viewer: makes what draws it.
-        own_rewards: False if all agents get the team's reward anyway.
-        scene: what the viewer is shown of the state.
-    """
-    jnp = import_extra("jax.numpy", "jax")
 
-    def reset(key: Any) -> tuple[Any, dict[str, Any]]:
-        state, timestep = env.reset(key)
-        return state, seen(state, timestep.observation)
-
-    def step(state: Any, action: Any) -> tuple[Any, dict[str, Any], Any, Any]:
-        state, timestep = env.step(state, action)
-        reward = jnp.broadcast_to(timestep.reward, (len(layout.agents),)).astype(float)
-        return state, seen(state, timestep.observation), reward, terminated(state, timestep)
-
-    return JaxGame(layout, reset, step, own_rewards, lambda state: _photograph(viewer(), scene(state)))
+def _parts(name: str) -> list[ModuleType]:
+    """An environment of Jumanji, the module of its generators and that of its viewer."""
+    return [import_extra(f"jumanji.environments.{name}{part}", "jax") for part in ("", ".generator", ".viewer")]
 
 
 def _own_views(state: Any, observation: Any) -> dict[str, Any]:
@@ -211,6 +170,42 @@ def _without_future(state: Any, timestep: Any) -> Any:
     return timestep.last() & (timestep.discount == 0).all()
 
 
+def _jumanji_game(
+    env: Any,
+    action_spec: TensorSpec,
+    viewer: Callable[[], Any],
+    *,
+    seen: Callable[[Any, Any], dict[str, Any]] = _own_views,
+    terminated: Callable[[Any, Any], Any] = _without_future,
+    own_rewards: bool = True,
+    scene: Callable[[Any], Any] = lambda state: state,
+) -> JaxGame:
+    """An environment of Jumanji.
+
+    Args:
+        env: the environment.
+        action_spec: of all agents.
+        viewer: makes what draws it.
+        seen: from the state and the observation to the entries of ``JaxGame.reset``.
+        terminated: from the state and the time step to whether the episode has ended for good.
+        own_rewards: False if all agents get the team's reward anyway.
+        scene: what the viewer is shown of the state.
+    """
+    jnp, num_agents = import_extra("jax.numpy", "jax"), action_spec.shape[0]
+
+    def reset(key: Any) -> tuple[Any, dict[str, Any]]:
+        state, timestep = env.reset(key)
+        return state, seen(state, timestep.observation)
+
+    def step(state: Any, action: Any) -> tuple[Any, dict[str, Any], Any, Any]:
+        state, timestep = env.step(state, action)
+        reward = jnp.broadcast_to(timestep.reward, (num_agents,)).astype(float)
+        return state, seen(state, timestep.observation), reward, terminated(state, timestep)
+
+    agents = [f"agent_{index}" for index in range(num_agents)]
+    return JaxGame(agents, action_spec, reset, step, own_rewards, lambda state: _photograph(viewer(), scene(state)))
+
+
 def _photograph(viewer: Any, state: Any) -> np.ndarray:
     """The picture of a viewer of Jumanji; it would open a window for its figure, unless there is one of that name."""
     pyplot = import_extra("matplotlib.pyplot", "jax")
@@ -219,10 +214,6 @@ def _photograph(viewer: Any, state: Any) -> np.ndarray:
     picture = np.array(viewer.render(state))[..., :3]
     pyplot.close(figure)
     return picture
-
-
-def _names(num_agents: int) -> list[str]:
-    return [f"agent_{index}" for index in range(num_agents)]
 
 
 def _choices(num_agents: int, num_actions: int) -> Categorical:

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torchrl.data import Categorical
 from torchrl.envs import EnvBase
+from typing_extensions import Unpack
 
-from torchrl_marl.envs.wrappers.base import Layout
+from torchrl_marl.envs.base import BatchOptions
+from torchrl_marl.envs.wrappers.base import WrapperEnv
 from torchrl_marl.envs.wrappers.gymnasium import SerialGame, SerialGymEnv, Turn
+from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["make_smacv2"]
 
@@ -34,9 +37,15 @@ class _StarCraftGame(SerialGame):
     def __init__(self, env: Any) -> None:
         self.env = env
         sizes = env.get_env_info()
-        agents = [f"agent_{index}" for index in range(sizes["n_agents"])]
-        actions = Categorical(sizes["n_actions"], shape=torch.Size([len(agents)]))
-        self.layout = Layout(agents, sizes["obs_shape"], actions, sizes["state_shape"], masked=True, mortal=True)
+        num_agents, num_actions = sizes["n_agents"], sizes["n_actions"]
+        self.agents = [f"agent_{index}" for index in range(num_agents)]
+        self.action_spec = Categorical(num_actions, shape=torch.Size([num_agents]))
+        self.blank = {
+            "observation": np.zeros((num_agents, sizes["obs_shape"]), np.float32),
+            "action_mask": np.zeros((num_agents, num_actions), bool),
+            "mask": np.zeros(num_agents, bool),
+            "state": np.zeros(sizes["state_shape"], np.float32),
+        }
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         try:
@@ -53,7 +62,7 @@ class _StarCraftGame(SerialGame):
         reward, over, info = self.env.step(action.tolist())
         # An end without any news is that of a game that had to be started again.
         truncated = over and (not info or self.env.timeouts > timeouts)
-        return Turn(self._seen(), [float(reward)] * len(self.layout.agents), over and not truncated, truncated)
+        return Turn(self._seen(), [float(reward)] * len(self.agents), over and not truncated, truncated)
 
     def draw(self) -> np.ndarray:
         raise NotImplementedError("the game opens a window of its own")
@@ -68,14 +77,8 @@ class _StarCraftGame(SerialGame):
         }
 
 
-def make_smacv2(
-    scenario: str = "terran_5_vs_5",
-    *,
-    num_envs: int,
-    max_steps: int = 200,
-    seed: int | None = None,
-    device: torch.device | str = "cpu",
-) -> EnvBase:
+@hands_on_to(WrapperEnv.__init__)
+def make_smacv2(scenario: str = "terran_5_vs_5", *, max_steps: int = 200, **batch: Unpack[BatchOptions]) -> EnvBase:
     """Build a scenario of SMACv2, with teams and starts drawn anew for every episode.
 
     It needs StarCraft II. SMAX (``make_jaxmarl("smax-smacv2_5_units")``) has similar battles in a physics of its own,
@@ -87,10 +90,9 @@ def make_smacv2(
     Args:
         scenario: ``RACE_N_vs_M``, or with ``_epo`` behind it for extended partial observability; RACE is terran,
             protoss or zerg; papers use 5_vs_5, 10_vs_10, 10_vs_11, 20_vs_20 and 20_vs_23.
-        num_envs: number of environments, each a process of the game.
         max_steps: time limit of an episode; the maps have one of 200 of their own.
-        seed: of the first game's own random numbers; the following integers are the others'.
-        device: where the tensors are.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`. Each environment is a process of the game; ``seed`` is
+            that of the first game's own random numbers, the following integers are the others'.
 
     Returns:
         The environments, with batch size ``[num_envs]``.
@@ -133,6 +135,10 @@ def make_smacv2(
     }
     if match[4]:
         options |= {"prob_obs_enemy": 0.0, "action_mask": False}
-    seeds = [None if seed is None else (seed + index) % 2**32 for index in range(num_envs)]
-    games = [_StarCraftGame(StarCraftCapabilityEnvWrapper(**options, seed=own)) for own in seeds]
-    return SerialGymEnv(games, max_steps=max_steps, shared_reward=False, seed=seed, device=device)
+    seed = batch.get("seed")
+
+    def make(index: int) -> SerialGame:
+        own = None if seed is None else (seed + index) % 2**32
+        return _StarCraftGame(StarCraftCapabilityEnvWrapper(**options, seed=own))
+
+    return SerialGymEnv(make, max_steps=max_steps, shared_reward=False, **batch)

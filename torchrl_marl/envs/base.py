@@ -1,0 +1,140 @@
+"""What games and wrapped environments have in common: keys and specs, random streams, time limit, pictures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
+from torchrl.envs import EnvBase
+from typing_extensions import Required, TypedDict
+
+from torchrl_marl.envs.games.streams import random_streams
+
+__all__ = ["BatchOptions", "TeamEnv", "spec_of"]
+
+
+class BatchOptions(TypedDict, total=False):
+    """What every environment of the library takes.
+
+    ``num_envs`` is the number of environments stepped together, ``B``; ``seed`` is that of the random streams, where
+    ``None``, the default, draws one from Torch's global generator; ``device``, the CPU by default, holds the tensors.
+    """
+
+    num_envs: Required[int]
+    seed: int | None
+    device: torch.device | str
+
+
+class TeamEnv(EnvBase, ABC):
+    """A batch of equal environments whose agents form the group ``"agents"``.
+
+    The keys are those of ``make_env``'s environments: observations, actions, masks, rewards and ``episode_reward`` of
+    the group, done flags, ``step_count`` and the state at the root. The time limit and the sums of rewards are kept by
+    the environment, so that no transform is needed.
+
+    The environment owns its randomness: each copy has a random stream of its own, which every episode begins from.
+    The same seed gives the same episodes, a copy plays as it would alone, nothing else in the process draws from the
+    streams, and ``state_dict`` holds them. An environment restored from ``state_dict`` begins the same episodes at its
+    next ``reset``. (A ``TransformedEnv`` leaves the streams out of its own ``state_dict``: use that of its
+    ``base_env``.)
+
+    ``limit_flag`` is the flag that reports the time limit, ``"truncated"`` or ``"terminated"``; ``fixed_length`` says
+    that the number of steps is part of the task, so that reaching it may well be a termination. ``streams``, ``[B]``,
+    are the random streams that the next ``reset`` begins from. A subclass sets ``observation_spec`` and calls
+    ``_set_seed``.
+
+    Args:
+        agents: names of the ``N`` agents.
+        action_spec: of one environment, ``[N]`` for discrete or ``[N, A]`` for continuous actions.
+        num_envs: number of environments stepped together, ``B``.
+        max_steps: time limit of an episode.
+        device: where the tensors are.
+
+    Raises:
+        ValueError: if ``num_envs`` or ``max_steps`` is below 1.
+    """
+
+    limit_flag: str = "truncated"
+    fixed_length: bool = False
+    streams: Tensor
+
+    def __init__(
+        self,
+        agents: Sequence[str],
+        action_spec: TensorSpec,
+        *,
+        num_envs: int,
+        max_steps: int,
+        device: torch.device | str,
+    ) -> None:
+        for name, value in (("num_envs", num_envs), ("max_steps", max_steps)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
+        self.max_steps = max_steps
+        self.group_map = {"agents": list(agents)}
+        self.action_spec = self._of_agents("action", action_spec.expand(torch.Size([num_envs, *action_spec.shape])))
+        self.reward_spec = self._of_agents("reward", Unbounded(torch.Size([num_envs, len(agents), 1])))
+        flag = Categorical(2, shape=torch.Size([num_envs, 1]), dtype=torch.bool)
+        flags = {name: flag.clone() for name in ("done", "terminated", "truncated")}
+        self.done_spec = Composite(flags, shape=self.batch_size).to(self.device)
+
+    def _of_agents(self, name: str, spec: TensorSpec) -> Composite:
+        group = Composite({name: spec}, shape=spec.shape[:2])
+        return Composite(agents=group, shape=self.batch_size).to(self.device)
+
+    def _set_seed(self, seed: int | None) -> None:
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        self.set_extra_state(random_streams(seed, self.batch_size[0]))
+
+    def get_extra_state(self) -> Tensor:
+        """Return every copy's stream, ``[B]``: the part of ``state_dict`` that is not a parameter."""
+        return self.streams
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Continue every copy's stream from ``state``, ``[B]``, at the next ``reset``.
+
+        Raises:
+            ValueError: if there is not one stream for each copy.
+        """
+        if state.shape != self.batch_size:
+            raise ValueError(f"streams must be of shape {list(self.batch_size)}, got {list(state.shape)}")
+        self.streams = state
+
+    def render(self, env_index: int = 0) -> Tensor:
+        """Draw one of the environments.
+
+        Args:
+            env_index: which one.
+
+        Returns:
+            Picture, ``uint8`` of shape ``[height, width, 3]``.
+
+        Raises:
+            ImportError: if a package that draws is not installed.
+            ValueError: if there is no such environment, or it cannot be drawn here.
+        """
+        if not 0 <= env_index < self.batch_size[0]:
+            raise ValueError(f"env_index must be in 0..{self.batch_size[0] - 1}, got {env_index}")
+        return torch.from_numpy(np.ascontiguousarray(self._draw(env_index)))
+
+    @abstractmethod
+    def _draw(self, env_index: int) -> np.ndarray:
+        """Return the picture of one environment."""
+
+
+def spec_of(data: TensorDictBase) -> Composite:
+    """Return the specs of data by their shapes and types; booleans are flags."""
+    specs = {key: spec_of(value) if isinstance(value, TensorDictBase) else _leaf(value) for key, value in data.items()}
+    return Composite(specs, shape=data.batch_size, device=data.device)
+
+
+def _leaf(value: Tensor) -> TensorSpec:
+    if value.dtype == torch.bool:
+        return Categorical(2, shape=value.shape, dtype=torch.bool, device=value.device)
+    return Unbounded(value.shape, dtype=value.dtype, device=value.device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torchrl.envs import EnvBase, VmasWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_marl.envs.check import innermost
+from torchrl_marl.envs.games.pictures import Canvas, Point
 from torchrl_marl.envs.random_state import preserve_random_state
 from torchrl_marl.extras import import_extra
 from torchrl_marl.files import replacing
@@ -22,14 +24,12 @@ from torchrl_marl.modules import with_recurrent_state
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.ImageDraw import ImageDraw
 
 __all__ = ["render_episode"]
 
 _SIZE = 360  # longer side of the scene in pixels
 _LARGEST = 480  # that of a picture that an environment draws of itself
 _CAPTION = 24  # height of the line of text above the scene
-_SUPERSAMPLING = 3
 _LAST = 1.5  # seconds that the last frame stays
 
 
@@ -102,10 +102,7 @@ def render_episode(
     if isinstance(policy, nn.Module):
         env = with_recurrent_state(env, policy)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(base, VmasWrapper):
-        camera = _VmasCamera(base, env_index)
-    else:
-        camera = _Camera(base, env_index)
+    camera = _VmasCamera(base, env_index) if isinstance(base, VmasWrapper) else _Camera(base, env_index)
     frames = _film(env, camera, policy, max_steps, env_index)
     with replacing(path) as film:
         write(frames, film, fps)
@@ -131,21 +128,17 @@ def _film(env: EnvBase, camera: _Camera | _VmasCamera, policy: Callable, max_ste
 
 
 class _Camera:
-    """Takes the pictures that a game draws of itself."""
+    """Takes the pictures that an environment draws of itself."""
 
     def __init__(self, env: DrawsItself, env_index: int) -> None:
         self._env, self._env_index = env, env_index
         self._images: list[Image] = []
 
     def shoot(self) -> None:
-        from PIL import Image
-
         picture: Any = self._env.render(self._env_index)
         if isinstance(picture, list):  # SerialEnv asks every copy
             picture = picture[self._env_index]
-        image = Image.fromarray(picture.cpu().numpy())
-        image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
-        self._images.append(image)
+        self._images.append(_image(picture.cpu().numpy(), _LARGEST))
 
     def images(self) -> list[Image]:
         return self._images
@@ -162,8 +155,9 @@ class _VmasCamera:
     def shoot(self) -> None:
         self._scenes.append(_scene(self._simulator, self._env_index))
         if self._photographs is not None:
-            try:
-                self._photographs.append(_photograph(self._simulator, self._env_index))
+            try:  # any other mode than rgb_array spoils pyglet for the process where there is no display
+                picture = self._simulator.render(mode="rgb_array", env_index=self._env_index)
+                self._photographs.append(_image(picture.copy(), _SIZE))
             except Exception:
                 # Without OpenGL, EGL or a display pyglet fails at the first frame, each in its own way.
                 self._photographs = None
@@ -172,12 +166,11 @@ class _VmasCamera:
         return _draw(self._scenes, _bounds(self._scenes)) if self._photographs is None else self._photographs
 
 
-def _photograph(simulator: VmasWrapper, env_index: int) -> Image:
-    """VMAS's own picture. Any other mode than rgb_array spoils pyglet for the process where there is no display."""
+def _image(pixels: np.ndarray, longer_side: int) -> Image:
     from PIL import Image
 
-    image = Image.fromarray(simulator.render(mode="rgb_array", env_index=env_index).copy())
-    image.thumbnail((_SIZE, _SIZE), Image.Resampling.LANCZOS)
+    image = Image.fromarray(pixels)
+    image.thumbnail((longer_side, longer_side), Image.Resampling.LANCZOS)
     return image
 
 
@@ -185,12 +178,12 @@ def _photograph(simulator: VmasWrapper, env_index: int) -> Image:
 class _Body:
     """An entity at one moment, in world coordinates."""
 
-    points: list[tuple[float, float]]
+    points: list[Point]
     radius: float  # 0 unless a disc
     color: tuple[int, ...]
     layer: int  # -1 the ground; 0 marks on it, such as goals; 1 obstacles and things to push; 2 agents
     framed: bool = True  # False for walls and floors, which may leave the frame
-    nose: tuple[float, float] | None = None
+    nose: Point | None = None
 
 
 def _scene(simulator: VmasWrapper, env_index: int) -> list[_Body]:
@@ -220,7 +213,7 @@ def _body(entity: Any, env_index: int) -> _Body:
     return _Body(points, radius, tuple(color), layer, framed=entity.movable or reach < 1)
 
 
-def _nose(agent: Any, env_index: int, angle: float) -> tuple[float, float]:
+def _nose(agent: Any, env_index: int, angle: float) -> Point:
     """From the agent's centre, where it faces or, if its dynamics know no facing, where it moves."""
     from vmas.simulator.dynamics.holonomic import Holonomic
 
@@ -233,7 +226,7 @@ def _nose(agent: Any, env_index: int, angle: float) -> tuple[float, float]:
     return length * x / (speed or 1), length * y / (speed or 1)
 
 
-def _outline(shape: Any) -> tuple[list[tuple[float, float]], float]:
+def _outline(shape: Any) -> tuple[list[Point], float]:
     """The corners of a box, the ends of a line or the centre of a disc, about the entity's position; and the radius."""
     from vmas.simulator.core import Box, Line
 
@@ -258,36 +251,30 @@ def _bounds(scenes: list[list[_Body]]) -> tuple[float, float, float, float]:
 
 
 def _draw(scenes: list[list[_Body]], bounds: tuple[float, float, float, float]) -> list[Image]:
-    from PIL import Image, ImageDraw
-
     left, bottom, right, top = bounds
-    scale = _SUPERSAMPLING * _SIZE / max(right - left, top - bottom)
-    size = (round(scale * (right - left)), round(scale * (top - bottom)))
+    scale = _SIZE / max(right - left, top - bottom)
     images = []
     for scene in scenes:
-        image = Image.new("RGB", size, "white")
-        draw = ImageDraw.Draw(image)
+        canvas = Canvas(round(scale * (right - left)), round(scale * (top - bottom)))
         for body in scene:
-            points = [(scale * (x - left), scale * (top - y)) for x, y in body.points]
-            _draw_body(draw, body, points, scale)
-        images.append(image.resize((size[0] // _SUPERSAMPLING, size[1] // _SUPERSAMPLING), Image.Resampling.LANCZOS))
+            _draw_body(canvas, body, [(scale * (x - left), scale * (top - y)) for x, y in body.points], scale)
+        images.append(canvas.image())
     return images
 
 
-def _draw_body(draw: ImageDraw, body: _Body, points: list[tuple[float, float]], scale: float) -> None:
-    width = 2 * _SUPERSAMPLING
+def _draw_body(canvas: Canvas, body: _Body, points: list[Point], scale: float) -> None:
     fill, edge = body.color, tuple(int(0.6 * channel) for channel in body.color)
     if body.layer < 1:
         fill, edge = tuple(255 - (255 - channel) // 4 for channel in body.color), body.color
     if body.nose is not None:
         x, y = (sum(coordinates) / len(points) for coordinates in zip(*points, strict=True))
-        draw.line([(x, y), (x + scale * body.nose[0], y - scale * body.nose[1])], fill=edge, width=width)
+        canvas.path([(x, y), (x + scale * body.nose[0], y - scale * body.nose[1])], edge, 2)
     if len(points) == 1:
-        draw.circle(points[0], scale * body.radius, fill=fill, outline=edge, width=width)
+        canvas.disc(points[0], scale * body.radius, fill, edge=edge, width=2)
     elif len(points) == 2:
-        draw.line(points, fill=edge, width=2 * width)
+        canvas.path(points, edge, 4)
     else:
-        draw.polygon(points, fill=fill, outline=edge, width=width)
+        canvas.polygon(points, fill, edge=edge, width=2)
 
 
 def _caption(step: int, returns: dict[Any, float]) -> str:
@@ -297,13 +284,14 @@ def _caption(step: int, returns: dict[Any, float]) -> str:
 
 
 def _with_caption(image: Image, caption: str) -> Image:
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image
 
-    framed = Image.new("RGB", (image.width, image.height + _CAPTION), "white")
+    line = Canvas(image.width, _CAPTION)
+    line.text((8, _CAPTION / 2), caption, 13, anchor="lm")
+    line.path([(0, _CAPTION - 0.5), (image.width, _CAPTION - 0.5)], (220, 220, 220), 1)
+    framed = Image.new("RGB", (image.width, image.height + _CAPTION))
+    framed.paste(line.image())
     framed.paste(image, (0, _CAPTION))
-    draw = ImageDraw.Draw(framed)
-    draw.text((8, _CAPTION // 2), caption, fill=(60, 60, 60), font=ImageFont.load_default(13), anchor="lm")
-    draw.line([(0, _CAPTION - 1), (image.width, _CAPTION - 1)], fill=(220, 220, 220))
     return framed
 
 
@@ -324,7 +312,6 @@ def _write_gif(frames: list[Image], path: Path, fps: int) -> None:
 
 def _write_mp4(frames: list[Image], path: Path, fps: int) -> None:
     import imageio.v3
-    import numpy as np
 
     width, height = (side - side % 2 for side in frames[0].size)  # H.264 halves the resolution of colours
     cropped = [np.asarray(frame.crop((0, 0, width, height))) for frame in frames]

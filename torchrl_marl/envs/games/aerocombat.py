@@ -14,7 +14,7 @@ from torchrl.data import Bounded
 from typing_extensions import Unpack
 
 from torchrl_marl.envs.base import BatchOptions
-from torchrl_marl.envs.games.aerocombat_picture import Plane, draw_combat
+from torchrl_marl.envs.games.aerocombat_picture import draw_combat
 from torchrl_marl.envs.games.flight import (
     JET,
     Aircraft,
@@ -243,25 +243,7 @@ class AeroCombatRules(Rules):
         position, direction, lift_axis = (_vector(state[name], -1) for name in _VECTORS)
         frame = axes(Flight(position, direction, lift_axis, state["speed"], state["attack"]))
         frames = torch.stack([torch.stack(axis, -1) for axis in frame], -2)
-        planes = [
-            Plane(
-                team=int(index >= self.num_agents),
-                position=state["position"][index],
-                frame=frames[index],
-                health=float(state["health"][index]),
-                target=int(state["target"][index]),
-                trail=state["trail"][:, index],
-            )
-            for index in range(2 * self.num_agents)
-        ]
-        view, weapons = self.sensors.view, self.sensors.weapons
-        return draw_combat(
-            planes,
-            view=(view.azimuth, view.elevation),
-            weapons=(weapons.azimuth, weapons.elevation),
-            reach=weapons.range,
-            seconds=_STEP * float(state["step"]),
-        )
+        return draw_combat(state, frames, self.sensors, seconds=_STEP * float(state["step"]))
 
 
 class AeroCombatEnv(TensorEnv):

@@ -1,19 +1,20 @@
-"""Pictures of AeroCombat: from above and from the side, with cones, trails, shots and health."""
+"""Pictures of an air combat: from above and from the side, with cones, trails, shots and health."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torchrl_marl.envs.games.pictures import AGENT_COLORS, FAINT, INK, Canvas
+from torchrl_marl.envs.games.rules import State
+from torchrl_marl.envs.games.sensors import Cone, Sensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Plane", "draw_combat"]
+__all__ = ["draw_combat"]
 
 Points = list[tuple[float, float]]
 
@@ -25,39 +26,12 @@ _HALF = torch.tensor([[1.0, 0, 0], [0.1, 0.14, 0], [-0.5, 0.8, 0], [-0.45, 0.14,
 _BODY = torch.cat([_HALF, _HALF[1:-1].flip(0) * torch.tensor([1.0, -1, 1])])  # forward, right, up
 _FIN = torch.tensor([[-0.2, 0, 0], [-0.95, 0, 0.55], [-0.8, 0, 0]])
 _SKY, _GROUND, _GRID, _DEAD = "#f4f8fc", "#d8cfbd", "#dfe3ea", "#b9bfc9"
+_TEAMS = ("agents", "opponents")
+_COLORS, _TRAILS = (AGENT_COLORS[0], "#c1384f"), ("#9dbbd6", "#dfa3ac")
+_VIEWS, _WEAPONS = ("#eff5fb", "#fdf3f4"), ("#cbdff1", "#f6d5da")
 
 
-class _Team(NamedTuple):
-    name: str
-    color: str
-    weapons: str
-    view: str
-    trail: str
-
-
-_TEAMS = (
-    _Team("agents", AGENT_COLORS[0], "#cbdff1", "#eff5fb", "#9dbbd6"),
-    _Team("opponents", "#c1384f", "#f6d5da", "#fdf3f4", "#dfa3ac"),
-)
-
-
-class Plane(NamedTuple):
-    """An aircraft to draw; places are east, north and altitude in m."""
-
-    team: int
-    """0 agents, 1 opponents"""
-    position: Tensor
-    """``[3]``"""
-    frame: Tensor
-    """unit vectors along the nose, to the right wing and up, ``[3, 3]``"""
-    health: float
-    target: int
-    """the aircraft that it hits, -1 for none"""
-    trail: Tensor
-    """where it was, ``[K, 3]``"""
-
-
-class _View:
+class _Scene:
     """A canvas and the projection onto it: a matrix ``[2, 3]`` in pixels per metre, and the place of the origin."""
 
     def __init__(self, height: int, background: str, matrix: list[list[float]], origin: tuple[float, float]) -> None:
@@ -68,23 +42,20 @@ class _View:
         """Project places, ``[P, 3]``."""
         return [(x, y) for x, y in (places @ self._matrix.T + self._origin).tolist()]
 
-    def outline(self, plane: Plane, model: Tensor) -> Points:
+    def outline(self, place: Tensor, frame: Tensor, model: Tensor) -> Points:
         """Project a shape in an aircraft's own axes, which is drawn in pixels, not to scale."""
-        (center,) = self.points(plane.position[None])
-        turned = (model @ plane.frame) @ self._matrix.sign().T * _SIZE
-        return [(center[0] + x, center[1] + y) for x, y in turned.tolist()]
+        ((center_x, center_y),) = self.points(place[None])
+        turned = (model @ frame) @ self._matrix.sign().T * _SIZE
+        return [(center_x + x, center_y + y) for x, y in turned.tolist()]
 
 
-def draw_combat(
-    planes: list[Plane], *, view: tuple[float, float], weapons: tuple[float, float], reach: float, seconds: float
-) -> Image:
+def draw_combat(state: State, frames: Tensor, sensors: Sensors, *, seconds: float) -> Image:
     """Draw the aircraft from above and from the side.
 
     Args:
-        planes: all of them.
-        view: half-angles of what they see, to the sides and upwards, rad.
-        weapons: the same of what they hit.
-        reach: of the weapons, m.
+        state: of one environment; places are east, north and altitude in m.
+        frames: unit vectors along everybody's nose, to the right wing and up, ``[2N, 3, 3]``.
+        sensors: what they see and hit.
         seconds: since the start.
 
     Returns:
@@ -92,97 +63,97 @@ def draw_combat(
     """
     from PIL import Image
 
-    above, side, header = *_views(planes), Canvas(_WIDTH, _HEADER)
-    for scene in (above, side):
-        for plane in planes:
-            if plane.health > 0:
-                scene.canvas.polygon(_hull(scene.points(_cone(plane, *view, _SHOWN))), _TEAMS[plane.team].view)
-        for plane in planes:
-            if plane.health > 0:
-                scene.canvas.polygon(_hull(scene.points(_cone(plane, *weapons, reach))), _TEAMS[plane.team].weapons)
+    alive = state["health"] > 0
+    scenes = above, side = _scenes(state["position"], alive)
+    for scene in scenes:
+        for cone, reach, shades in (sensors.view, _SHOWN, _VIEWS), (sensors.weapons, sensors.weapons.range, _WEAPONS):
+            for index in alive.nonzero().flatten().tolist():
+                corners = state["position"][index] + reach * _directions(cone) @ frames[index]
+                scene.canvas.polygon(_hull(scene.points(corners)), shades[_team(state, index)])
     _draw_grid(above, side)
-    for scene in (above, side):
-        _draw_planes(scene, planes)
-    for index, team in enumerate(_TEAMS):
-        healths = [plane.health for plane in planes if plane.team == index]
-        header.rectangle((index * _WIDTH / 2, 0), (_WIDTH / 2, _HEADER), team.color)
-        living = f"{team.name}: {sum(health > 0 for health in healths)} of {len(healths)}"
-        header.text(((index + 0.5) * _WIDTH / 2, _HEADER / 2), living, 13, "white")
-    header.rectangle((_WIDTH / 2 - 28, 3), (56, _HEADER - 6), "white", radius=4)
-    header.text((_WIDTH / 2, _HEADER / 2), f"{seconds:.1f} s", 12, INK)
+    for scene in scenes:
+        _draw_aircraft(scene, state, frames)
     picture = Image.new("RGB", (_WIDTH, _HEADER + _ABOVE + _SIDE))
-    for canvas, top in ((header, 0), (above.canvas, _HEADER), (side.canvas, _HEADER + _ABOVE)):
+    for canvas, top in (_header(alive, seconds), 0), (above.canvas, _HEADER), (side.canvas, _HEADER + _ABOVE):
         picture.paste(canvas.image(), (0, top))
     return picture
 
 
-def _views(planes: list[Plane]) -> tuple[_View, _View]:
+def _team(state: State, index: int) -> int:
+    return int(2 * index >= len(state["health"]))
+
+
+def _scenes(places: Tensor, alive: Tensor) -> tuple[_Scene, _Scene]:
     """The views from above and from the side, which keep everybody alive in the picture, or all if nobody is."""
-    places = torch.stack([plane.position for plane in planes if plane.health > 0] or [p.position for p in planes])
+    places = places[alive] if alive.any() else places
     low, high = places.amin(0), places.amax(0)
     (east, north, _), (deep, wide, _) = ((low + high) / 2).tolist(), (high - low).tolist()
     scale = 1 / max(wide / (_WIDTH - 2 * _MARGIN), deep / (_ABOVE - 2 * _MARGIN), _SMALLEST / _WIDTH)
     rise = (_SIDE - 2 * _FLOOR) / max(_CEILING, high[2].item())
     left = _WIDTH / 2 - scale * north
-    above = _View(_ABOVE, "white", [[0, scale, 0], [scale, 0, 0]], (left, _ABOVE / 2 - scale * east))
-    side = _View(_SIDE, _SKY, [[0, scale, 0], [0, 0, -rise]], (left, _SIDE - _FLOOR))
-    return above, side
+    above = _Scene(_ABOVE, "white", [[0, scale, 0], [scale, 0, 0]], (left, _ABOVE / 2 - scale * east))
+    return above, _Scene(_SIDE, _SKY, [[0, scale, 0], [0, 0, -rise]], (left, _SIDE - _FLOOR))
 
 
-def _draw_grid(above: _View, side: _View) -> None:
+def _draw_grid(above: _Scene, side: _Scene) -> None:
     """Lines a kilometre apart, over the cones; the ground and the altitudes."""
-    for line in range(*_kilometres(above, 0, _WIDTH)):
-        ((x, _),) = above.points(torch.tensor([[0.0, 1000.0 * line, 0.0]]))
-        above.canvas.path([(x, 0), (x, _ABOVE)], _GRID, 0.7)
-        side.canvas.path([(x, 0), (x, _SIDE)], _GRID, 0.7)
-    for line in range(*_kilometres(above, 1, _ABOVE)):
-        ((_, y),) = above.points(torch.tensor([[1000.0 * line, 0.0, 0.0]]))
-        above.canvas.path([(0, y), (_WIDTH, y)], _GRID, 0.7)
+    kilometres = torch.arange(-100.0, 101).unsqueeze(-1) * 1000
+    for x, y in above.points(kilometres.expand(-1, 3)):
+        if 0 <= x < _WIDTH:
+            above.canvas.path([(x, 0), (x, _ABOVE)], _GRID, 0.7)
+            side.canvas.path([(x, 0), (x, _SIDE)], _GRID, 0.7)
+        if 0 <= y < _ABOVE:
+            above.canvas.path([(0, y), (_WIDTH, y)], _GRID, 0.7)
     side.canvas.rectangle((0, _SIDE - _FLOOR), (_WIDTH, _FLOOR), _GROUND)
     above.canvas.path([(0, _ABOVE), (_WIDTH, _ABOVE)], FAINT, 1)
     above.canvas.text((8, 10), "from above, lines 1 km apart, north to the right", 10, FAINT, "lm")
     side.canvas.text((8, 10), "from the side", 10, FAINT, "lm")
-    for altitude in range(1, 20):
-        ((_, y),) = side.points(torch.tensor([[0.0, 0.0, 1000.0 * altitude]]))
+    for altitude, (_, y) in enumerate(side.points(kilometres[101:].expand(-1, 3)), 1):
         if y > 16:
             side.canvas.path([(0, y), (_WIDTH, y)], _GRID, 0.7)
             side.canvas.text((_WIDTH - 6, y), f"{altitude} km", 9, FAINT, "rm")
 
 
-def _kilometres(view: _View, axis: int, length: int) -> tuple[int, int]:
-    """The range of kilometres in a picture along an axis."""
-    (start,), (one,) = view.points(torch.zeros(1, 3)), view.points(torch.full((1, 3), 1000.0))
-    step = one[axis] - start[axis]
-    return math.floor(-start[axis] / step), math.ceil((length - start[axis]) / step) + 1
+def _draw_aircraft(scene: _Scene, state: State, frames: Tensor) -> None:
+    """Trails, shots, the aircraft with a fin to show which way is up, and health bars; the dead below the others."""
+    places, healths, targets = state["position"], state["health"].tolist(), state["target"].tolist()
+    order = sorted(range(len(healths)), key=lambda index: healths[index] > 0)
+    for index in order:
+        if healths[index] > 0:
+            trail = torch.cat([state["trail"][:, index], places[index, None]])
+            scene.canvas.path(scene.points(trail), _TRAILS[_team(state, index)], 1.4)
+    for index, target in enumerate(targets):
+        if target >= 0:
+            scene.canvas.path(scene.points(places[[index, target]]), _COLORS[_team(state, index)], 2)
+    for index in order:
+        alive = healths[index] > 0
+        color = _COLORS[_team(state, index)] if alive else _DEAD
+        scene.canvas.polygon(scene.outline(places[index], frames[index], _BODY), color)
+        scene.canvas.polygon(scene.outline(places[index], frames[index], _FIN), INK if alive else FAINT)
+        if alive:
+            ((x, y),) = scene.points(places[index, None])
+            scene.canvas.rectangle((x - 9, y + 12), (18, 3), "white", edge=color, width=0.5)
+            scene.canvas.rectangle((x - 9, y + 12), (18 * healths[index], 3), color)
 
 
-def _draw_planes(view: _View, planes: list[Plane]) -> None:
-    """Trails, shots, the aircraft with a fin to show which way is up, and health bars."""
-    for plane in planes:
-        if plane.health > 0:
-            view.canvas.path(view.points(torch.cat([plane.trail, plane.position[None]])), _TEAMS[plane.team].trail, 1.4)
-    for plane in planes:
-        if plane.target >= 0:
-            view.canvas.path(
-                view.points(torch.stack([plane.position, planes[plane.target].position])), _TEAMS[plane.team].color, 2
-            )
-    for plane in sorted(planes, key=lambda plane: plane.health > 0):
-        color = _TEAMS[plane.team].color if plane.health > 0 else _DEAD
-        view.canvas.polygon(view.outline(plane, _BODY), color)
-        view.canvas.polygon(view.outline(plane, _FIN), INK if plane.health > 0 else FAINT)
-        if plane.health > 0:
-            ((x, y),) = view.points(plane.position[None])
-            view.canvas.rectangle((x - 9, y + 12), (18, 3), "white", edge=color, width=0.5)
-            view.canvas.rectangle((x - 9, y + 12), (18 * plane.health, 3), color)
+def _header(alive: Tensor, seconds: float) -> Canvas:
+    """How many of each team live, and the time."""
+    header = Canvas(_WIDTH, _HEADER)
+    for index, (team, own) in enumerate(zip(_TEAMS, alive.chunk(2), strict=True)):
+        header.rectangle((index * _WIDTH / 2, 0), (_WIDTH / 2, _HEADER), _COLORS[index])
+        header.text(((index + 0.5) * _WIDTH / 2, _HEADER / 2), f"{team}: {own.sum()} of {len(own)}", 13, "white")
+    header.rectangle((_WIDTH / 2 - 28, 3), (56, _HEADER - 6), "white", radius=4)
+    header.text((_WIDTH / 2, _HEADER / 2), f"{seconds:.1f} s", 12, INK)
+    return header
 
 
-def _cone(plane: Plane, azimuth: float, elevation: float, reach: float) -> Tensor:
-    """Corners of a cone: the aircraft, and points of the edge and the middle of the far end."""
-    sides = torch.linspace(-azimuth, azimuth, 9)
-    heights = torch.tensor([-elevation, 0.0, elevation])
-    sides, heights = (grid.flatten() for grid in torch.meshgrid(sides, heights, indexing="ij"))
-    far = torch.stack([heights.cos() * sides.cos(), heights.cos() * sides.sin(), heights.sin()], -1)
-    return torch.cat([plane.position[None], plane.position + reach * far @ plane.frame])
+def _directions(cone: Cone) -> Tensor:
+    """The tip of a cone, and directions to the edge and the middle of its far end, ``[28, 3]``."""
+    sides = torch.linspace(-cone.azimuth, cone.azimuth, 9)
+    heights = torch.tensor([-cone.elevation, 0.0, cone.elevation])
+    side, height = torch.cartesian_prod(sides, heights).unbind(-1)
+    far = torch.stack([height.cos() * side.cos(), height.cos() * side.sin(), height.sin()], -1)
+    return torch.cat([torch.zeros(1, 3), far])
 
 
 def _hull(points: Points) -> Points:

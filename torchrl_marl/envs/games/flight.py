@@ -45,11 +45,10 @@ __all__ = [
     "minus",
 ]
 
+# East, north and up (or forward, right and up), each of the same shape: plain tensors are quicker than a last axis.
 Vector = tuple[Tensor, Tensor, Tensor]
-"""East, north and up (or forward, right and up), each of the same shape: plain tensors are quicker than a last axis."""
-
+# Unit vectors along the nose, to the right wing and out of the cockpit's roof.
 Frame = tuple[Vector, Vector, Vector]
-"""Unit vectors along the nose, to the right wing and out of the cockpit's roof."""
 
 GRAVITY = 9.80665  # m/s^2, standard gravity
 
@@ -61,32 +60,34 @@ class Aircraft:
     Lift grows with the angle of attack by Helmbold's slope for wings of low aspect ratio, up to the stall, and falls as
     fast beyond it. Drag is the parabolic polar; beyond the stall it goes on with the lift that an attached flow would
     have.
+
+    Attributes:
+        mass: kg, with half of the fuel
+        wing_area: m^2
+        aspect_ratio: span^2 / area, of a span of 9.4 m
+        oswald_efficiency: of the span; typical of swept wings, for which 0.7 to 0.85 is usual
+        zero_lift_drag: coefficient; with the thrust, the top speed near the ground is some 290 m/s, as of such jets
+        max_thrust: N at sea level; falls in proportion to the density of the air
+        stall_angle: rad
+        max_attack: rad
+        min_attack: rad
+        attack_rate: rad/s at full elevator
+        roll_rate: rad/s at full aileron
+        load_limit: g; the controls keep lift below it, and half of it downwards
     """
 
     mass: float = 5000.0
-    """kg, with half of the fuel"""
     wing_area: float = 16.7
-    """m^2"""
     aspect_ratio: float = 5.3
-    """span^2 / area, of a span of 9.4 m"""
     oswald_efficiency: float = 0.8
-    """of the span; typical of swept wings, for which 0.7 to 0.85 is usual"""
     zero_lift_drag: float = 0.025
-    """coefficient; with the thrust it gives a top speed near the ground of about 290 m/s, typical of such jets"""
     max_thrust: float = 23_000.0
-    """N at sea level; falls in proportion to the density of the air"""
     stall_angle: float = math.radians(15)
-    """rad"""
     max_attack: float = math.radians(20)
-    """rad"""
     min_attack: float = math.radians(-5)
-    """rad"""
     attack_rate: float = math.radians(12)
-    """rad/s at full elevator"""
     roll_rate: float = math.radians(90)
-    """rad/s at full aileron"""
     load_limit: float = 8.0
-    """g; the controls keep lift below it, and half of it downwards"""
 
     @property
     def lift_slope(self) -> float:
@@ -125,29 +126,35 @@ JET = Aircraft()
 
 
 class Flight(NamedTuple):
-    """The motion of aircraft; every tensor of the same shape."""
+    """The motion of aircraft; every tensor of the same shape.
+
+    Attributes:
+        position: east, north and altitude, m
+        direction: of the velocity, unit vector
+        lift_axis: unit vector at right angles to the direction
+        speed: m/s
+        attack: angle of attack, rad
+    """
 
     position: Vector
-    """east, north and altitude, m"""
     direction: Vector
-    """of the velocity, unit vector"""
     lift_axis: Vector
-    """unit vector at right angles to the direction"""
     speed: Tensor
-    """m/s"""
     attack: Tensor
-    """angle of attack, rad"""
 
 
 class Angles(NamedTuple):
-    """The usual angles of a flight, rad."""
+    """The usual angles of a flight, rad.
+
+    Attributes:
+        heading: of the velocity, from north to east
+        climb: flight-path angle, from the horizon upwards
+        roll: bank about the velocity, right wing down
+    """
 
     heading: Tensor
-    """of the velocity, from north to east"""
     climb: Tensor
-    """flight-path angle, from the horizon upwards"""
     roll: Tensor
-    """bank about the velocity, right wing down"""
 
 
 def air_density(altitude: Tensor) -> Tensor:

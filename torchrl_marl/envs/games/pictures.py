@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["AGENT_COLORS", "FAINT", "INK", "Canvas"]
+__all__ = ["AGENT_COLORS", "FAINT", "INK", "Canvas", "Color", "Point"]
+
+Color = str | tuple[int, ...]
+Point = tuple[float, float]
 
 _SUPERSAMPLING = 3
 
@@ -34,8 +37,8 @@ class Canvas:
 
     def rectangle(
         self,
-        corner: tuple[float, float],
-        size: tuple[float, float],
+        corner: Point,
+        size: Point,
         fill: str | None,
         *,
         edge: str | None = None,
@@ -48,26 +51,22 @@ class Canvas:
             [x, y, x + w - 1, y + h - 1], _SUPERSAMPLING * radius, fill, edge, round(_SUPERSAMPLING * width)
         )
 
-    def disc(
-        self, center: tuple[float, float], radius: float, fill: str, *, edge: str | None = None, width: float = 1.5
-    ) -> None:
+    def disc(self, center: Point, radius: float, fill: Color, *, edge: Color | None = None, width: float = 1.5) -> None:
         """Draw a disc."""
         self._pen.circle(self._scaled(center), _SUPERSAMPLING * radius, fill, edge, round(_SUPERSAMPLING * width))
 
-    def polygon(self, points: list[tuple[float, float]], fill: str) -> None:
-        """Draw a filled polygon."""
-        self._pen.polygon([self._scaled(point) for point in points], fill)
+    def polygon(self, points: list[Point], fill: Color, *, edge: Color | None = None, width: float = 1.5) -> None:
+        """Draw a polygon."""
+        self._pen.polygon([self._scaled(point) for point in points], fill, edge, round(_SUPERSAMPLING * width))
 
-    def path(self, points: list[tuple[float, float]], color: str, width: float) -> None:
+    def path(self, points: list[Point], color: Color, width: float) -> None:
         """Draw a line through points, with round ends and corners."""
         scaled = [self._scaled(point) for point in points]
         self._pen.line(scaled, color, round(_SUPERSAMPLING * width), joint="curve")
         for end in (scaled[0], scaled[-1]):
             self._pen.circle(end, _SUPERSAMPLING * width / 2, color)
 
-    def text(
-        self, position: tuple[float, float], content: str, size: int, color: str = INK, anchor: str = "mm"
-    ) -> None:
+    def text(self, position: Point, content: str, size: int, color: Color = INK, anchor: str = "mm") -> None:
         """Write text; ``anchor`` as in Pillow, by default the middle of the text."""
         from PIL import ImageFont
 
@@ -81,5 +80,5 @@ class Canvas:
         return self._image.resize(self._size, Image.Resampling.LANCZOS)
 
     @staticmethod
-    def _scaled(point: tuple[float, float]) -> tuple[float, float]:
+    def _scaled(point: Point) -> Point:
         return _SUPERSAMPLING * point[0], _SUPERSAMPLING * point[1]

@@ -14,13 +14,12 @@ __all__ = ["SENSORS", "Cone", "Sensors", "Sight", "look", "of_observers"]
 
 
 class Sight(NamedTuple):
-    """Where every aircraft, the first dimension, has every other one, the second, in its own axes, m."""
+    """Where every aircraft, the first dimension, has every other one, the second, in its own axes, in m and m^2."""
 
     forward: Tensor
     right: Tensor
     up: Tensor
     squared_distance: Tensor
-    """m^2"""
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,17 @@ class Turn(NamedTuple):
 
 
 class SerialGame(ABC):
-    """One environment in which all agents move at once."""
+    """One environment in which all agents move at once.
+
+    Attributes:
+        agents: Names of the ``N`` agents.
+        action_spec: ``[N]`` for discrete or ``[N, A]`` for continuous actions.
+        blank: What ``reset`` returns, filled with zeros.
+    """
 
     agents: list[str]
-    """Names of the ``N`` agents."""
     action_spec: TensorSpec
-    """``[N]`` for discrete or ``[N, A]`` for continuous actions."""
     blank: dict[str, np.ndarray]
-    """What ``reset`` returns, filled with zeros."""
 
     @abstractmethod
     def reset(self, seed: int) -> dict[str, np.ndarray]:

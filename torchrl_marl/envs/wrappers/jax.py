@@ -24,34 +24,40 @@ FIGURE_INCHES = (3.6, 3.6)  # of the figures that packages draw on
 
 
 class JaxGame(NamedTuple):
-    """One environment as two pure functions of JAX arrays, neither of which begins a new episode by itself."""
+    """One environment as two pure functions of JAX arrays, neither of which begins a new episode by itself.
+
+    Attributes:
+        agents: Names of the ``N`` agents.
+        action_spec: ``[N]`` for discrete or ``[N, A]`` for continuous actions.
+        reset: From a random key to the state and what is seen: ``observation [N, O]`` and, where there are such,
+            ``action_mask [N, A]``, ``mask [N]`` and ``state [S]``.
+        step: From the state and the actions to the state, what is seen, the rewards ``[N]`` and whether it terminated.
+        own_rewards: False if all agents get the team's reward anyway.
+        draw: From one environment's state to its picture, by the package's own means.
+    """
 
     agents: list[str]
-    """Names of the ``N`` agents."""
     action_spec: TensorSpec
-    """``[N]`` for discrete or ``[N, A]`` for continuous actions."""
     reset: Callable[[Any], tuple[Any, dict[str, Any]]]
-    """From a random key to the state and what is seen: ``observation [N, O]`` and, where there are such,
-    ``action_mask [N, A]``, ``mask [N]`` and ``state [S]``."""
     step: Callable[[Any, Any], tuple[Any, dict[str, Any], Any, Any]]
-    """From the state and the actions to the state, what is seen, the rewards ``[N]`` and whether it terminated."""
     own_rewards: bool
-    """False if all agents get the team's reward anyway."""
     draw: Callable[[Any], np.ndarray]
-    """From one environment's state to its picture, by the package's own means."""
 
 
 class JaxTask(NamedTuple):
-    """A row of a package's table of tasks."""
+    """A row of a package's table of tasks.
+
+    Attributes:
+        written: How its names are written, for people.
+        form: The same as a regular expression.
+        example: One of the names.
+        build: From the parts of a name and the time limit to the game.
+    """
 
     written: str
-    """How its names are written, for people."""
     form: str
-    """The same as a regular expression."""
     example: str
-    """One of the names."""
     build: Callable[[re.Match, int], JaxGame]
-    """From the parts of a name and the time limit to the game."""
 
 
 def game_by_name(tasks: Sequence[JaxTask], scenario: str, max_steps: int) -> JaxGame:

@@ -15,7 +15,7 @@ test: .venv/test
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-envs: .venv/test-envs # the bridges to other packages' environments, which `make test` skips
+test-envs: .venv/test-envs # the wrappers of other packages' environments, which `make test` skips
 	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/jax \
 		$(BIN)/python -m pytest tests/envs $(ARGS)
 

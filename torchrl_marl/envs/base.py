@@ -15,7 +15,7 @@ from typing_extensions import Required, TypedDict
 
 from torchrl_marl.envs.games.streams import random_streams
 
-__all__ = ["BatchOptions", "TeamEnv", "spec_of"]
+__all__ = ["BatchOptions", "TeamEnv", "check_positive", "spec_of"]
 
 
 class BatchOptions(TypedDict, total=False):
@@ -72,9 +72,7 @@ class TeamEnv(EnvBase, ABC):
         max_steps: int,
         device: torch.device | str,
     ) -> None:
-        for name, value in (("num_envs", num_envs), ("max_steps", max_steps)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_positive(num_envs=num_envs, max_steps=max_steps)
         super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
         self.max_steps = max_steps
         self.group_map = {"agents": list(agents)}
@@ -126,6 +124,23 @@ class TeamEnv(EnvBase, ABC):
     @abstractmethod
     def _draw(self, env_index: int) -> np.ndarray:
         """Return the picture of one environment."""
+
+
+def check_positive(**values: int) -> None:
+    """Reject a number below 1.
+
+    Raises:
+        ValueError: with its name.
+
+    Example:
+        >>> check_positive(num_envs=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_envs must be at least 1, got 0
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def spec_of(data: TensorDictBase) -> Composite:

@@ -60,7 +60,7 @@ def render_episode(
 
     Args:
         env: a VMAS environment, such as one from ``make_env``, or one that draws itself, such as ``CoordSumEnv`` or a
-            bridge to another package: with a method ``render(env_index)`` that returns uint8 ``[height, width, 3]``.
+            wrapper of another package: with a method ``render(env_index)`` that returns uint8 ``[height, width, 3]``.
         policy: writes the actions, such as the actor of a loss.
         path: file to write; ends in ".gif" or ".mp4". Missing folders are made.
         max_steps: the film stops here, or earlier when the episode ends.

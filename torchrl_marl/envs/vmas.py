@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv, VmasEnv
 
+from torchrl_marl.envs.base import check_positive
 from torchrl_marl.envs.vmas_graph import CompiledVmasEnv
 from torchrl_marl.extras import import_extra
 
@@ -74,9 +75,7 @@ def make_env(
     """
     if time_limit not in ("truncate", "terminate"):
         raise ValueError(f"time_limit must be 'truncate' or 'terminate', got {time_limit!r}")
-    for name, value in (("num_envs", num_envs), ("max_steps", max_steps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_positive(num_envs=num_envs, max_steps=max_steps)
     scenario_kwargs = dict(scenario_kwargs or {})
     if isinstance(scenario, str):
         _check_scenario(import_extra("vmas", "vmas"), scenario, scenario_kwargs)

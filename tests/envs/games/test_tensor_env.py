@@ -1,5 +1,6 @@
 """What holds for every game written in Torch."""
 
+import inspect
 import sys
 
 import numpy as np
@@ -324,3 +325,24 @@ def test_the_course_is_the_same_on_cpu_and_gpu(make):
     one, other = on("cpu"), on("cuda")
     for key, value in one.items(True, True):  # sines and cosines may differ in their last digits
         torch.testing.assert_close(value, other[key], rtol=0, atol=1e-4 if value.is_floating_point() else 0)
+
+
+SHARED = {"num_envs": inspect.Parameter.empty, "seed": None, "device": "cpu"}
+MAKERS = [make_aerocombat, make_coordsum, make_maze, make_paxmen]
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_makers_signature_shows_what_it_hands_on_with_the_games_own_defaults(maker):
+    parameters = inspect.signature(maker).parameters
+    rules = maker(num_envs=1).rules
+    expected = {"max_steps": rules.max_steps, "time_limit": rules.time_limit, **SHARED}
+    assert {name: parameters[name].default for name in expected} == expected
+    assert not any(value.kind == value.VAR_KEYWORD for value in parameters.values())
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_misspelt_argument_is_refused(maker):
+    with pytest.raises(TypeError, match="num_env"):
+        maker(num_env=1)
+    with pytest.raises(TypeError, match="max_step'"):
+        maker(num_envs=1, max_step=1)

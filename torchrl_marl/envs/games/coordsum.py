@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.data import Categorical
 from typing_extensions import Unpack
 
-from torchrl_marl.envs.base import BatchOptions
+from torchrl_marl.envs.base import BatchOptions, check_positive
 from torchrl_marl.envs.games.pictures import AGENT_COLORS, FAINT, INK, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.streams import draw_below
@@ -47,7 +47,7 @@ class CoordSumRules(Rules):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("num_actions", "num_targets", "num_rows")
+        check_positive(num_actions=self.num_actions, num_targets=self.num_targets, num_rows=self.num_rows)
         largest = self.num_actions * max(self.num_rows, self.max_steps + 1)
         self._memory_dtype = torch.int16 if largest < 2**15 else torch.int32
         self._register_tables({"actions": torch.arange(self.num_actions)})

@@ -13,7 +13,7 @@ from torch.nn.functional import embedding, pad
 from torchrl.data import Categorical
 from typing_extensions import Unpack
 
-from torchrl_marl.envs.base import BatchOptions
+from torchrl_marl.envs.base import BatchOptions, check_positive
 from torchrl_marl.envs.games.pictures import AGENT_COLORS, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.streams import draw_below
@@ -105,7 +105,7 @@ class PaxMenRules(Rules):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("view_radius")
+        check_positive(view_radius=self.view_radius)
         if self.num_agents > _MAX_AGENTS:
             raise ValueError(f"num_agents must be at most {_MAX_AGENTS}, the places in the hub; got {self.num_agents}")
         kinds = _layouts()

@@ -11,6 +11,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from torchrl_marl.envs.base import check_positive
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -64,14 +66,9 @@ class Rules(nn.Module, ABC):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._check_positive("num_agents", "max_steps")
+        check_positive(num_agents=self.num_agents, max_steps=self.max_steps)
         if self.time_limit not in ("truncate", "terminate"):
             raise ValueError(f"time_limit must be 'truncate' or 'terminate', got {self.time_limit!r}")
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     if TYPE_CHECKING:
 

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torchrl.envs import Compose, EnvBase, RewardSum, SerialEnv, StepCounter, Transform, TransformedEnv
 
+from torchrl_marl.envs.base import check_positive
 from torchrl_marl.envs.check import missing_entries
 from torchrl_marl.envs.vmas import make_env
 from torchrl_marl.envs.wrappers.gymnasium import SerialGymEnv, as_serial_game
 
 __all__ = ["make_custom"]
 
+Device = torch.device | str
 _VMAS_SCENARIO = "vmas.simulator.scenario"
 
 
@@ -31,7 +33,7 @@ def make_custom(
     max_steps: int = 100,
     shared_reward: bool = False,
     seed: int | None = None,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     factory_kwargs: Mapping[str, Any] | None = None,
 ) -> EnvBase:
     """Build a batch of environments of one's own.
@@ -75,34 +77,28 @@ def make_custom(
         >>> make_custom(small, num_envs=4, max_steps=5).rollout(5)["next", "truncated"].sum()
         tensor(4)
     """
-    for limit, value in (("num_envs", num_envs), ("max_steps", max_steps)):
-        if value < 1:
-            raise ValueError(f"{limit} must be at least 1, got {value}")
+    check_positive(num_envs=num_envs, max_steps=max_steps)
     build, name = _find(factory)
-    settings = {"num_envs": num_envs, "max_steps": max_steps, "device": device, "render_mode": "rgb_array"}
-    settings |= {} if scenario in (None, factory) else {"scenario": scenario}  # the recipes name an unnamed task so
     seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
+    options: Any = {"num_envs": num_envs, "max_steps": max_steps, "seed": seed, "device": device}
+    settings = {**options, "render_mode": "rgb_array"}
+    settings |= {} if scenario in (None, factory) else {"scenario": scenario}  # the recipes name an unnamed task so
 
     def make(copy: int = 0) -> Any:
         return build(**_arguments(build, name, {**settings, "seed": seed + copy}, factory_kwargs or {}))
 
     made = make()
     if isinstance(made, EnvBase):
-        return _batch(made, make, name, num_envs, max_steps, seed, device)
+        return _batch(made, make, name, **options)
     if _VMAS_SCENARIO in sys.modules and isinstance(made, sys.modules[_VMAS_SCENARIO].BaseScenario):
-        return make_env(made, num_envs=num_envs, max_steps=max_steps, seed=seed, device=device)
+        return make_env(made, **options)
     if not (hasattr(made, "reset") and hasattr(made, "step")):
         raise ValueError(
             f"{name} returned {type(made).__name__}; it must return an environment of TorchRL (EnvBase), PettingZoo "
             "(parallel API) or Gymnasium, with reset and step, or a VMAS scenario object"
         )
     return SerialGymEnv(
-        lambda copy: as_serial_game(make(copy) if copy else made),
-        max_steps=max_steps,
-        shared_reward=shared_reward,
-        num_envs=num_envs,
-        seed=seed,
-        device=device,
+        lambda copy: as_serial_game(make(copy) if copy else made), shared_reward=shared_reward, **options
     )
 
 
@@ -134,9 +130,8 @@ def _arguments(
 ) -> dict[str, Any]:
     """Return the user's own arguments and those of our settings that the factory has arguments for."""
     parameters = inspect.signature(build).parameters
-    takes = [
-        key for key, value in parameters.items() if value.kind in (value.POSITIONAL_OR_KEYWORD, value.KEYWORD_ONLY)
-    ]
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    takes = [key for key, value in parameters.items() if value.kind in by_name]
     anything = any(value.kind == value.VAR_KEYWORD for value in parameters.values())
     unknown = [key for key in chosen if key not in takes]
     if unknown and not anything:
@@ -152,10 +147,11 @@ def _batch(
     made: EnvBase,
     make: Callable[[int], EnvBase],
     name: str,
+    *,
     num_envs: int,
     max_steps: int,
     seed: int,
-    device: torch.device | str,
+    device: Device,
 ) -> EnvBase:
     """Make copies of a TorchRL environment if it is a single one, and add the time limit and the episodes' returns."""
     if missing := missing_entries(made):

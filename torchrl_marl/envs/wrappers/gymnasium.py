@@ -17,7 +17,7 @@ from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
 from typing_extensions import Unpack
 
-from torchrl_marl.envs.base import BatchOptions, spec_of
+from torchrl_marl.envs.base import BatchOptions, check_positive, spec_of
 from torchrl_marl.envs.games.streams import draw_below
 from torchrl_marl.envs.wrappers.base import WrapperEnv, check_options
 from torchrl_marl.extras import import_extra
@@ -83,8 +83,7 @@ class SerialGymEnv(WrapperEnv):
     def __init__(
         self, make: Callable[[int], SerialGame], *, max_steps: int, shared_reward: bool, **batch: Unpack[BatchOptions]
     ) -> None:
-        if batch["num_envs"] < 1:
-            raise ValueError(f"num_envs must be at least 1, got {batch['num_envs']}")
+        check_positive(num_envs=batch["num_envs"])
         games = [make(index) for index in range(batch["num_envs"])]
         first = games[0]
         super().__init__(first.agents, first.action_spec, max_steps=max_steps, shared_reward=shared_reward, **batch)
@@ -164,7 +163,7 @@ class _GymGame(SerialGame):
         if any(over) and not all(over):
             raise ValueError(
                 f"agents left before the episode ended ({dict(zip(self._agents, over, strict=True))}): "
-                "only environments whose agents all leave together can be bridged"
+                "only environments whose agents all leave together can be wrapped"
             )
         return Turn(self._seen(observation), self._of_each(reward), any(ended), any(cut) and not any(ended))
 
@@ -198,7 +197,7 @@ class _GymGame(SerialGame):
 
 
 def as_serial_game(env: Any) -> SerialGame:
-    """Bridge an environment of PettingZoo's parallel API, or a Gymnasium environment of several agents.
+    """Wrap an environment of PettingZoo's parallel API, or a Gymnasium environment of several agents.
 
     The latter has ``Tuple`` spaces, or ``Dict`` spaces by agents' names; rewards and flags may be everyone's.
 

@@ -1,8 +1,9 @@
-"""Overhead of the bridges to JAX over the raw packages: `python benchmarks/bridges.py [--num-envs 1024]`.
+"""Overhead of the wrappers of JAX over the raw packages: `python benchmarks/wrappers.py [--num-envs 1024]`.
 
-The raw package takes its own compiled, vmapped step with its own automatic reset, on the same actions; the bridge takes
-`step_and_maybe_reset`, what a collector calls. The two take turns, a block of steps each, and the figures are medians
-over the rounds, in processor time of all threads of this process, so that what else the machine does weighs little.
+The raw package takes its own compiled, vmapped step with its own automatic reset, on the same actions; the wrapper
+takes `step_and_maybe_reset`, what a collector calls. The two take turns, a block of steps each, and the figures are
+medians over the rounds, in processor time of all threads of this process, so that what else the machine does weighs
+little.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def raw_player(scenario: str, limit: int, actions: list[torch.Tensor]) -> Callab
     return play
 
 
-def bridge_player(env: EnvBase, actions: list[torch.Tensor]) -> Callable[[], None]:
+def wrapper_player(env: EnvBase, actions: list[torch.Tensor]) -> Callable[[], None]:
     data, count = env.reset(), 0
 
     def play() -> None:
@@ -115,19 +116,19 @@ def seconds(play: Callable[[], None], steps: int) -> float:
 
 
 def measure(scenario: str, num_envs: int, budget: float) -> tuple[float, float, float]:
-    """Seconds of a raw step and of the bridge's, and the overhead."""
+    """Seconds of a raw step and of the wrapper's, and the overhead."""
     limit = 100 if scenario.startswith("smax") else BLOCK
     make = make_jaxmarl if scenario.startswith(("smax", "simple")) else make_jumanji
     env = make(scenario, num_envs=num_envs, max_steps=limit, seed=0)
     actions = [env.full_action_spec.rand()["agents", "action"] for _ in range(16)]
-    players = raw_player(scenario, limit, actions), bridge_player(env, actions)
+    players = raw_player(scenario, limit, actions), wrapper_player(env, actions)
     for play in players:
         seconds(play, 2 * BLOCK)  # compiles, and spreads the ends of episodes
     end, rounds = time.perf_counter() + budget, []
     while time.perf_counter() < end or len(rounds) < 3:
         rounds.append([seconds(play, BLOCK) for play in players])
-    raw, bridge = (statistics.median(times) for times in zip(*rounds, strict=True))
-    return raw, bridge, statistics.median(own / other for other, own in rounds) - 1
+    raw, wrapper = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return raw, wrapper, statistics.median(own / other for other, own in rounds) - 1
 
 
 def main() -> None:
@@ -141,12 +142,12 @@ def main() -> None:
     print(
         f"Processor time. Torch {torch.__version__}, JAX {jax.__version__} on {jax.default_backend()}, "
         f"{os.cpu_count()} cores, {platform.machine()}, load {load}.\n\n"
-        "| task | environments | raw, ms a step | bridge, ms a step | overhead |\n|---|---|---|---|---|"
+        "| task | environments | raw, ms a step | wrapper, ms a step | overhead |\n|---|---|---|---|---|"
     )
     for scenario in arguments.scenario:
         for num_envs in arguments.num_envs:
-            raw, bridge, overhead = measure(scenario, num_envs, arguments.seconds)
-            row = f"{1e3 * raw:.2f} | {1e3 * bridge:.2f} | {100 * overhead:+.0f} %"
+            raw, wrapper, overhead = measure(scenario, num_envs, arguments.seconds)
+            row = f"{1e3 * raw:.2f} | {1e3 * wrapper:.2f} | {100 * overhead:+.0f} %"
             print(f"| {scenario} | {num_envs} | {row} |", flush=True)
 
 

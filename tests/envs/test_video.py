@@ -6,6 +6,7 @@ import torch
 from torchrl.envs import ExplorationType, exploration_type
 
 from torchrl_marl.envs import RandomState, make_env, render_episode
+from torchrl_marl.modules import make_recurrent_actor, with_recurrent_state
 
 environment = pytest.importorskip("vmas.simulator.environment.environment")
 Image = pytest.importorskip("PIL.Image")
@@ -177,3 +178,18 @@ def test_missing_pillow_names_the_command_that_installs_it(tmp_path, monkeypatch
     monkeypatch.delitem(sys.modules, "PIL.Image")
     with pytest.raises(ImportError, match=r'pip install "torchrl_marl\[vmas\]"'):
         render_episode(env, env.rand_action, tmp_path / "film.gif", max_steps=5)
+
+
+@pytest.mark.usefixtures("no_opengl")
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_policy_keeps_its_memory_from_frame_to_frame(prepared, tmp_path):
+    env = make_env("wheel", num_envs=2, seed=0)
+    actor = make_recurrent_actor(env, recurrent_size=4)
+    memories = []
+
+    def remember(module, inputs, output):
+        memories.append(bool(inputs[0]["agents", "recurrent_state"].any()))
+
+    actor.register_forward_hook(remember)
+    render_episode(with_recurrent_state(env, actor) if prepared else env, actor, tmp_path / "film.gif", max_steps=3)
+    assert memories == [False, True, True]

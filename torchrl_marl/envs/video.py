@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torchrl.envs import EnvBase, VmasWrapper
+from torchrl.envs import EnvBase, TransformedEnv, VmasWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import get_env_transforms_from_module
 
 from torchrl_marl.envs.check import innermost
 from torchrl_marl.envs.games.pictures import Canvas, Point
 from torchrl_marl.envs.random_state import preserve_random_state
 from torchrl_marl.extras import import_extra
 from torchrl_marl.files import replacing
-from torchrl_marl.modules import with_recurrent_state
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,8 +99,8 @@ def render_episode(
     import_extra("PIL.Image", "vmas")
     if write is _write_mp4:
         import_extra("imageio_ffmpeg", "video")
-    if isinstance(policy, nn.Module):
-        env = with_recurrent_state(env, policy)
+    if isinstance(policy, nn.Module) and "is_init" not in env.full_observation_spec.keys():
+        env = TransformedEnv(env, get_env_transforms_from_module(policy), auto_unwrap=False)  # for its memory
     path.parent.mkdir(parents=True, exist_ok=True)
     camera = _VmasCamera(base, env_index) if isinstance(base, VmasWrapper) else _Camera(base, env_index)
     frames = _film(env, camera, policy, max_steps, env_index)

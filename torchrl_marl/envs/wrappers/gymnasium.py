@@ -39,9 +39,9 @@ class SerialGame(ABC):
     """One environment in which all agents move at once.
 
     Attributes:
-        agents: Names of the ``N`` agents.
+        agents: names of the ``N`` agents.
         action_spec: ``[N]`` for discrete or ``[N, A]`` for continuous actions.
-        blank: What ``reset`` returns, filled with zeros.
+        blank: what ``reset`` returns, filled with zeros.
     """
 
     agents: list[str]
@@ -102,9 +102,9 @@ class SerialGymEnv(WrapperEnv):
         return torch.where(where, drawn, streams), self._shown()
 
     def _step_copies(self, action: Tensor) -> dict[str, Tensor]:
-        spec = self.action_spec
+        spec = self._games[0].action_spec
         if isinstance(spec, Bounded):  # so that a plain Gaussian policy can act
-            action = action.clamp(spec.space.low, spec.space.high)
+            action = action.clamp(spec.space.low.to(action.device), spec.space.high.to(action.device))
         turns = [game.step(own) for game, own in zip(self._games, action.cpu().numpy(), strict=True)]
         self._seen = [turn.seen for turn in turns]
         reward = torch.tensor([list(turn.reward) for turn in turns], dtype=torch.float32).unsqueeze(-1)

@@ -27,13 +27,13 @@ class JaxGame(NamedTuple):
     """One environment as two pure functions of JAX arrays, neither of which begins a new episode by itself.
 
     Attributes:
-        agents: Names of the ``N`` agents.
+        agents: names of the ``N`` agents.
         action_spec: ``[N]`` for discrete or ``[N, A]`` for continuous actions.
-        reset: From a random key to the state and what is seen: ``observation [N, O]`` and, where there are such,
+        reset: from a random key to the state and what is seen: ``observation [N, O]`` and, where there are such,
             ``action_mask [N, A]``, ``mask [N]`` and ``state [S]``.
-        step: From the state and the actions to the state, what is seen, the rewards ``[N]`` and whether it terminated.
+        step: from the state and the actions to the state, what is seen, the rewards ``[N]`` and whether it terminated.
         own_rewards: False if all agents get the team's reward anyway.
-        draw: From one environment's state to its picture, by the package's own means.
+        draw: from one environment's state to its picture, by the package's own means.
     """
 
     agents: list[str]
@@ -48,10 +48,10 @@ class JaxTask(NamedTuple):
     """A row of a package's table of tasks.
 
     Attributes:
-        written: How its names are written, for people.
-        form: The same as a regular expression.
-        example: One of the names.
-        build: From the parts of a name and the time limit to the game.
+        written: how its names are written, for people.
+        form: the same as a regular expression.
+        example: one of the names.
+        build: from the parts of a name and the time limit to the game.
     """
 
     written: str

@@ -186,7 +186,7 @@ CODE = [
     ("env.scenario_kwargs", {"deep": [{"er": MKDIR}]}),
     ("env.package", "antigravity"),
     ("env.num_envs", {"_target_": "torchrl_marl.modules.make_actor"}),  # ours, but not there
-    ("env._target_", "torchrl_marl.envs.custom.importlib.import_module"),
+    ("env._target_", "torchrl_marl.envs.wrappers.custom.importlib.import_module"),
     ("env._target_", "torchrl_marl.envs.render_episode"),
 ]
 CODE_OF_TRAINING = [

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.envs import EnvBase, TransformedEnv, VmasWrapper
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import get_env_transforms_from_module
@@ -31,15 +31,6 @@ _SIZE = 360  # longer side of the scene in pixels
 _LARGEST = 480  # that of a picture that an environment draws of itself
 _CAPTION = 24  # height of the line of text above the scene
 _LAST = 1.5  # seconds that the last frame stays
-
-
-@runtime_checkable
-class DrawsItself(Protocol):
-    """An environment that draws what goes on in one of its copies."""
-
-    def render(self, env_index: int) -> Tensor:
-        """Return a picture, uint8 ``[height, width, 3]``."""
-        ...
 
 
 def render_episode(
@@ -84,7 +75,7 @@ def render_episode(
     """
     path = Path(path)
     base = innermost(env)
-    if not isinstance(base, VmasWrapper | DrawsItself):
+    if not hasattr(base, "render"):
         raise ValueError(
             f"only VMAS environments and those with a method render(env_index) can be filmed, got {type(base).__name__}"
         )
@@ -130,12 +121,12 @@ def _film(env: EnvBase, camera: _Camera | _VmasCamera, policy: Callable, max_ste
 class _Camera:
     """Takes the pictures that an environment draws of itself."""
 
-    def __init__(self, env: DrawsItself, env_index: int) -> None:
+    def __init__(self, env: Any, env_index: int) -> None:
         self._env, self._env_index = env, env_index
         self._images: list[Image] = []
 
     def shoot(self) -> None:
-        picture: Any = self._env.render(self._env_index)
+        picture = self._env.render(self._env_index)
         if isinstance(picture, list):  # SerialEnv asks every copy
             picture = picture[self._env_index]
         self._images.append(_image(picture.cpu().numpy(), _LARGEST))

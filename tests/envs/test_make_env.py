@@ -9,7 +9,7 @@ from torchrl.envs import VmasEnv
 import torchrl_marl
 from torchrl_marl.envs import make_env
 from torchrl_marl.envs.vmas import _check_scenario
-from torchrl_marl.extras import import_extra
+from torchrl_marl.extras import import_vmas
 
 vmas = pytest.importorskip("vmas")
 
@@ -144,4 +144,4 @@ def test_every_scenario_finds_its_number_of_agents_among_its_options():
     assert fixed <= set(VmasEnv.available_envs)
     for scenario in fixed:
         name = {"football": "n_blue_agents"}.get(scenario, "n_agents")
-        _check_scenario(import_extra("vmas", "vmas"), scenario, {name: 2})
+        _check_scenario(import_vmas(), scenario, {name: 2})

@@ -15,7 +15,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_marl.envs.base import TeamEnv
 from torchrl_marl.envs.games.streams import random_streams
-from torchrl_marl.extras import import_extra
+from torchrl_marl.extras import import_vmas
 
 __all__ = ["RandomState", "preserve_random_state", "reseed"]
 
@@ -75,7 +75,7 @@ class RandomState:
             owner.set_extra_state(own)
         GlobalRNGState().load_state_dict(state_dict)
         if "vmas" in state_dict:
-            import_extra("vmas", "vmas")
+            import_vmas()
             vmas = state_dict["vmas"]
             name, keys, *rest = vmas["numpy"]
             numpy_state = (name, keys.cpu().numpy().astype(np.uint32), *rest)

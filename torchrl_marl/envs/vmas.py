@@ -16,7 +16,7 @@ from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEn
 
 from torchrl_marl.envs.base import check_positive
 from torchrl_marl.envs.vmas_graph import CompiledVmasEnv
-from torchrl_marl.extras import import_extra
+from torchrl_marl.extras import import_vmas
 
 if TYPE_CHECKING:
     from vmas.simulator.scenario import BaseScenario
@@ -78,7 +78,7 @@ def make_env(
     check_positive(num_envs=num_envs, max_steps=max_steps)
     scenario_kwargs = dict(scenario_kwargs or {})
     if isinstance(scenario, str):
-        _check_scenario(import_extra("vmas", "vmas"), scenario, scenario_kwargs)
+        _check_scenario(import_vmas(), scenario, scenario_kwargs)
     truncate = time_limit == "truncate"
     with _options_named(scenario, scenario_kwargs):
         env = (CompiledVmasEnv if compile else VmasEnv)(

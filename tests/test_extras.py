@@ -5,7 +5,7 @@ from torchrl_marl.extras import import_extra
 
 def test_what_a_package_prints_is_dropped_and_its_loggers_keep_standard_error(monkeypatch, tmp_path, capsys):
     (tmp_path / "talkative.py").write_text(
-        "import logging, sys\nprint('install more of me')\nhandler = logging.StreamHandler()\nsys.stdout = sys.__stdout__\n"
+        "import logging, sys\nprint('more')\nhandler = logging.StreamHandler()\nsys.stdout = sys.__stdout__\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     before = sys.stdout

@@ -318,7 +318,8 @@ def test_a_recipe_finds_the_factory_in_the_current_folder(
     (folder,) = run_folders(tmp_path)
     assert folder.parents[1].name == "found_here.Named"
     assert (folder / "episode.gif").exists()
-    for arguments in (["evaluate", str(folder), "--episodes", "2"], ["check", "found_here:Named"]):
+    trusted = ["--factory", "found_here:Named"]
+    for arguments in (["evaluate", str(folder), "--episodes", "2", *trusted], ["check", "found_here:Named"]):
         monkeypatch.setattr(sys, "argv", ["torchrl_marl", *arguments])
         main()
     printed = capsys.readouterr().out

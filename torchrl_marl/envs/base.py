@@ -1,4 +1,4 @@
-"""What games and wrapped environments have in common: keys and specs, random streams, time limit, pictures."""
+"""The base of all games and wrappers: keys and specs, random streams, time limit, pictures."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["BatchOptions", "TeamEnv", "check_positive", "spec_of"]
 
 
 class BatchOptions(TypedDict, total=False):
-    """What every environment of the library takes.
+    """Options of every environment.
 
-    ``num_envs`` is the number of environments stepped together, ``B``; ``seed`` is that of the random streams, where
-    ``None``, the default, draws one from Torch's global generator; ``device``, the CPU by default, holds the tensors.
+    ``num_envs`` is the number of environments stepped together, ``B``. ``seed`` seeds the random streams; ``None``, the
+    default, draws a seed from Torch's global generator. ``device``, by default the CPU, holds the tensors.
     """
 
     num_envs: Required[int]
@@ -37,15 +37,14 @@ class TeamEnv(EnvBase, ABC):
     the group, done flags, ``step_count`` and the state at the root. The time limit and the sums of rewards are kept by
     the environment, so that no transform is needed.
 
-    The environment owns its randomness: each copy has a random stream of its own, which every episode begins from.
-    The same seed gives the same episodes, a copy plays as it would alone, nothing else in the process draws from the
-    streams, and ``state_dict`` holds them. An environment restored from ``state_dict`` begins the same episodes at its
-    next ``reset``. (A ``TransformedEnv`` leaves the streams out of its own ``state_dict``: use that of its
-    ``base_env``.)
+    The environment owns its randomness: every copy draws from a random stream of its own, which nothing else in the
+    process touches. The same seed gives the same episodes, and a copy in a batch plays as it would alone.
+    ``state_dict`` holds the streams: an environment restored from it plays the same episodes from its next ``reset``
+    on. (A ``TransformedEnv`` leaves the streams out of its own ``state_dict``: use that of its ``base_env``.)
 
-    ``limit_flag`` is the flag that reports the time limit, ``"truncated"`` or ``"terminated"``; ``fixed_length`` says
-    that the number of steps is part of the task, so that reaching it may well be a termination. ``streams``, ``[B]``,
-    are the random streams that the next ``reset`` begins from. A subclass sets ``observation_spec`` and calls
+    ``limit_flag`` is the flag that reports the time limit, ``"truncated"`` or ``"terminated"``. ``fixed_length`` is set
+    if the number of steps is part of the task, so that reaching it is rightly a termination. ``streams``, ``[B]``, are
+    the random streams from which the next ``reset`` starts. A subclass sets ``observation_spec`` and calls
     ``_set_seed``.
 
     Args:
@@ -91,11 +90,11 @@ class TeamEnv(EnvBase, ABC):
         self.set_extra_state(random_streams(seed, self.batch_size[0]))
 
     def get_extra_state(self) -> Tensor:
-        """Return every copy's stream, ``[B]``: the part of ``state_dict`` that is not a parameter."""
+        """Return the random streams, ``[B]``, which are part of ``state_dict``."""
         return self.streams
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Continue every copy's stream from ``state``, ``[B]``, at the next ``reset``.
+        """Set the random streams, ``[B]``, from which the next ``reset`` starts.
 
         Raises:
             ValueError: if there is not one stream for each copy.

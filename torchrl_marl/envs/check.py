@@ -25,7 +25,7 @@ Key = tuple[str, ...]
 
 
 def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
-    """Print what an environment offers and warn about what commonly goes wrong with it.
+    """Describe an environment and warn about common problems of multi-agent training.
 
     Runs TorchRL's ``check_env_specs`` and a rollout of random actions, then looks for: groups of one agent, action
     masks that nobody reads, time limits reported as terminations, rewards that differ within a group, episodes
@@ -70,7 +70,7 @@ def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
 
 
 def missing_entries(env: EnvBase) -> list[str]:
-    """Return a sentence for everything that training reads and an environment does not have, or not in this form.
+    """Return a sentence for every entry that training reads and that is missing or has another shape.
 
     Raises:
         ValueError: if the environment has no ``group_map``.
@@ -105,7 +105,7 @@ def _group_map(env: EnvBase) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def _undisturbed(env: EnvBase) -> Iterator[None]:
-    """Restore all random states and keep TorchRL's log lines out of the printed text."""
+    """Restore all random states afterwards, and keep TorchRL's log lines out of the printed text."""
     env = innermost(env)
     own_state = copy.deepcopy(env.state_dict())
     generators = [value for value in vars(env).values() if isinstance(value, torch.Generator)]

@@ -87,7 +87,7 @@ class RandomState:
 
 @contextlib.contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Restore the process-wide random state on exit, so that what runs inside leaves no trace on what comes after.
+    """Restore the process-wide random state on exit, so that the code inside does not change later draws.
 
     Yields:
         None.
@@ -107,17 +107,17 @@ def preserve_random_state() -> Iterator[None]:
 
 
 def reseed(env: EnvBase, seed: int, *, part: int = 0, num_parts: int = 1) -> None:
-    """Begin the random state of one of several processes that share the copies of an environment.
+    """Seed one of several processes that share the copies of an environment.
 
-    Python's, NumPy's and Torch's generators and the environment's seed differ by part. Environments with a random
-    stream for each copy get the streams that these copies have in the whole, so that it does not matter for them how it
-    is shared.
+    Python's, NumPy's and Torch's generators and the environment's seed differ between processes. Environments with a
+    random stream for each copy get the streams that these copies would have in a single process, so that their episodes
+    do not depend on the number of processes.
 
     Args:
-        env: the part's environment, with as many copies as any other part's.
-        seed: of the whole.
-        part: which part, from 0.
-        num_parts: how many there are.
+        env: the environment of this process, with as many copies as those of the others.
+        seed: seed of the whole.
+        part: number of this process, from 0.
+        num_parts: number of processes.
 
     Example:
         >>> from torchrl_marl.envs import CoordSumEnv

@@ -20,50 +20,49 @@ from torchrl_marl.envs.random_state import preserve_random_state
 
 __all__ = ["CompiledVmasEnv"]
 
-_ROOTS = ("scenario", "world", "steps")  # of VMAS's Environment: what a step reads and writes; the rest draws pictures
-_OF_A_STEP = ("forces_dict", "torques_dict", "entity_index_map")  # the world builds these anew in each step
+_ROOTS = ("scenario", "world", "steps")  # attributes of VMAS's Environment that a step reads or writes
+_OF_A_STEP = ("forces_dict", "torques_dict", "entity_index_map")  # rebuilt by the world in every step
 _HOST_READS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist)
 _ROW_BY_ROW = ("add", "sub", "mul", "div", "truediv", "neg")  # names of Tensor's methods, in any spelling
-_DENSE_CHECKS = 32  # first runs of a graph, which are all checked
+_DENSE_CHECKS = 32  # number of initial runs of a graph that are all checked
 _TOLERANCE = 1e-3  # relative and absolute
-_MAX_ROWS = 0.02  # share of environments that may differ by more: rounding decides whether a contact or a goal is there
-_MAX_MISSES = 0.5  # share of runs left to VMAS beyond which there is nothing to gain
+_MAX_ROWS = 0.02  # share of environments that may differ by more: rounding can decide a contact or an arrival
+_MAX_MISSES = 0.5  # share of runs that fall back to VMAS beyond which compilation gains nothing
 
 Compiler = Callable[[GraphModule], Callable[..., Sequence[Tensor]]]
 
 
 def compile_graph(module: GraphModule) -> Callable[..., Sequence[Tensor]]:
-    """Compile a graph of VMAS by itself."""
+    """Compile a graph of VMAS on its own, without a policy."""
     return torch.compile(module, dynamic=False, options={"cpp_wrapper": not torch.cuda.is_available()})
 
 
 class CompiledVmasEnv(VmasEnv):
-    """A :class:`~torchrl.envs.VmasEnv` that is traced once and compiled; its arguments are ``VmasEnv``'s.
+    """A :class:`~torchrl.envs.VmasEnv` that is traced once and compiled; it takes ``VmasEnv``'s arguments.
 
-    A step of VMAS is a thousand and more operations on small tensors, called one by one from Python, and it resets
-    environments one after the other. Here one step with everything that belongs to it (actions, physics, rewards,
-    observations, ends) is traced into one graph, whose inputs and outputs are the actions and all tensors that the
-    scenario and its world hold, and ``torch.compile`` makes a few loops of it. So is a reset of some environments of
-    the batch, with what VMAS draws for each of them from its random stream as further inputs.
+    A step of VMAS calls more than a thousand operations on small tensors from Python, and VMAS resets environments one
+    by one. This class traces a whole step (actions, physics, rewards, observations, done flags) into one graph, whose
+    inputs and outputs are the actions and all tensors that the scenario and its world hold; ``torch.compile`` fuses the
+    graph into a few loops. A reset of part of the batch is traced in the same way; the random numbers that VMAS draws
+    for each environment are further inputs.
 
-    **Equal to VMAS.** The graphs have VMAS's own operations: results differ by rounding alone. What Python decided from
-    a tensor during tracing a graph computes again: where it comes out differently, VMAS does this step. Bodies that
-    VMAS does not collide because they are far apart in the whole batch are computed, and the result is taken only where
-    VMAS would. The first 32 steps, and steps 64, 128, 256, ..., VMAS does also, from the same state; resets likewise.
-    If anything differs, or cannot be traced (a step that draws random numbers, say), a warning says what, and the
-    environment goes on with VMAS's own step or reset.
+    **Equal to VMAS.** The graphs hold VMAS's own operations, so that results differ by rounding alone. A graph
+    recomputes every decision that Python took from a tensor while the step was traced; if one comes out differently,
+    the step falls back to VMAS. Collisions that VMAS skips because the bodies are far apart in the whole batch are
+    computed, and used only where VMAS would compute them. VMAS repeats the first 32 steps and steps 64, 128, 256, ...
+    from the same state as a check; resets likewise. If results differ, or a step cannot be traced (because it draws
+    random numbers, for example), a warning gives the reason and the environment falls back to VMAS for good.
 
-    The first step and the first reset of a part compile: up to a minute, seconds where an earlier process has compiled
-    the same.
+    The first step and the first partial reset compile, which takes up to a minute, or seconds if an earlier process has
+    compiled the same graph. ``compiler`` compiles a graph.
     """
 
     compiler: Compiler = staticmethod(compile_graph)
-    """What compiles a graph."""
 
     _graphs: VmasGraphs | None = None
 
     def to(self, device: torch.device | str) -> EnvBase:
-        """Move the environment; it is traced anew."""
+        """Move the environment, which is then traced again."""
         self._graphs = None
         return super().to(device)
 
@@ -80,13 +79,14 @@ class CompiledVmasEnv(VmasEnv):
 
 
 class VmasGraphs:
-    """A step and the reset of a part of the batch as graphs, which act on an environment in VMAS's place.
+    """The graphs of a step and of a partial reset, which replace VMAS's own step and reset of an environment.
 
     Args:
-        env: whose own step and reset are left to VMAS.
-        compile_step: what compiles a step; it may compute more, but has the arguments and results of what it is given:
-            actions and tensors of the state; whether the graph holds, entries ``module.meta["keys"]``, and tensors.
-        compile_reset: what compiles a reset, whose first argument is the mask of environments.
+        env: the environment.
+        compile_step: compiles the graph of a step. The function that it returns may compute more than the graph, but
+            takes the same arguments (actions, tensors of the state) and returns the same results: whether the graph is
+            valid, the entries ``module.meta["keys"]``, and tensors of the state.
+        compile_reset: compiles the graph of a reset, whose first argument is the mask of environments.
     """
 
     def __init__(self, env: VmasEnv, *, compile_step: Compiler, compile_reset: Compiler) -> None:
@@ -97,7 +97,7 @@ class VmasGraphs:
         self._draws: _Draws | None = None
 
     def step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Do what VMAS's step does, with the actions of ``tensordict``."""
+        """Step the environment with the actions in ``tensordict``."""
 
         def step_as_vmas() -> TensorDictBase:
             return VmasEnv._step(self.env, tensordict)
@@ -109,7 +109,7 @@ class VmasGraphs:
     def try_step(
         self, actions: Sequence[Tensor], step_as_vmas: Callable[[], TensorDictBase]
     ) -> Sequence[Tensor] | None:
-        """Take a step and return its entries, or ``None`` if this step is VMAS's to take."""
+        """Take a step and return its entries; return ``None`` if the step has to fall back to VMAS."""
         self.trace_step(actions)
         if self._step_graph is None or "step" in self.refused:
             return None
@@ -119,7 +119,7 @@ class VmasGraphs:
             return self._refuse("step", reason)
 
     def trace_step(self, actions: Sequence[Tensor]) -> None:
-        """Make the graph of a step, from the state that VMAS is in, which stays as it is."""
+        """Trace a step from the environment's current state, which stays unchanged."""
         if self._step_graph is not None or "step" in self.refused:
             return
         acting = self.env.full_action_spec.zero()
@@ -133,7 +133,7 @@ class VmasGraphs:
             self._refuse("step", reason)
 
     def reset(self, tensordict: TensorDictBase | None, **options: Any) -> TensorDictBase:
-        """Do what VMAS's reset does, of all environments or where ``"_reset"`` says so."""
+        """Reset all environments, or those that ``"_reset"`` marks."""
         mask = None if tensordict is None else tensordict.get("_reset", None)
         outputs = None if mask is None else self.try_reset(mask)
         if outputs is not None:
@@ -144,7 +144,7 @@ class VmasGraphs:
 
     @torch.no_grad()
     def try_reset(self, mask: Tensor) -> Sequence[Tensor] | None:
-        """Reset environments, ``[B, 1]``; return the entries of all, or ``None`` if this reset is VMAS's to do."""
+        """Reset the environments of a mask, ``[B, 1]``, and return the entries of all; ``None`` falls back to VMAS."""
         if "reset" in self.refused or mask.all():
             return None
         stream = self.env._env.vmas_random_state
@@ -170,7 +170,7 @@ class VmasGraphs:
         return outputs
 
     def find_state(self) -> None:
-        """Find the state's places again, after a reset by VMAS."""
+        """Locate the state's tensors again after VMAS has reset the environment."""
         for name, graph in (("step", self._step_graph), ("reset", self._reset_graph)):
             try:
                 if graph is not None and name not in self.refused:
@@ -179,7 +179,7 @@ class VmasGraphs:
                 self._refuse(name, reason)
 
     def _reset_where(self, mask: Tensor, *draws: Tensor) -> TensorDictBase:
-        """Reset the whole batch with given draws, and keep that only where the mask says so."""
+        """Reset the whole batch with given draws, and keep the result only where the mask is set."""
         vmas, state = self.env._env, _State(self.env)
         before = [value.clone() for value in state.read()]
         with _Draws(draws):
@@ -202,11 +202,11 @@ class VmasGraphs:
 
 
 class _RefusedError(Exception):
-    """A step that cannot be compiled; the message says why."""
+    """Raised for a step or reset that cannot be compiled; the message gives the reason."""
 
 
 class _State:
-    """The places of all tensors and plain values that a VMAS environment holds, by their paths."""
+    """Where a VMAS environment keeps its tensors and plain values: container and key by path."""
 
     places: dict[str, tuple[Any, Any]]  # of tensors
     _plain: dict[str, tuple[Any, Any]]
@@ -233,7 +233,7 @@ class _State:
             box[key] = value
 
     def restore(self, tensors: Sequence[Tensor], settings: Mapping[str, object]) -> None:
-        """Put back what ``read`` and ``settings`` have returned; what has been created since stays."""
+        """Restore what ``read`` and ``settings`` returned; entries created since then stay."""
         old = dict(zip(self.places, tensors, strict=True))
         self.find()
         for places, values in ((self.places, old), (self._plain, settings)):
@@ -253,7 +253,7 @@ class _State:
                 self._visit(f"{path}{name}", *place)
 
     def _parts(self, value: Any) -> Iterator[tuple[str, Any, Any]]:
-        """Yield name, container and key of what lies in a value; what is in a tuple stays as it is, but for objects."""
+        """Yield name, container and key of a value's parts; tuples are immutable, so only objects in them count."""
         if isinstance(value, list):
             yield from ((f"[{index}]", value, index) for index in range(len(value)))
         elif isinstance(value, dict):
@@ -272,13 +272,13 @@ class _Graph:
     """One step or reset, traced and compiled.
 
     Args:
-        env: at the state to trace from, which stays as it is.
-        function: what to trace: computes the data from tensors, and changes the environment's state.
-        inputs: to trace with.
+        env: the environment, in the state to trace from, which stays unchanged.
+        function: the function to trace; it computes data from tensors and changes the environment's state.
+        inputs: example inputs.
         compiler: see :class:`VmasGraphs`.
 
     Raises:
-        _RefusedError: if it does more than to compute tensors from tensors.
+        _RefusedError: if the function does more than compute tensors from tensors.
     """
 
     def __init__(
@@ -303,14 +303,14 @@ class _Graph:
         self._compiled = compiler(module)
 
     def run(self, inputs: Sequence[Tensor], reference: Callable[[], TensorDictBase]) -> Sequence[Tensor] | None:
-        """Compute, change the state and return the data's entries; ``None`` if Python would decide otherwise.
+        """Run the graph, update the state and return the data's entries; ``None`` if a decision came out differently.
 
         Args:
-            inputs: the function's.
-            reference: VMAS's own way, for checks.
+            inputs: inputs of the function.
+            reference: VMAS's own step or reset, for checks.
 
         Raises:
-            _RefusedError: with the state as it was, if the results differ or Python decides otherwise too often.
+            _RefusedError: with the state unchanged, if results differ or decisions come out differently too often.
         """
         before = self._state.read()
         everything = [*inputs, *before]
@@ -331,14 +331,14 @@ class _Graph:
         return outputs
 
     def data(self, outputs: Sequence[Tensor]) -> TensorDictBase:
-        """Return entries as what the function returns."""
+        """Return entries in the form in which the function returns them."""
         return self._template.copy().update(dict(zip(self._keys, outputs, strict=True)))
 
     def find_state(self) -> None:
-        """Find the state's places again, after a reset.
+        """Locate the state's tensors again after a reset.
 
         Raises:
-            _RefusedError: if the reset changed more than tensors, as the graph has everything else as a constant.
+            _RefusedError: if the reset changed more than tensors: everything else is a constant of the graph.
         """
         self._state.find()
         self._compare_settings(self._state)
@@ -391,7 +391,7 @@ class _Graph:
 
 
 class _Draws(TorchDispatchMode):
-    """Records what a reset draws at random, or has given values in their place."""
+    """Records the random numbers that a reset draws, or replaces them by given ones."""
 
     def __init__(self, given: Sequence[Tensor] | None = None) -> None:
         super().__init__()
@@ -418,11 +418,11 @@ class _Draws(TorchDispatchMode):
         return args[0].copy_(drawn) if in_place else drawn.clone()
 
     def of_all(self, num_envs: int) -> list[Tensor]:
-        """Return what was drawn, for every environment the same."""
+        """Return the recorded numbers, repeated for every environment."""
         return [drawn.expand(num_envs, *drawn.shape[1:]).clone() for _, drawn in self.calls]
 
     def again(self, mask: Tensor, stream: list[Any]) -> list[Tensor]:
-        """Draw for each environment of the mask in turn, as VMAS does; the others get what the first one gets."""
+        """Draw for each environment of the mask in turn, as VMAS does; the others get the first one's numbers."""
         order = (mask.cumsum(0) - 1).clamp(min=0)
         process = torch.get_rng_state()
         torch.set_rng_state(stream[0])
@@ -435,7 +435,7 @@ class _Draws(TorchDispatchMode):
 
 
 def _recorded_draws(env: VmasEnv) -> _Draws:
-    """What VMAS draws for one environment: the least of some tries, as a scenario may try until a place is free."""
+    """The draws of one reset: the fewest of eight tries, since scenarios may draw until a place is free."""
     state = _State(env)
     before, recorded = state.read(), []
     with preserve_random_state():
@@ -498,7 +498,7 @@ class _Tracer(TorchFunctionMode):
             delattr(self._world, name)
 
     def finish(self) -> list[Tensor]:
-        """Return for every decision whether it would be taken again."""
+        """Return for every decision whether it came out as it did while tracing."""
         if self._near:
             raise _RefusedError(f"it asks whether {' and '.join(next(iter(self._near)))} collide, not how far they are")
         return self._decisions
@@ -592,7 +592,7 @@ def _is_mask(index: object) -> bool:
 
 
 def _drop_unused_inputs(module: GraphModule, num_first: int) -> list[int]:
-    """Leave only the first inputs and those that something is computed from; return their numbers."""
+    """Keep only the first inputs and those that the graph uses; return their indices."""
     module.graph.eliminate_dead_code()
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     used = [index for index, node in enumerate(inputs) if node.users or index < num_first]
@@ -603,7 +603,7 @@ def _drop_unused_inputs(module: GraphModule, num_first: int) -> list[int]:
 
 
 def _close(value: Tensor, expected: Tensor) -> bool:
-    """Whether all but a few rows are equal up to rounding."""
+    """Return whether all but a few rows are equal up to rounding."""
     if value.shape != expected.shape or value.dtype != expected.dtype:
         return False
     if value.is_floating_point():

@@ -26,17 +26,18 @@ State = Mapping[str, Tensor]  # the entries of a state's TensorDict
 class Rules(nn.Module, ABC):
     """A cooperative game as pure functions on a state, for any batch ``[*B]`` of environments at once.
 
-    ``reset``, ``describe``, ``step`` and ``restart`` are all that a collector needs, eager or inside its own
-    ``torch.compile``; :class:`~torchrl_marl.envs.TensorEnv` makes a TorchRL environment of them. They read nothing but
-    their arguments and constants, wait for no device, and have no Python loop over environments or agents.
+    A collector needs no more than ``reset``, ``describe``, ``step`` and ``restart``, eager or inside its own
+    ``torch.compile``; :class:`~torchrl_marl.envs.TensorEnv` makes a TorchRL environment of them. The four functions
+    depend on nothing but their arguments and constants, never wait for the device, and have no Python loop over
+    environments or agents.
 
     A state is a TensorDict that holds at least ``random`` (the environment's stream), ``step`` and ``episode_reward``,
-    all ``[*B]``. Each environment draws from its own stream only: from a state and actions it goes on in a batch as it
-    does alone, and a stored state resumes it exactly.
+    all ``[*B]``. Each environment draws from its own stream only: it plays in a batch as it would alone, and a stored
+    state resumes it exactly.
 
-    A game defines ``init_state``, ``transition``, ``observe`` and ``draw``; its settings are the fields of a dataclass.
-    Tables are buffers, so that ``to`` moves them. ``fixed_length`` says that the number of steps is part of the game,
-    so that reaching it may well be a termination.
+    A game defines ``init_state``, ``transition``, ``observe`` and ``draw``; its settings are dataclass fields. Lookup
+    tables are buffers, so that ``to`` moves them. ``fixed_length`` is set if the number of steps is part of the game,
+    so that reaching it is rightly a termination.
 
     Args:
         num_agents: number of agents, ``N``.
@@ -80,15 +81,15 @@ class Rules(nn.Module, ABC):
 
     @abstractmethod
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
-        """Return the game's own part of the state at the start of an episode, and ``random`` if it drew numbers."""
+        """Return the game's own part of an episode's first state, and ``random`` if it drew numbers."""
 
     @abstractmethod
     def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Return what an action changes in the state, the team's reward and whether the game is over, both ``[*B]``."""
+        """Return the entries that actions change, the team's reward and whether the game is over, both ``[*B]``."""
 
     @abstractmethod
     def observe(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return what the agents observe, ``[*B, N, ...]`` each, and what is known at the root, such as ``state``."""
+        """Return the agents' entries, ``[*B, N, ...]`` each, and those at the root, such as ``state``."""
 
     @abstractmethod
     def draw(self, state: State) -> Image:
@@ -101,7 +102,7 @@ class Rules(nn.Module, ABC):
         return TensorDict(state, batch_size=random.shape)
 
     def restart(self, state: TensorDict, where: Tensor) -> TensorDict:
-        """Return the states with new episodes begun where the mask ``where``, ``[*B]``, is set."""
+        """Return the states, with new episodes where the mask ``where``, ``[*B]``, is set."""
         return self.reset(state["random"]).where(where, state)
 
     def step(self, state: TensorDict, action: Tensor) -> tuple[TensorDict, TensorDict]:
@@ -112,7 +113,7 @@ class Rules(nn.Module, ABC):
             action: of every agent, ``[*B, N]`` or ``[*B, N, A]``.
 
         Returns:
-            The state after it, and what ``describe`` says of that with ``("agents", "reward")``, ``done``,
+            The next state, and the entries that ``describe`` gives for it with ``("agents", "reward")``, ``done``,
             ``terminated`` and ``truncated``.
         """
         entries = _entries(state)
@@ -131,7 +132,7 @@ class Rules(nn.Module, ABC):
         return state, data
 
     def describe(self, state: TensorDict) -> TensorDict:
-        """Return what is known in a state: observations, ``("agents", "episode_reward")`` and ``step_count``."""
+        """Return the entries of a state: observations, ``("agents", "episode_reward")`` and ``step_count``."""
         batch, entries = state.batch_size, _entries(state)
         agents, root = self.observe(entries)
         agents["episode_reward"] = self._per_agent(entries["episode_reward"])

@@ -16,7 +16,7 @@ __all__ = ["GameOptions", "TensorEnv"]
 
 
 class GameOptions(BatchOptions, total=False):
-    """What every game takes besides: the time limit of an episode, in steps, and how it is reported.
+    """Options of every game: besides those of a batch, the time limit in steps, and how it is reported.
 
     ``max_steps`` has a default in each game. ``time_limit="truncate"`` sets ``truncated``, and advantage estimation
     bootstraps from the last state; ``"terminate"`` sets ``terminated``.
@@ -27,7 +27,7 @@ class GameOptions(BatchOptions, total=False):
 
 
 class TensorEnv(TeamEnv):
-    """A batch of environments that play by :class:`~torchrl_marl.envs.games.rules.Rules`.
+    """A batch of environments that follow :class:`~torchrl_marl.envs.games.rules.Rules`.
 
     Args:
         rules: the game.

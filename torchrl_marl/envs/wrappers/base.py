@@ -1,4 +1,4 @@
-"""What environments of other packages have in common: how their data become TensorDicts."""
+"""The base of all wrappers of other packages' environments."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _ROOT = {"state", "step_count", "done", "terminated", "truncated"}
 
 
 class WrapperEnv(TeamEnv):
-    """A batch of another package's environments, which differ in how they are reset and stepped.
+    """A batch of another package's environments.
 
-    Where agents can drop out, ``("agents", "mask")`` tells who lives: policies do not learn from the rows of the
-    others. A subclass sets ``observation_spec``.
+    Where agents can drop out of an episode, ``("agents", "mask")`` marks those that are alive: policies do not learn
+    from the other rows. A subclass resets and steps the copies, and sets ``observation_spec``.
 
     Args:
         agents: names of the ``N`` agents.
@@ -75,20 +75,20 @@ class WrapperEnv(TeamEnv):
         """Begin new episodes where the mask ``where``, ``[B]``, is set, from the streams ``[B]``, both on the CPU.
 
         Returns:
-            The streams after it, and what is seen of all environments, of those that go on as it was: the entries of
-            ``observation_spec`` without their groups.
+            The streams after the reset, and the entries of ``observation_spec`` of all environments by name, without
+            their group. Environments that are not reset keep their last observation.
         """
 
     @abstractmethod
     def _step_copies(self, action: Tensor) -> dict[str, Tensor]:
-        """Play the actions ``[B, N]`` or ``[B, N, A]``; no environment is reset here.
+        """Step all environments with the actions ``[B, N]`` or ``[B, N, A]``, without resetting any.
 
         Returns:
-            The entries of the specs of observations, reward and done flags without their groups.
+            The entries of the specs of observations, reward and done flags by name, without their group.
         """
 
     def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
-        """Draw random actions, legal ones where ``tensordict`` says which are: some packages die of others."""
+        """Draw random actions, only legal ones if ``tensordict`` has a mask: some packages crash on illegal ones."""
         legal = None if tensordict is None else tensordict.get(("agents", "action_mask"), None)
         if tensordict is None or legal is None:
             return super().rand_action(tensordict)
@@ -98,12 +98,12 @@ class WrapperEnv(TeamEnv):
     def _draw(self, env_index: int) -> np.ndarray:
         try:
             return self._picture(env_index)
-        except Exception as error:  # each package fails in its own way where it finds no OpenGL or display
+        except Exception as error:  # without OpenGL or a display every package fails in its own way
             raise ValueError(f"the environment cannot be drawn here: {error}") from error
 
     @abstractmethod
     def _picture(self, env_index: int) -> np.ndarray:
-        """Return what ``render`` does, drawn by the package's own means."""
+        """Return the picture of one environment, drawn by its package."""
 
 
 def check_options(build: Callable[..., Any], options: Mapping[str, Any], scenario: str) -> None:

@@ -1,4 +1,4 @@
-"""Environments of Gymnasium and PettingZoo that play one at a time: Level-Based Foraging, RWARE, MPE and their kin."""
+"""Environments of Gymnasium and PettingZoo, stepped one by one: Level-Based Foraging, RWARE, MPE and others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["SerialGame", "SerialGymEnv", "as_serial_game", "make_lbforaging", "m
 
 
 class Turn(NamedTuple):
-    """What a game shows after a step."""
+    """The result of a step."""
 
     seen: dict[str, np.ndarray]
     reward: Sequence[float]
@@ -36,7 +36,7 @@ class Turn(NamedTuple):
 
 
 class SerialGame(ABC):
-    """One environment in which all agents move at once.
+    """One environment in which all agents act at the same time.
 
     Attributes:
         agents: names of the ``N`` agents.
@@ -50,7 +50,7 @@ class SerialGame(ABC):
 
     @abstractmethod
     def reset(self, seed: int) -> dict[str, np.ndarray]:
-        """Begin the episode of a seed.
+        """Start the episode that a seed gives.
 
         Returns:
             ``observation [N, O]`` and, where the game has them, ``action_mask [N, A]``, ``mask [N]`` and ``state [S]``.
@@ -58,7 +58,7 @@ class SerialGame(ABC):
 
     @abstractmethod
     def step(self, action: np.ndarray) -> Turn:
-        """Play the actions of all agents, ``[N]`` or ``[N, A]``."""
+        """Step with the actions of all agents, ``[N]`` or ``[N, A]``."""
 
     @abstractmethod
     def draw(self) -> np.ndarray:
@@ -66,12 +66,12 @@ class SerialGame(ABC):
 
 
 class SerialGymEnv(WrapperEnv):
-    """Games stepped one after the other in this process.
+    """Environments stepped one after the other in this process.
 
-    One TensorDict for the batch costs less than a wrapped environment for each game (``SerialEnv``) would.
+    One TensorDict for the batch is cheaper than TorchRL's ``SerialEnv``, which keeps one for each environment.
 
     Args:
-        make: makes one of them, given its number.
+        make: builds an environment, given its index.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards.
         batch: ``num_envs``, ``seed`` and ``device``, see :class:`~torchrl_marl.envs.base.BatchOptions`.
@@ -129,13 +129,13 @@ class SerialGymEnv(WrapperEnv):
 
 
 class _GymGame(SerialGame):
-    """An environment of Gymnasium or PettingZoo, whatever it says of all agents at once being a list or a dictionary.
+    """An environment of Gymnasium or PettingZoo, which gives the agents' values as a list or as a dictionary.
 
     Args:
         env: the environment.
-        spaces: of each agent, by name, of observations and of actions.
-        named: whether actions are handed over by agents' names.
-        state_size: of its ``state()``; ``None`` if it has none.
+        spaces: observation spaces and action spaces by agent.
+        named: whether ``step`` takes the actions as a dictionary by agent.
+        state_size: length of its ``state()``; ``None`` if it has none.
     """
 
     def __init__(self, env: Any, *spaces: Mapping[Any, Any], named: bool, state_size: int | None = None) -> None:
@@ -172,7 +172,7 @@ class _GymGame(SerialGame):
         return self.env.render(**mode)
 
     def _of_each(self, values: Any) -> list[Any]:
-        """Return the entries of a dictionary or a list in the agents' order; a single value is everyone's."""
+        """Return the values of a dictionary or a list in the agents' order; a single value holds for all agents."""
         if isinstance(values, Mapping):
             return [values[agent] for agent in self._agents]
         return list(values) if hasattr(values, "__len__") else [values] * len(self._agents)
@@ -199,10 +199,10 @@ class _GymGame(SerialGame):
 def as_serial_game(env: Any) -> SerialGame:
     """Wrap an environment of PettingZoo's parallel API, or a Gymnasium environment of several agents.
 
-    The latter has ``Tuple`` spaces, or ``Dict`` spaces by agents' names; rewards and flags may be everyone's.
+    The latter has ``Tuple`` spaces, or ``Dict`` spaces by agent; rewards and flags may be common to all agents.
 
     Raises:
-        ValueError: if it is neither, agents differ, or a space is none that a network of this library can take.
+        ValueError: if it is neither, if agents differ, or if the library's networks cannot take a space.
     """
     name = type(env).__name__
     if hasattr(env, "agent_iter"):
@@ -341,7 +341,7 @@ def make_pettingzoo(
 
 
 def _registered(package: str, scenario: str) -> dict[str, Any]:
-    """The arguments that a package registered with Gymnasium for a scenario."""
+    """Return the arguments that a package registered with Gymnasium for a scenario."""
     registry = import_extra("gymnasium", "gym").registry
     names = [name for name, spec in registry.items() if str(spec.entry_point).startswith(f"{package}.")]
     if scenario not in names:
@@ -352,10 +352,10 @@ def _registered(package: str, scenario: str) -> dict[str, Any]:
 
 
 def _equal_spaces(observation: Mapping[Any, Any], action: Mapping[Any, Any]) -> tuple[int, TensorSpec, bool]:
-    """The length of an observation, the specification of all agents' actions, and whether observations hold masks.
+    """Return the length of an observation, the spec of all agents' actions, and whether observations hold masks.
 
     Raises:
-        ValueError: if agents differ, or a space is none that a network of this library can take.
+        ValueError: if agents differ, or if the library's networks cannot take a space.
     """
     if set(observation) != set(action) or not action:
         raise ValueError(f"agents that observe ({list(observation)}) must be those that act ({list(action)})")
@@ -372,7 +372,7 @@ def _equal_spaces(observation: Mapping[Any, Any], action: Mapping[Any, Any]) -> 
 
 
 def _seen_by_one(space: Any) -> tuple[int, bool]:
-    """The length of an agent's observation, and whether it comes with a mask."""
+    """Return the length of an agent's observation, and whether it comes with a mask."""
     parts = getattr(space, "spaces", None)
     masked = isinstance(parts, Mapping) and set(parts) == {"observation", "action_mask"}
     vector = parts["observation"] if masked else space  # pyright: ignore[reportOptionalSubscript]

@@ -24,7 +24,7 @@ FIGURE_INCHES = (3.6, 3.6)  # of the figures that packages draw on
 
 
 class JaxGame(NamedTuple):
-    """One environment as two pure functions of JAX arrays, neither of which begins a new episode by itself.
+    """One environment as two pure functions of JAX arrays, without automatic reset.
 
     Attributes:
         agents: names of the ``N`` agents.
@@ -79,15 +79,15 @@ def game_by_name(tasks: Sequence[JaxTask], scenario: str, max_steps: int) -> Jax
 class JaxEnv(WrapperEnv):
     """A batch of one JAX environment: one compiled call for all copies in each step.
 
-    A step is one compiled call that returns finished tensors, new episodes are begun by another that resets only those
-    copies that ended, a sixteenth of the batch at a time. Results are handed to Torch without a copy where JAX computes
-    on ``device``, so never write into them. A copy's random stream is a key of JAX (its 64 bits), which is split for
-    each episode: the first half goes on, the second is the episode's reset key.
+    A step is one compiled call that returns finished tensors. Another compiled call resets the copies whose episodes
+    ended, a sixteenth of the batch at a time. If JAX computes on ``device``, Torch shares the memory of the results:
+    never write into them. The 64 bits of a copy's random stream are a JAX key, which is split for each episode: the
+    first half is the new stream, the second the episode's reset key.
 
     Args:
         game: the environment.
         max_steps: time limit of an episode, reported as truncation.
-        shared_reward: whether every agent gets the sum of all agents' rewards; False where the reward is the team's.
+        shared_reward: whether every agent gets the sum of all agents' rewards; ignored for a reward of the team.
         batch: ``num_envs``, ``seed`` and ``device``, see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
@@ -109,14 +109,14 @@ class JaxEnv(WrapperEnv):
         self.observation_spec = spec_of(self._data(self._to_torch(self._shown[1])))
 
     def _begun(self, keys: Any) -> Any:
-        """The states of new episodes and what is seen of them; keys ``[*, 2]``."""
+        """The first states and observations of new episodes; keys ``[*, 2]``."""
         jnp = self._jax.numpy
         state, seen = self._jax.vmap(self.game.reset)(keys)
         returns = jnp.zeros((len(keys), len(self.game.agents), 1))
         return state, {**seen, "episode_reward": returns, "step_count": jnp.zeros((len(keys), 1), int)}
 
     def _restarted(self, keys: Any, which: Any, shown: Any) -> Any:
-        """Begin new episodes where ``which``, a few at a time: a step has few ends, and resets are often expensive."""
+        """Reset where ``which`` is set, a few copies at a time: few episodes end in a step, and resets are expensive."""
         jax, jnp = self._jax, self._jax.numpy
         num_envs = len(which)
         few = -(-num_envs // 16)
@@ -136,7 +136,7 @@ class JaxEnv(WrapperEnv):
         return jax.lax.bitcast_convert_type(keys, jnp.int32), shown
 
     def _played(self, shown: Any, action: Any) -> Any:
-        """Step all, and count steps and rewards."""
+        """Step all copies, and count steps and rewards."""
         jax, jnp = self._jax, self._jax.numpy
         before, old = shown
         spec = self.game.action_spec
@@ -164,9 +164,9 @@ class JaxEnv(WrapperEnv):
         return self._to_torch({**self._shown[1], **outcome})
 
     def step_and_maybe_reset(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
-        """Do what TorchRL's method does, without its handling of keys that may be anything: a fifth of a quick step.
+        """Step like TorchRL's method, without its general handling of keys, which costs a fifth of a fast step.
 
-        What else the tensordict holds, such as the policy's outputs, is not carried on to the next step.
+        Other entries of the tensordict, such as the policy's outputs, are not carried on to the next step.
         """
         if "next" in tensordict or "_step" in tensordict:
             return super().step_and_maybe_reset(tensordict)

@@ -160,14 +160,14 @@ def _jaxmarl_game(
     own_rewards: bool = True,
     ends: bool = True,
 ) -> JaxGame:
-    """An environment of JaxMARL without its automatic reset; every step draws from a key kept beside the state.
+    """Build a game from an environment of JaxMARL; the key that steps draw from is kept beside the state.
 
     Args:
         env: the environment.
         draw: from the state to a picture.
-        known: from the state and the agents' observations to what there is besides.
+        known: from the state and the agents' observations to the entries besides ``observation``.
         own_rewards: False if all agents get the team's reward anyway.
-        ends: False if all that ends an episode is its limit.
+        ends: False if only the time limit ends an episode.
     """
     jax, agents = import_extra("jax", "jax"), list(env.agents)
     jnp = jax.numpy
@@ -200,7 +200,7 @@ def _action_spec(space: Any, num_agents: int) -> TensorSpec:
 
 
 class _Window:
-    """What JaxMARL's visualiser of Overcooked takes for a window."""
+    """Takes the place of a window for JaxMARL's visualiser of Overcooked."""
 
     picture: np.ndarray
 
@@ -209,7 +209,7 @@ class _Window:
 
 
 def _drawn(draw: Callable[[Any], object]) -> np.ndarray:
-    """The picture that something draws on the axes it is given."""
+    """Return the picture that a function draws on the axes that it gets."""
     figure = import_extra("matplotlib.figure", "jax").Figure(FIGURE_INCHES)
     canvas = import_extra("matplotlib.backends.backend_agg", "jax").FigureCanvasAgg(figure)
     draw(figure.add_subplot())

@@ -157,7 +157,7 @@ _TASKS = (
 
 
 def _parts(name: str) -> list[ModuleType]:
-    """An environment of Jumanji, the module of its generators and that of its viewer."""
+    """Import the modules of an environment, its generators and its viewer."""
     return [import_extra(f"jumanji.environments.{name}{part}", "jax") for part in ("", ".generator", ".viewer")]
 
 
@@ -166,7 +166,7 @@ def _own_views(state: Any, observation: Any) -> dict[str, Any]:
 
 
 def _without_future(state: Any, timestep: Any) -> Any:
-    """The last step, with a discount of 0 for all: at a time limit it is 1."""
+    """The last step with a discount of 0 for all agents: at a time limit the discount is 1."""
     return timestep.last() & (timestep.discount == 0).all()
 
 
@@ -180,16 +180,16 @@ def _jumanji_game(
     own_rewards: bool = True,
     scene: Callable[[Any], Any] = lambda state: state,
 ) -> JaxGame:
-    """An environment of Jumanji.
+    """Build a game from an environment of Jumanji.
 
     Args:
         env: the environment.
         action_spec: of all agents.
-        viewer: makes what draws it.
+        viewer: builds its viewer.
         seen: from the state and the observation to the entries of ``JaxGame.reset``.
         terminated: from the state and the time step to whether the episode has ended for good.
         own_rewards: False if all agents get the team's reward anyway.
-        scene: what the viewer is shown of the state.
+        scene: from the state to what the viewer draws.
     """
     jnp, num_agents = import_extra("jax.numpy", "jax"), action_spec.shape[0]
 
@@ -207,7 +207,7 @@ def _jumanji_game(
 
 
 def _photograph(viewer: Any, state: Any) -> np.ndarray:
-    """The picture of a viewer of Jumanji; it would open a window for its figure, unless there is one of that name."""
+    """Return the picture of a viewer, which would open a window unless a figure of that name exists."""
     pyplot = import_extra("matplotlib.pyplot", "jax")
     figure = pyplot.figure(_FIGURE, figsize=FIGURE_INCHES)
     figure.add_axes((0, 0, 1, 1))

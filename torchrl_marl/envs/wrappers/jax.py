@@ -116,7 +116,7 @@ class JaxEnv(WrapperEnv):
         return state, {**seen, "episode_reward": returns, "step_count": jnp.zeros((len(keys), 1), int)}
 
     def _restarted(self, keys: Any, which: Any, shown: Any) -> Any:
-        """Reset where ``which`` is set, a few copies at a time: few episodes end in a step, and resets are expensive."""
+        """Reset where ``which`` is set, a few copies at a time: few episodes end in a step, and resets are slow."""
         jax, jnp = self._jax, self._jax.numpy
         num_envs = len(which)
         few = -(-num_envs // 16)

@@ -13,6 +13,7 @@ from torchrl.data import Categorical
 from typing_extensions import Unpack
 
 from torchrl_marl.envs.base import BatchOptions
+from torchrl_marl.envs.games.grid import MOVES, successors, windows
 from torchrl_marl.envs.games.pictures import FAINT, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.tensor_env import GameOptions, TensorEnv
@@ -71,7 +72,6 @@ _FORBIDDEN = {"red": "#B", "black": "#R", "blue": "#RBT"}
 _CELL, _MARGIN = 38, 9  # of the picture, in pixels
 _CELL_COLORS = {"#": "#4c566a", "R": "#f2b8b5", "B": "#a9afbc", "T": "#b3d4ee"}
 _AGENT_COLORS = {"red": "#d1353f", "black": "#23262e", "blue": "#2f74c0"}
-_MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, nop; row 0 is on top
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -85,13 +85,19 @@ class MazeRules(Rules):
         super().__post_init__()
         letters, colors = _MAZES[self.maze].letters, _MAZES[self.maze].agents
         self.start, self.goal = letters.index("S"), letters.index("*")
-        codes = torch.tensor([_CODES[letter] for letter in letters])
+        codes, cells = torch.tensor([_CODES[letter] for letter in letters]), torch.arange(len(letters))
+        blocked = torch.tensor([[letter in _FORBIDDEN[color] for letter in letters] for color in colors])
+        successor = successors(blocked, _SIZE)
+        successor[:, self.goal] = self.goal
+        around = windows(codes.unsqueeze(0), _SIZE, radius=1, outside=_CODES["#"])[0]
+        parts = [one_hot(around, len(set(_CODES.values()))).flatten(1)]
+        parts += [one_hot(cells // _SIZE, _SIZE), one_hot(cells % _SIZE, _SIZE)]
         self._register_tables(
             {
                 "codes": codes / max(_CODES.values()),
-                "successor": torch.tensor([_successors(letters, color) for color in colors]).flatten(),
-                "agent_offset": torch.arange(self.num_agents) * len(letters) * len(_MOVES),
-                "view": torch.cat([_surroundings(codes), _locations()], -1),
+                "successor": successor.flatten(),
+                "agent_offset": torch.arange(self.num_agents) * len(letters) * len(MOVES),
+                "view": torch.cat(parts, -1).float(),
             }
         )
 
@@ -104,7 +110,7 @@ class MazeRules(Rules):
     def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Look up where each agent gets to; who was at the goal stays there."""
         before = state["cell"]
-        cell = self.successor.take(self.agent_offset + before * len(_MOVES) + action)
+        cell = self.successor.take(self.agent_offset + before * len(MOVES) + action)
         on_the_way, arrived = before != self.goal, cell == self.goal
         reward = ((on_the_way & arrived).float() - self.step_cost * on_the_way).mean(-1)
         step = state["step"].clamp(max=self.max_steps - 1)[..., None, None] + 1
@@ -201,7 +207,7 @@ class MazeEnv(TensorEnv):
         rules = MazeRules(
             num_agents=num_agents, maze=maze, step_cost=step_cost, max_steps=max_steps, time_limit=time_limit
         )
-        super().__init__(rules, action_spec=Categorical(len(_MOVES), shape=torch.Size([num_agents])), **batch)
+        super().__init__(rules, action_spec=Categorical(len(MOVES), shape=torch.Size([num_agents])), **batch)
 
 
 class MazeOptions(GameOptions, total=False):
@@ -219,31 +225,6 @@ def make_maze(scenario: str = "black_red", **options: Unpack[MazeOptions]) -> Ma
         {'agents': ['agent_0', 'agent_1', 'agent_2']}
     """
     return MazeEnv(scenario, **options)
-
-
-def _successors(letters: str, color: str) -> list[list[int]]:
-    """Where each action leads from each cell, ``[cells, actions]``."""
-
-    def successor(cell: int, move: tuple[int, int]) -> int:
-        row, column = cell // _SIZE + move[0], cell % _SIZE + move[1]
-        inside = 0 <= row < _SIZE and 0 <= column < _SIZE
-        free = inside and letters[row * _SIZE + column] not in _FORBIDDEN[color]
-        return row * _SIZE + column if free and letters[cell] != "*" else cell
-
-    return [[successor(cell, move) for move in _MOVES] for cell in range(len(letters))]
-
-
-def _surroundings(codes: Tensor) -> Tensor:
-    """The 3 x 3 codes around each cell as one-hot vectors, ``[cells, 54]``; outside is wall."""
-    padded = torch.nn.functional.pad(codes.reshape(_SIZE, _SIZE), (1, 1, 1, 1))
-    windows = padded.unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9)
-    return one_hot(windows, len(set(_CODES.values()))).flatten(1).float()
-
-
-def _locations() -> Tensor:
-    """Row and column of each cell as one-hot vectors, ``[cells, 18]``."""
-    cells = torch.arange(_SIZE * _SIZE)
-    return torch.cat([one_hot(cells // _SIZE, _SIZE), one_hot(cells % _SIZE, _SIZE)], -1).float()
 
 
 def _center(cell: int, shift: float = 0) -> tuple[float, float]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import embedding
 from torchrl.data import Categorical
 from typing_extensions import Unpack
 
 from torchrl_marl.envs.base import BatchOptions, check_positive
+from torchrl_marl.envs.games.grid import MOVES, successors, windows
 from torchrl_marl.envs.games.pictures import AGENT_COLORS, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.streams import draw_below
@@ -84,8 +85,7 @@ _NUM_CELLS = _SIZE * _SIZE
 _NUM_DOTS = 24
 _FLOOR, _WALL = _NUM_DOTS, _NUM_DOTS + 1  # kinds of cells beyond the dots 0..23
 _MAX_AGENTS = 8
-_MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, eat; row 0 is on top
-_EAT = 4
+_EAT = 4  # the move that leads nowhere
 
 _CELL = 24  # of the picture, in pixels
 _BACKGROUND, _BLOCK, _FLOOR_COLOR, _LIT, _DOT = "#10142b", "#28357a", "#10142b", "#2b3050", "#ffd86b"
@@ -113,9 +113,9 @@ class PaxMenRules(Rules):
         hub = "".join(_MAZES[0].split())
         cells = torch.arange(_NUM_CELLS)
         tables = {
-            "successor": _successors(kinds).flatten(),
+            "successor": successors(kinds == _WALL, _SIZE).flatten(),
             "kind": kinds.flatten(),
-            "view": _windows(kinds, self.view_radius).flatten(0, 1),
+            "view": windows(kinds, _SIZE, radius=self.view_radius, outside=_WALL).flatten(0, 1),
             "offset": _offsets(self.view_radius).flatten(),
             "layout_code": torch.eye(self.num_layouts),
             "place": torch.stack([cells // _SIZE, cells % _SIZE], -1) / (_SIZE - 1),
@@ -140,7 +140,7 @@ class PaxMenRules(Rules):
         left = state["dots"].scatter(-1, bite, 0.0)
         reward = (state["dots"] - left).sum(-1) - self.step_cost
         changes = {
-            "cell": self.successor.take(index * len(_MOVES) + action),
+            "cell": self.successor.take(index * len(MOVES) + action),
             "dots": torch.where(left.any(-1, keepdim=True), left, self.all_dots),
             "facing": torch.where(action == _EAT, state["facing"], action),
         }
@@ -247,7 +247,7 @@ class PaxMenEnv(TensorEnv):
             max_steps=max_steps,
             time_limit=time_limit,
         )
-        super().__init__(rules, action_spec=Categorical(len(_MOVES), shape=torch.Size([num_agents])), **batch)
+        super().__init__(rules, action_spec=Categorical(len(MOVES), shape=torch.Size([num_agents])), **batch)
 
 
 class PaxMenOptions(GameOptions, total=False):
@@ -293,21 +293,6 @@ def _layouts() -> Tensor:
     return torch.stack(layouts)
 
 
-def _successors(kinds: Tensor) -> Tensor:
-    """Where each action leads from each cell, ``[layouts, cells, actions]``; off the map is never reached."""
-    cells = torch.arange(_NUM_CELLS)
-    steps = torch.tensor([_SIZE * down + right for down, right in _MOVES])
-    ahead = (cells.unsqueeze(-1) + steps).clamp(0, _NUM_CELLS - 1)
-    return torch.where(kinds[:, ahead] == _WALL, cells.unsqueeze(-1), ahead)
-
-
-def _windows(kinds: Tensor, radius: int) -> Tensor:
-    """The kinds around each cell, ``[layouts, cells, window]``; outside is wall."""
-    side = 2 * radius + 1
-    padded = pad(kinds.reshape(-1, _SIZE, _SIZE), (radius,) * 4, value=_WALL)
-    return padded.unfold(1, side, 1).unfold(2, side, 1).reshape(len(kinds), _NUM_CELLS, side * side)
-
-
 def _offsets(radius: int) -> Tensor:
     """Where in the window around one cell another lies, ``[cells, cells]``; beyond its last place if outside."""
     side, cells = 2 * radius + 1, torch.arange(_NUM_CELLS)
@@ -331,7 +316,7 @@ def _draw_cell(canvas: Canvas, row: int, column: int, kind: int, lit: bool) -> N
 
 def _draw_agent(canvas: Canvas, center: tuple[float, float], color: str, facing: int) -> None:
     """A disc with its mouth open to where it moved last."""
-    (down, right), radius = _MOVES[facing], 9.5
+    (down, right), radius = MOVES[facing], 9.5
     angle = math.atan2(down, right)
     canvas.disc(center, radius, color)
     lips = [(1.1 * radius * math.cos(angle + turn), 1.1 * radius * math.sin(angle + turn)) for turn in (-0.6, 0, 0.6)]

@@ -69,10 +69,8 @@ def game_by_name(tasks: Sequence[JaxTask], scenario: str, max_steps: int) -> Jax
     for task in tasks:
         if match := re.fullmatch(task.form, scenario):
             return task.build(match, max_steps)
-    written, examples = (
-        " or ".join([", ".join(column[:-1]), column[-1]])
-        for column in ([task.written for task in tasks], [task.example for task in tasks])
-    )
+    columns = [task.written for task in tasks], [task.example for task in tasks]
+    written, examples = (f"{', '.join(names)} or {last}" for *names, last in columns)
     raise ValueError(f"scenario must be {written}, such as {examples}; got {scenario!r}")
 
 

@@ -1,0 +1,48 @@
+"""Lookup tables of games on square grids, whose cells are numbered row by row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = ["MOVES", "successors", "windows"]
+
+MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, none; row 0 is on top
+
+
+def successors(blocked: Tensor, size: int) -> Tensor:
+    """Return where each move leads from each cell; a move into a blocked cell leads nowhere.
+
+    Args:
+        blocked: which cells cannot be entered, ``[..., size**2]``; the grid's border must be blocked or out of reach.
+        size: side of the grid.
+
+    Returns:
+        Cells by cell and move, ``[..., size**2, 5]``.
+
+    Example:
+        >>> corridor = torch.tensor([True, True, True, False, False, False, True, True, True])
+        >>> successors(corridor, 3)[4]  # from the middle up, down, left, right
+        tensor([4, 4, 3, 5, 4])
+    """
+    cells = torch.arange(size * size).unsqueeze(-1)
+    ahead = (cells + torch.tensor([size * down + right for down, right in MOVES])).clamp(0, size * size - 1)
+    return torch.where(blocked[..., ahead], cells, ahead)
+
+
+def windows(kinds: Tensor, size: int, *, radius: int, outside: int) -> Tensor:
+    """Return the kinds of the cells around each cell.
+
+    Args:
+        kinds: of all cells, ``[L, size**2]``.
+        size: side of the grid.
+        radius: how far a window reaches in each direction.
+        outside: the kind of cells off the grid.
+
+    Returns:
+        Kinds by cell and place in its window, ``[L, size**2, (2 radius + 1)**2]``.
+    """
+    side = 2 * radius + 1
+    padded = pad(kinds.reshape(-1, size, size), (radius,) * 4, value=outside)
+    return padded.unfold(1, side, 1).unfold(2, side, 1).reshape(len(kinds), size * size, side * side)

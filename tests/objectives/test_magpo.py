@@ -18,7 +18,8 @@ from tests.modules.test_autoregressive import NETWORKS, SHAPES, log_prob, play
 from tests.objectives.loss_factories import gradients, make_networks
 from torchrl_marl.modules import Denormalize, make_actor, make_recurrent_actor
 from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, MAPPOLoss
-from torchrl_marl.objectives.magpo import divergence, follow_imitation_gap
+from torchrl_marl.objectives.divergences import divergence
+from torchrl_marl.objectives.magpo import follow_imitation_gap
 from torchrl_marl.objectives.surrogates import barrier_gain, clip_gain, double_clip_gain, quadratic_gain
 
 VECTORS = json.loads((Path(__file__).parent / "magpo_vectors.json").read_text())

@@ -17,7 +17,8 @@ from torchrl.modules import ProbabilisticActor
 
 from torchrl_marl.modules import AgentNetworks
 from torchrl_marl.objectives import HAPPOLoss, HATRPOLoss, OAPPOLoss, OATRPOLoss
-from torchrl_marl.objectives.trust_region import conjugate_gradient, fisher_vector_product, natural_step, policy_kl
+from torchrl_marl.objectives.divergences import policy_kl
+from torchrl_marl.objectives.trust_region import conjugate_gradient, fisher_vector_product, natural_step
 
 VECTORS = json.loads(Path(__file__).with_name("off_agent_vectors.json").read_text())
 ORDER = VECTORS["order"]

@@ -31,8 +31,8 @@ from torchrl_marl.objectives import (
     OATRPOLoss,
     SequentialLoss,
 )
+from torchrl_marl.objectives.divergences import policy_kl
 from torchrl_marl.objectives.surrogates import barrier_gain
-from torchrl_marl.objectives.trust_region import policy_kl
 
 FIRST_ORDER, SECOND_ORDER = (HAPPOLoss, OAPPOLoss), (HATRPOLoss, OATRPOLoss)
 OFF_AGENT = (OAPPOLoss, OATRPOLoss)

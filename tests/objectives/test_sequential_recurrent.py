@@ -10,7 +10,7 @@ from tests.objectives.loss_factories import AGENTS, SPACES, gradients, group_sha
 from torchrl_marl.collectors import ReuseMappingSampler
 from torchrl_marl.modules import agent_policy, make_critic, make_recurrent_actor
 from torchrl_marl.objectives import HAPPOLoss, HATRPOLoss, MAPPOLoss, OAPPOLoss, OATRPOLoss, SEACLoss
-from torchrl_marl.objectives.trust_region import policy_kl
+from torchrl_marl.objectives.divergences import policy_kl
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 MIXED = [[0.6, 0.0, 0.4], [0.25, 0.5, 0.25], [0.0, 0.2, 0.8]]

@@ -10,13 +10,12 @@ from torch.nn.utils import parameters_to_vector
 from torch.testing import assert_close
 from torchrl.modules import MaskedCategorical, TanhNormal
 
+from torchrl_marl.objectives.divergences import categorical_kl, policy_kl
 from torchrl_marl.objectives.trust_region import (
     backtracking_line_search,
-    categorical_kl,
     conjugate_gradient,
     fisher_vector_product,
     natural_step,
-    policy_kl,
     trust_region_step,
 )
 

@@ -20,8 +20,8 @@ from torchrl.modules import MLP
 
 from torchrl_marl.extras import import_extra
 from torchrl_marl.modules import GroupShape
+from torchrl_marl.objectives.divergences import gaussian_kl
 from torchrl_marl.objectives.ratio import require
-from torchrl_marl.objectives.trust_region import gaussian_kl
 
 __all__ = ["AgentAutoencoder", "cluster_agents", "encode_agents"]
 

@@ -9,7 +9,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
-__all__ = ["SequenceCollector", "sequence_minibatches", "sequences_in"]
+__all__ = ["SequenceCollector"]
 
 
 class SequenceCollector:
@@ -69,46 +69,3 @@ class SequenceCollector:
         self._following = following
         batch = torch.stack(steps, -1)
         return batch.update(start.unsqueeze(-1).expand(batch.batch_size))
-
-
-def sequences_in(minibatch_size: int, num_steps: int) -> int:
-    """Return how many whole sequences of ``num_steps`` a minibatch of so many steps holds.
-
-    Raises:
-        ValueError: if it holds none.
-
-    Example:
-        >>> sequences_in(250, 100)
-        2
-    """
-    if minibatch_size < num_steps:
-        raise ValueError(f"minibatch_size must be at least the {num_steps} steps of a sequence; got {minibatch_size}.")
-    return minibatch_size // num_steps
-
-
-def sequence_minibatches(
-    batch: TensorDictBase, num_sequences: int, *, states: Sequence[NestedKey] = ()
-) -> Iterator[TensorDictBase]:
-    """Yield the sequences of a batch ``[B, T]`` once, in random order, ``num_sequences`` at a time.
-
-    Args:
-        batch: as :class:`SequenceCollector` yields it.
-        num_sequences: sequences of a minibatch; the last one may have fewer.
-        states: entries of which only the first of each sequence counts; they are not copied for each step.
-
-    Raises:
-        ValueError: if a minibatch would have no sequence.
-
-    Example:
-        >>> from tensordict import TensorDict
-        >>> batch = TensorDict({"step": torch.arange(12).reshape(4, 3)}, batch_size=(4, 3))
-        >>> sorted(row for minibatch in sequence_minibatches(batch, 2) for row in minibatch["step"].tolist())
-        [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
-    """
-    if num_sequences < 1:
-        raise ValueError(
-            f"A minibatch must have at least one sequence, {batch.shape[1]} steps; got {num_sequences} sequences."
-        )
-    start, rest = batch.select(*states)[:, 0], batch.exclude(*states)
-    for rows in torch.randperm(len(batch), device=batch.device).split(num_sequences):
-        yield rest[rows].update(start[rows].unsqueeze(1).expand(len(rows), batch.shape[1]))

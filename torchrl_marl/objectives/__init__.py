@@ -4,10 +4,11 @@ from torchrl_marl.objectives.happo import HAPPOLoss, HATRPOLoss
 from torchrl_marl.objectives.magpo import CTDSLoss, MAGPOLoss
 from torchrl_marl.objectives.marpo import MARPOLoss
 from torchrl_marl.objectives.mars import MARSLoss
+from torchrl_marl.objectives.masking import standardize
 from torchrl_marl.objectives.maspo import MASPOLoss
 from torchrl_marl.objectives.off_agent import OAPPOLoss, OATRPOLoss
 from torchrl_marl.objectives.ppo import IPPOLoss, MAPPOLoss
-from torchrl_marl.objectives.ratio import RatioLoss, standardize
+from torchrl_marl.objectives.ratio import RatioLoss
 from torchrl_marl.objectives.seac import SEACLoss
 from torchrl_marl.objectives.sequential import NaturalGradientLoss, SequentialLoss
 

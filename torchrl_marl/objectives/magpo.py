@@ -9,13 +9,13 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictParams
 from torch import Tensor
-from torch.distributions import Categorical, Distribution
-from torchrl.modules import TanhNormal
+from torch.distributions import Distribution
 from typing_extensions import Unpack
 
-from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, RatioOptions, clip_bounds, masked_mean
+from torchrl_marl.objectives.divergences import divergence
+from torchrl_marl.objectives.masking import masked_mean
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, RatioOptions, clip_bounds
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, double_clip_gain
-from torchrl_marl.objectives.trust_region import categorical_kl, gaussian_kl
 
 __all__ = [
     "GUIDER_LOSSES",
@@ -24,7 +24,6 @@ __all__ = [
     "LearnerKL",
     "MAGPOLoss",
     "RatioRule",
-    "divergence",
     "follow_imitation_gap",
 ]
 
@@ -320,46 +319,6 @@ class MAGPOLoss(CTDSLoss):
             )
         log_ratio = log_prob - stored
         return log_ratio if mask is None else torch.where(mask, log_ratio, 0.0)
-
-
-def divergence(p: Distribution, q: Distribution, *, constant: Literal["first", "second"]) -> Tensor:
-    """Exact ``KL(p || q)`` of each agent's policy, ``[*batch, N]``, with gradient to one of the two only.
-
-    Actions of probability zero, such as illegal ones, count zero, in the gradient as well. Squashing both policies
-    alike does not change their divergence, so that squashed Gaussians have that of their Gaussians.
-
-    Args:
-        p: categorical, masked or not, or squashed Gaussian.
-        q: of the same kind and over the same actions.
-        constant: which of the two takes no gradient.
-
-    Raises:
-        ValueError: if they are of other kinds, or one of either.
-
-    Example:
-        >>> p, q = Categorical(torch.tensor([0.5, 0.5, 0.0])), Categorical(torch.tensor([0.25, 0.75, 0.0]))
-        >>> divergence(p, q, constant="second")  # (ln 2 + ln 2/3) / 2
-        tensor(0.1438)
-    """
-    p_parameters, q_parameters = _parameters(p, constant == "first"), _parameters(q, constant == "second")
-    if len(p_parameters) != len(q_parameters):
-        raise ValueError("Guider and learner must have the same actions, but one has discrete and one continuous ones.")
-    if isinstance(p, Categorical):
-        return categorical_kl(*p_parameters, *q_parameters)
-    return gaussian_kl(*p_parameters, *q_parameters)
-
-
-def _parameters(distribution: Distribution, frozen: bool) -> tuple[Tensor, ...]:
-    """Log-probabilities of all actions, or location and scale before squashing; without gradient if frozen."""
-    if isinstance(distribution, Categorical):
-        parameters: tuple[Tensor, ...] = (distribution.logits,)
-    elif isinstance(distribution, TanhNormal):
-        parameters = (distribution.loc, distribution.scale)
-    else:
-        raise ValueError(
-            f"Divergences are known of categoricals and squashed Gaussians, not of {type(distribution).__name__}."
-        )
-    return tuple(x.detach() for x in parameters) if frozen else parameters
 
 
 def _checked(learner_kl: str) -> LearnerKL:

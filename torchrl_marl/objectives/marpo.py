@@ -14,9 +14,10 @@ from torch.distributions import Distribution
 from typing_extensions import Unpack
 
 from torchrl_marl.keys import sibling
-from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, RatioOptions, clip_bounds, clip_fraction, masked_mean
+from torchrl_marl.objectives.divergences import policy_kl
+from torchrl_marl.objectives.masking import masked_mean
+from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, RatioOptions, clip_bounds, clip_fraction
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, kl_interval_unchecked, reflective_clip_gain
-from torchrl_marl.objectives.trust_region import policy_kl
 
 __all__ = ["ClipLayout", "MARPOLoss"]
 

@@ -9,8 +9,8 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from torch import Tensor
 from typing_extensions import Unpack
 
-from torchrl_marl import collectors  # the module: its own modules import from this package
 from torchrl_marl.modules.agent_networks import count_agents
+from torchrl_marl.objectives.reuse import ReuseMappingSampler, ReuseScheme
 from torchrl_marl.objectives.sequential import (
     NaturalGradientLoss,
     NaturalGradientOptions,
@@ -43,7 +43,7 @@ class OAPPOLoss(SequentialLoss):
         own_weight: share of an agent's own experience (the paper's lambda), in (0, 1].
         kl_threshold: how far another agent's policy may be for its experience to be used (sigma), in nats.
         reuse_matrix: a fixed mapping in place of the one that follows the policies: ``"NR"``, ``"AR"``, ``"UR"``,
-            ``"RR"`` or a matrix ``[N, N]`` (:func:`~torchrl_marl.collectors.fixed_reuse_matrix`).
+            ``"RR"`` or a matrix ``[N, N]`` (:func:`~torchrl_marl.objectives.reuse.fixed_reuse_matrix`).
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
         kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
@@ -60,12 +60,12 @@ class OAPPOLoss(SequentialLoss):
         *,
         own_weight: float = 0.7,
         kl_threshold: float = 0.1,
-        reuse_matrix: collectors.ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
+        reuse_matrix: ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
         reuse: Literal["weighted", "sampled"] = "weighted",
         kl_reduction: Literal["mean", "max"] = "mean",
         **options: Unpack[SequentialOptions],
     ) -> None:
-        sampler = collectors.ReuseMappingSampler(
+        sampler = ReuseMappingSampler(
             count_agents(actor_network),
             own_weight=own_weight,
             kl_threshold=kl_threshold,
@@ -96,7 +96,7 @@ class OATRPOLoss(NaturalGradientLoss):
         own_weight: share of an agent's own experience (the paper's lambda), in (0, 1].
         kl_threshold: how far another agent's policy may be for its experience to be used (sigma), in nats.
         reuse_matrix: a fixed mapping in place of the one that follows the policies: ``"NR"``, ``"AR"``, ``"UR"``,
-            ``"RR"`` or a matrix ``[N, N]`` (:func:`~torchrl_marl.collectors.fixed_reuse_matrix`).
+            ``"RR"`` or a matrix ``[N, N]`` (:func:`~torchrl_marl.objectives.reuse.fixed_reuse_matrix`).
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
         kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
@@ -113,12 +113,12 @@ class OATRPOLoss(NaturalGradientLoss):
         *,
         own_weight: float = 0.7,
         kl_threshold: float = 0.1,
-        reuse_matrix: collectors.ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
+        reuse_matrix: ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
         reuse: Literal["weighted", "sampled"] = "weighted",
         kl_reduction: Literal["mean", "max"] = "mean",
         **options: Unpack[NaturalGradientOptions],
     ) -> None:
-        sampler = collectors.ReuseMappingSampler(
+        sampler = ReuseMappingSampler(
             count_agents(actor_network),
             own_weight=own_weight,
             kl_threshold=kl_threshold,

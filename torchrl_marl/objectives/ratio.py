@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
@@ -26,16 +26,18 @@ from torchrl.objectives.utils import dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
 from torchrl_marl.keys import sibling
+from torchrl_marl.objectives.masking import (
+    Gather,
+    alone,
+    expand_mask,
+    masked_mean,
+    mean_and_deviation,
+    per_agent,
+    variance,
+)
 from torchrl_marl.objectives.surrogates import Gain
 
-__all__ = ["RatioLoss", "RatioOptions", "clip_bounds", "standardize"]
-
-Gather = Callable[[Tensor], Tensor]
-
-
-def _alone(values: Tensor) -> Tensor:
-    return values
-
+__all__ = ["RatioLoss", "RatioOptions", "clip_bounds"]
 
 OUT_KEYS = (
     "loss_objective",
@@ -277,7 +279,7 @@ class RatioLoss(LossModule):
         return self
 
     @torch.no_grad()
-    def update_value_norm(self, tensordict: TensorDictBase, *, gather: Gather = _alone) -> None:
+    def update_value_norm(self, tensordict: TensorDictBase, *, gather: Gather = alone) -> None:
         """Fold the value targets into the critic's running value statistics.
 
         Call it once per batch, after the value estimator; it does nothing if the critic does not normalise values.
@@ -416,7 +418,7 @@ class RatioLoss(LossModule):
         if self.normalize_advantage:
             own = tensordict.get(self.tensor_keys.advantage)
             dims = self.normalize_advantage_exclude_dims if own.ndim > len(shape) else ()
-            mean, deviation = _mean_and_deviation(own, self._mask(tensordict, own.shape[:-1]), dims)
+            mean, deviation = mean_and_deviation(own, self._mask(tensordict, own.shape[:-1]), dims)
             advantage = (advantage - mean) / deviation
         return per_agent(advantage, shape, self.tensor_keys.advantage)
 
@@ -437,9 +439,9 @@ class RatioLoss(LossModule):
             )
         if valid is not None:
             value, target = (torch.where(valid.unsqueeze(-1), x, 0.0) for x in (value, target))
-        variance = _variance(target.detach(), valid)
-        unexplained = _variance((target - value).detach(), valid)
-        explained = 1 - unexplained / variance.clamp(min=torch.finfo(variance.dtype).eps)
+        explainable = variance(target.detach(), valid)
+        unexplained = variance((target - value).detach(), valid)
+        explained = 1 - unexplained / explainable.clamp(min=torch.finfo(explainable.dtype).eps)
         if scale is not None:  # (v - m) / s - (t - m) / s = (v - t) / s: the mean cancels
             value, target = value / scale, target / scale
         distance = distance_loss(value, target, self.loss_critic_type)
@@ -479,31 +481,6 @@ class RatioLoss(LossModule):
             return masked_mean(values, mask)
         values = values if mask is None else torch.where(mask, values, 0.0)
         return values.sum() if self.reduction == "sum" else values
-
-
-def standardize(
-    values: Tensor, mask: Tensor | None = None, *, exclude_dims: Sequence[int] = (), gather: Gather = _alone
-) -> Tensor:
-    """Shift and scale to mean 0 and standard deviation 1, over everything that counts.
-
-    MAPPO's authors do this once to the advantages of a whole batch, over all steps and live agents.
-
-    Args:
-        values: such as advantages ``[B, N, 1]``.
-        mask: rows that count (bool), of the shape of ``values`` or without its last dimension; others become 0.
-        exclude_dims: dimensions along which every index has statistics of its own.
-        gather: joins what several processes hold of one batch, as :func:`torchrl_marl.data_parallel.gather` does.
-
-    Returns:
-        Standardised values, same shape. A constant gives zeros.
-
-    Example:
-        >>> standardize(torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([True, True, False])).flatten()
-        tensor([-0.7071,  0.7071,  0.0000])
-    """
-    mean, deviation = _mean_and_deviation(gather(values), None if mask is None else gather(mask), exclude_dims)
-    standardized = (values - mean) / deviation
-    return standardized if mask is None else torch.where(_fit_mask(mask, values), standardized, 0.0)
 
 
 def clip_bounds(clip_epsilon: float | Sequence[float]) -> tuple[float, float]:
@@ -555,58 +532,6 @@ def policy_entropy(distribution: Distribution) -> Tensor:
         distribution, reparameterize=True
     )  # scored before squashing: exact where saturated
     return -log_prob
-
-
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values.mean()
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def _mean_and_deviation(values: Tensor, mask: Tensor | None, exclude_dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    dims = sorted(set(range(values.ndim)) - {dim % values.ndim for dim in exclude_dims})
-    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else _fit_mask(mask, values)
-    count = mask.sum(dims, keepdim=True)
-    mean = torch.where(mask, values, 0.0).sum(dims, keepdim=True) / count.clamp(min=1)
-    squares = torch.where(mask, values - mean, 0.0).square().sum(dims, keepdim=True)
-    return mean, (squares / (count - 1).clamp(min=1)).sqrt().clamp(min=1e-6)
-
-
-def _fit_mask(mask: Tensor, values: Tensor) -> Tensor:
-    return (mask.unsqueeze(-1) if mask.ndim == values.ndim - 1 else mask).expand_as(values)
-
-
-def _variance(values: Tensor, mask: Tensor | None) -> Tensor:
-    values = values.squeeze(-1)
-    return masked_mean((values - masked_mean(values, mask)).square(), mask)
-
-
-def per_agent(advantage: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
-    """Bring ``[*batch, agents, 1]`` or a team's ``[*batch, 1]`` to ``[*batch, agents]``; nothing else broadcasts."""
-    if advantage.shape == (*shape, 1):
-        return advantage.squeeze(-1)
-    if advantage.shape == (*shape[:-1], 1):
-        return advantage.expand(shape)
-    raise ValueError(
-        f"{key!r} has shape {tuple(advantage.shape)}, but log-probabilities have shape {tuple(shape)}: expected "
-        f"{(*shape, 1)} for each agent or {(*shape[:-1], 1)} for the team."
-    )
-
-
-def expand_mask(mask: Tensor, shape: torch.Size, batch: torch.Size, key: NestedKey) -> Tensor:
-    """Bring what is known of each agent, or of a whole step, to each agent (or to the team, if ``shape`` is its)."""
-    if mask.shape == (*shape, 1):
-        return mask.squeeze(-1)
-    if mask.shape == shape:
-        return mask
-    if mask.shape[: len(batch)] == batch and mask.ndim <= len(batch) + 2:
-        if mask.ndim > len(batch) and len(shape) == len(batch):  # a team's value counts where any agent lives
-            return mask.flatten(len(batch)).any(-1)
-        if mask.shape[len(batch) :].numel() == 1:
-            return mask.reshape((*batch, 1)).expand(shape)
-    raise ValueError(
-        f"The mask {key!r} has shape {tuple(mask.shape)}, which does not fit rows of shape {tuple(shape)}."
-    )
 
 
 def _value_key(critic_network: TensorDictModuleBase) -> NestedKey:

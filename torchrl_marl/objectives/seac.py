@@ -13,16 +13,15 @@ from typing_extensions import Unpack
 from torchrl_marl.modules import agent_policy
 from torchrl_marl.modules.agent_networks import count_agents
 from torchrl_marl.modules.recurrent import recurrent_state_keys
+from torchrl_marl.objectives.masking import masked_mean, standardize
 from torchrl_marl.objectives.ratio import (
     OUT_KEYS,
     RatioLoss,
     RatioOptions,
     clip_bounds,
-    masked_mean,
     policy_entropy,
     ratio_diagnostics,
     require,
-    standardize,
 )
 from torchrl_marl.objectives.surrogates import Gain, ratio_gain
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -19,21 +19,19 @@ from typing_extensions import Unpack
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
 from torchrl_marl.modules.recurrent import recurrent_state_keys
+from torchrl_marl.objectives.divergences import policy_kl
+from torchrl_marl.objectives.masking import masked_mean, per_agent
 from torchrl_marl.objectives.ratio import (
     OUT_KEYS,
     RatioLoss,
     RatioOptions,
     check_at_least_0,
     clip_bounds,
-    masked_mean,
-    per_agent,
     require,
 )
+from torchrl_marl.objectives.reuse import ReuseMappingSampler
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, ratio_gain
-from torchrl_marl.objectives.trust_region import policy_kl, trust_region_step
-
-if TYPE_CHECKING:
-    from torchrl_marl.collectors import ReuseMappingSampler
+from torchrl_marl.objectives.trust_region import trust_region_step
 
 __all__ = ["NaturalGradientLoss", "NaturalGradientOptions", "SequentialLoss", "SequentialOptions", "Turn"]
 
@@ -81,9 +79,9 @@ class SequentialLoss(RatioLoss):
     batch as it is within the turn, not from an earlier copy.
 
     Networks with a memory get sequences ``[*B, time]``, in ``turns`` and in ``forward``
-    (:func:`~torchrl_marl.collectors.split_into_chunks`). A learner's memory of its own sequence starts from the stored
-    state, that of another source's from zeros: the state stored there is the source's network's. Where sources are
-    drawn, one is drawn for each learner and sequence.
+    (:func:`~torchrl_marl.objectives.minibatches.split_into_chunks`). A learner's memory of its own sequence starts from
+    the stored state, that of another source's from zeros: the state stored there is the source's network's. Where
+    sources are drawn, one is drawn for each learner and sequence.
 
     In an agent's turn ``forward`` returns the objective and the entropy of this agent, in the critic's turn the
     critic's loss. Outside of any turn (``loss.turn`` is ``None``) it returns those of all agents at once, on their own

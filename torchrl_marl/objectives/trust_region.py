@@ -13,92 +13,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, OneHotCategorical, kl_divergence
 from torch.nn.utils import parameters_to_vector
-from torchrl.modules import TanhNormal
 
 __all__ = [
     "backtracking_line_search",
-    "categorical_kl",
     "conjugate_gradient",
     "fisher_vector_product",
-    "gaussian_kl",
     "natural_step",
-    "policy_kl",
     "trust_region_step",
 ]
-
-
-def policy_kl(old: Distribution, new: Distribution) -> Tensor:
-    """Exact divergence ``KL(old || new)`` of two policies of one kind, differentiable twice.
-
-    Categorical policies, masked ones over their legal actions; Gaussian policies, and Gaussian policies squashed by
-    the same ``tanh``, which leaves the divergence as it is.
-
-    Args:
-        old: the policy in expectation under which the divergence is taken.
-        new: the other policy, over the same actions.
-
-    Returns:
-        Divergence in nats, of the distributions' batch shape, such as ``[B, N]``.
-
-    Raises:
-        NotImplementedError: if the pair has no closed form.
-
-    Example:
-        >>> old, new = Categorical(torch.tensor([0.5, 0.5])), Categorical(torch.tensor([0.25, 0.75]))
-        >>> policy_kl(old, new)  # 0.5 ln 2 + 0.5 ln (2 / 3)
-        tensor(0.1438)
-    """
-    if isinstance(old, (Categorical, OneHotCategorical)) and isinstance(new, (Categorical, OneHotCategorical)):
-        return categorical_kl(old.logits, new.logits)
-    if isinstance(old, TanhNormal) and isinstance(new, TanhNormal):
-        return gaussian_kl(old.loc, old.scale, new.loc, new.scale)
-    return kl_divergence(old, new)
-
-
-def categorical_kl(old_log_probs: Tensor, new_log_probs: Tensor) -> Tensor:
-    """Divergence of categorical distributions, ``sum_a pi_old(a) (ln pi_old(a) - ln pi_new(a))``.
-
-    Actions that the old policy never takes count zero, also in gradients, and also where nothing is legal. The
-    unweighted sum over actions of ``r - 1 - ln r`` that HARL and its predecessors use in this place is no divergence:
-    its second derivative is not the Fisher matrix.
-
-    Args:
-        old_log_probs: ``[..., A]``, normalised, ``-inf`` for illegal actions.
-        new_log_probs: same shape, the same actions legal.
-
-    Returns:
-        ``[...]``
-
-    Example:
-        >>> categorical_kl(torch.tensor([0.5, 0.5, 0.0]).log(), torch.tensor([0.25, 0.75, 0.0]).log())
-        tensor(0.1438)
-    """
-    possible = old_log_probs > -torch.inf  # False for NaN, too: the log-probabilities of an agent without legal actions
-    old, new = (torch.where(possible, log_probs, 0.0) for log_probs in (old_log_probs, new_log_probs))
-    return torch.where(possible, old.exp() * (old - new), 0.0).sum(-1)
-
-
-def gaussian_kl(old_loc: Tensor, old_scale: Tensor, new_loc: Tensor, new_scale: Tensor) -> Tensor:
-    """Divergence of Gaussians with independent components, by formula: it compiles, unlike PyTorch's dispatch.
-
-    Args:
-        old_loc: mean, ``[..., A]``.
-        old_scale: standard deviation, same shape.
-        new_loc: of the other one, same shape.
-        new_scale: of the other one, same shape.
-
-    Returns:
-        ``[...]``
-
-    Example:
-        >>> one = torch.ones(2)
-        >>> gaussian_kl(0 * one, one, one, one)  # half the squared distance
-        tensor(1.)
-    """
-    ratio = old_scale / new_scale
-    return (((old_loc - new_loc) / new_scale).square() / 2 + (ratio.square() - 1) / 2 - ratio.log()).sum(-1)
 
 
 def fisher_vector_product(

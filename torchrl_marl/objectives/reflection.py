@@ -8,7 +8,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from torchrl_marl.keys import sibling
-from torchrl_marl.objectives.ratio import expand_mask, per_agent
+from torchrl_marl.objectives.masking import expand_mask, per_agent
 
 __all__ = ["NextStepKeys"]
 

@@ -17,62 +17,20 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
 
 from torchrl_marl.modules import agent_policy
 from torchrl_marl.modules.recurrent import recurrent_state_keys
-from torchrl_marl.objectives.trust_region import policy_kl
+from torchrl_marl.objectives.divergences import pairwise_kl
 
 __all__ = [
     "ReuseMappingSampler",
     "ReuseScheme",
     "fixed_reuse_matrix",
     "gated_reuse_matrix",
-    "pairwise_kl",
 ]
 
 ReuseScheme = Literal["NR", "AR", "UR", "RR"]
-
-
-def pairwise_kl(
-    own: Distribution,
-    others: Sequence[Distribution],
-    mask: Tensor | None = None,
-    *,
-    reduction: Literal["mean", "max"] = "mean",
-) -> Tensor:
-    """How far each agent's policy is from each source's, on that source's data.
-
-        K[i, j] = mean over rows where j lives of KL(pi_j(.|o_j) || pi_i(.|o_j))
-
-    Args:
-        own: every agent's policy on its own observations, batch shape ``[*B, N]``.
-        others: for each agent i, its policy on the observations of all, batch shape ``[*B, N]``.
-        mask: live agents (bool), ``[*B, N]``.
-        reduction: ``"mean"``, or ``"max"`` as Eq. (9) has it: the largest of the batch, which is one sample's and grows
-            with the number of rows.
-
-    Returns:
-        ``[N, N]``, learners down, sources across; infinite where a source has no live row: nothing can be learnt there.
-
-    Raises:
-        ValueError: if the reduction is neither.
-
-    Example:
-        >>> first, second = (torch.tensor(p) for p in ([0.5, 0.5], [0.25, 0.75]))
-        >>> policies = [torch.distributions.Categorical(p.expand(4, 2, 2)) for p in (first, second)]
-        >>> pairwise_kl(torch.distributions.Categorical(torch.stack([first, second]).expand(4, 2, 2)), policies)
-        tensor([[0.0000, 0.1308],
-                [0.1438, 0.0000]])
-    """
-    if reduction not in ("mean", "max"):
-        raise ValueError(f"reduction must be mean or max; got {reduction!r}.")
-    divergences = torch.stack([policy_kl(own, other) for other in others]).flatten(1, -2)  # [learners, rows, sources]
-    live = torch.ones_like(divergences[0], dtype=torch.bool) if mask is None else mask.flatten(0, -2)
-    divergences = torch.where(live, divergences, 0.0)
-    reduced = divergences.sum(1) / live.sum(0) if reduction == "mean" else divergences.amax(1)
-    return torch.where(live.any(0), reduced, torch.inf)
 
 
 def gated_reuse_matrix(kl: Tensor, *, own_weight: float = 0.7, kl_threshold: float = 0.1) -> Tensor:

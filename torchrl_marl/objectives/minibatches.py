@@ -1,13 +1,13 @@
-"""Rows of a batch, or chunks of steps in a row for recurrent networks, and minibatches of them."""
+"""Rows of a batch, or chunks of steps in a row for recurrent networks, or whole sequences, and minibatches of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 
-__all__ = ["minibatches", "split_into_chunks"]
+__all__ = ["minibatches", "sequence_minibatches", "sequences_in", "split_into_chunks"]
 
 
 def split_into_chunks(batch: TensorDictBase, chunk_length: int | None) -> TensorDictBase:
@@ -84,3 +84,46 @@ def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
         yield rows
     else:
         yield from rows[torch.randperm(len(rows), device=rows.device)].split(num_rows)  # pyright: ignore[reportReturnType]
+
+
+def sequences_in(minibatch_size: int, num_steps: int) -> int:
+    """Return how many whole sequences of ``num_steps`` a minibatch of so many steps holds.
+
+    Raises:
+        ValueError: if it holds none.
+
+    Example:
+        >>> sequences_in(250, 100)
+        2
+    """
+    if minibatch_size < num_steps:
+        raise ValueError(f"minibatch_size must be at least the {num_steps} steps of a sequence; got {minibatch_size}.")
+    return minibatch_size // num_steps
+
+
+def sequence_minibatches(
+    batch: TensorDictBase, num_sequences: int, *, states: Sequence[NestedKey] = ()
+) -> Iterator[TensorDictBase]:
+    """Yield the sequences of a batch ``[B, T]`` once, in random order, ``num_sequences`` at a time.
+
+    Args:
+        batch: as :class:`~torchrl_marl.collectors.SequenceCollector` yields it.
+        num_sequences: sequences of a minibatch; the last one may have fewer.
+        states: entries of which only the first of each sequence counts; they are not copied for each step.
+
+    Raises:
+        ValueError: if a minibatch would have no sequence.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> batch = TensorDict({"step": torch.arange(12).reshape(4, 3)}, batch_size=(4, 3))
+        >>> sorted(row for minibatch in sequence_minibatches(batch, 2) for row in minibatch["step"].tolist())
+        [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    """
+    if num_sequences < 1:
+        raise ValueError(
+            f"A minibatch must have at least one sequence, {batch.shape[1]} steps; got {num_sequences} sequences."
+        )
+    start, rest = batch.select(*states)[:, 0], batch.exclude(*states)
+    for rows in torch.randperm(len(batch), device=batch.device).split(num_sequences):
+        yield rest[rows].update(start[rows].unsqueeze(1).expand(len(rows), batch.shape[1]))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal, Protocol, cast, get_args
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictParams
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from typing_extensions import Unpack
 
+from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.divergences import divergence
 from torchrl_marl.objectives.masking import masked_mean
+from torchrl_marl.objectives.phases import Phase
 from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, RatioOptions, clip_bounds
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, double_clip_gain
 
@@ -102,6 +106,9 @@ class CTDSLoss(RatioLoss):
         learner_kl: which divergence the learner minimises, ``"forward"``, ``KL(mu || pi)``, or ``"reverse"``.
         clip_epsilon: half-width of the guider's clip, or a pair ``(low, high)``.
         gain: another trust region of the guider, with the same bounds.
+        guider_first: let learners follow the guider of after its update, in a phase of their own, as the paper writes,
+            at twice the cost.
+        shuffle_agents: let the guider decode agents in another order in each epoch, as the authors do.
         **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`.
 
     Raises:
@@ -121,6 +128,8 @@ class CTDSLoss(RatioLoss):
         learner_kl: LearnerKL = "forward",
         clip_epsilon: float | Sequence[float] = 0.2,
         gain: Gain = clip_gain,
+        guider_first: bool = False,
+        shuffle_agents: bool = False,
         **options: Unpack[RatioOptions],
     ) -> None:
         low, high = clip_bounds(clip_epsilon)
@@ -134,6 +143,41 @@ class CTDSLoss(RatioLoss):
         )
         self._hold("learner_network", learner_network)
         self.learner_kl: LearnerKL = _checked(learner_kl)
+        self.guider_first, self.shuffle_agents = guider_first, shuffle_agents
+        self._trained = GUIDER_LOSSES + LEARNER_LOSSES
+
+    def phases(self, batch: TensorDictBase, *, chunk_length: int | None = None) -> Iterator[Phase]:
+        """Yield one phase for guider and learner, or the guider's and then the learner's."""
+        phase = self._phase(batch, chunk_length)
+        if self.shuffle_agents:
+            phase = replace(phase, before_epoch=partial(self._shuffle, phase.rows))
+        try:
+            for trained in (GUIDER_LOSSES, LEARNER_LOSSES) if self.guider_first else (self._trained,):
+                self._trained = trained
+                yield phase
+        finally:
+            self._trained = GUIDER_LOSSES + LEARNER_LOSSES
+
+    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters whose gradients are scaled down to one norm together: the guider's, and the learner's."""
+        learner = set(self.learner_network.parameters())
+        return {
+            "grad_norm": [parameter for parameter in self.parameters() if parameter not in learner],
+            "learner_grad_norm": [parameter for parameter in self.parameters() if parameter in learner],
+        }
+
+    def _shuffle(self, rows: TensorDictBase) -> None:
+        stored = rows.get(self.tensor_keys.sample_log_prob)
+        order = torch.randperm(stored.shape[-1], device=stored.device)
+        rows.set(sibling(self.tensor_keys.action, "order"), order.expand(stored.shape))
+
+    @property
+    def _learns_sequences(self) -> bool:
+        return True
+
+    def _output(self, entries: dict[str, Tensor]) -> TensorDict:
+        constant = set(GUIDER_LOSSES + LEARNER_LOSSES) - set(self._trained)
+        return super()._output({key: value.detach() if key in constant else value for key, value in entries.items()})
 
     def _computed_keys(self) -> list[str]:
         return [*OUT_KEYS, "loss_learner_kl"]
@@ -176,8 +220,7 @@ class MAGPOLoss(CTDSLoss):
     is executed in the end. In the first two losses ``pi`` is a constant, in the last two ``mu`` is. Divergences are
     exact and those of each agent's action given, for the guider, the actions before it. All losses are meant to be
     summed and back-propagated at once: guider and learner move together, each from the other's old parameters, as in
-    the authors' code. In the paper the learner follows the guider that has been updated: a loop may train on the sum of
-    ``GUIDER_LOSSES`` first and then on that of ``LEARNER_LOSSES``.
+    the authors' code. In the paper the learner follows the guider that has been updated: ``guider_first=True``.
 
     The guider may be any actor; those of :func:`~torchrl_marl.modules.make_mat` and
     :func:`~torchrl_marl.modules.make_sable` are autoregressive. The learner may be any actor of the same group and the
@@ -210,6 +253,7 @@ class MAGPOLoss(CTDSLoss):
         gain: another trust region of the guider, with the same bounds, see
             :func:`~torchrl_marl.objectives.surrogates.double_clip_gain`.
         learner_gain: another trust region of the learner's own objective, with the same bounds.
+        guider_first, shuffle_agents: see :class:`CTDSLoss`.
         adapt_ratio: how delta follows the imitation gap, such as :func:`follow_imitation_gap`; ``None``: it stays.
         **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`. The authors' critic has
             ``clip_value=clip_epsilon``, ``loss_critic_type="l2"`` and, with a coefficient of a half before half the
@@ -244,6 +288,8 @@ class MAGPOLoss(CTDSLoss):
         gain: Gain = clip_gain,
         learner_gain: Gain = clip_gain,
         adapt_ratio: RatioRule | None = None,
+        guider_first: bool = False,
+        shuffle_agents: bool = False,
         **options: Unpack[RatioOptions],
     ) -> None:
         super().__init__(
@@ -253,6 +299,8 @@ class MAGPOLoss(CTDSLoss):
             learner_kl=learner_kl,
             clip_epsilon=clip_epsilon,
             gain=gain,
+            guider_first=guider_first,
+            shuffle_agents=shuffle_agents,
             **options,
         )
         if not guider_learner_ratio > 1:

@@ -17,6 +17,7 @@ from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.divergences import policy_kl
 from torchrl_marl.objectives.masking import masked_mean
 from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, RatioOptions, clip_bounds, clip_fraction
+from torchrl_marl.objectives.reflection import NextStepKeys
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, kl_interval_unchecked, reflective_clip_gain
 
 __all__ = ["ClipLayout", "MARPOLoss"]
@@ -193,6 +194,17 @@ class MARPOLoss(RatioLoss):
         """Entries that only this method reads: the old distribution's parameters and the next step's entries."""
         parameters = self._parameter_keys() if self.uses_kl else []
         return [*parameters, *map(_next, self._following_keys() if self.reflection_coeff else [])]
+
+    def _complete(self, batch: TensorDictBase) -> None:
+        keys = self.tensor_keys
+        NextStepKeys(
+            action=keys.action,
+            log_prob=keys.sample_log_prob,
+            advantage=keys.advantage,
+            mask=keys.mask,
+            done=keys.done,
+            reflection_mask=keys.reflection_mask,
+        )(batch)
 
     def _following_keys(self) -> list[NestedKey]:
         keys = self.tensor_keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
@@ -16,16 +16,18 @@ from tensordict.nn import (
     TensorDictParams,
     dispatch,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
 from torchrl.modules.distributions.utils import has_analytic_entropy, sample_and_log_prob
 from torchrl.objectives import LossModule, ValueEstimators, distance_loss
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.utils import dispatch_value_estimator
-from torchrl.objectives.value import ValueEstimatorBase
+from torchrl.objectives.value import MultiAgentGAE, ValueEstimatorBase
 
+from torchrl_marl.data_parallel import gather
 from torchrl_marl.keys import sibling
+from torchrl_marl.modules.protocols import Bootstrapping, Remembering
 from torchrl_marl.objectives.masking import (
     Gather,
     alone,
@@ -33,8 +35,11 @@ from torchrl_marl.objectives.masking import (
     masked_mean,
     mean_and_deviation,
     per_agent,
+    standardize,
     variance,
 )
+from torchrl_marl.objectives.minibatches import split_into_chunks
+from torchrl_marl.objectives.phases import Phase
 from torchrl_marl.objectives.surrogates import Gain
 
 __all__ = ["RatioLoss", "RatioOptions", "clip_bounds"]
@@ -269,6 +274,9 @@ class RatioLoss(LossModule):
             super().make_value_estimator(cast("Any", value_type), **hyperparams)
             self.value_estimator.set_keys(**tensor_keys)
             return self
+        if value_type is None and isinstance(self.critic_network, Bootstrapping):  # it writes the values itself
+            settings = {"gamma": 0.99, "lmbda": 0.95, **hyperparams}
+            return self.make_value_estimator(MultiAgentGAE(value_network=None, **settings))  # pyright: ignore
         dispatch_value_estimator(
             self,
             value_type or self.default_value_estimator,
@@ -277,6 +285,80 @@ class RatioLoss(LossModule):
             **hyperparams,
         )
         return self
+
+    @torch.no_grad()
+    def prepare(self, batch: TensorDictBase) -> TensorDictBase:
+        """Write into a batch, in time order, what learning from it needs, once for all epochs.
+
+        Advantages, standardised over the whole batch and its live agents as MAPPO's authors do, value targets, and what
+        a method adds; the critic's value statistics follow the targets. Standardisation and statistics are those of all
+        processes of ``torch.distributed``. A loop that wants advantages of another kind calls the parts itself.
+
+        Args:
+            batch: as a collector yields it, ``[*B, T]``; it is changed.
+
+        Returns:
+            The same batch.
+        """
+        keys = self.tensor_keys
+        self._estimate(batch)
+        self.update_value_norm(batch, gather=gather)
+        mask = self._mask(batch, batch.get(keys.advantage).shape[:-1])
+        batch.set(keys.advantage, standardize(batch.get(keys.advantage), mask, gather=gather))
+        self._complete(batch)
+        return batch
+
+    def phases(self, batch: TensorDictBase, *, chunk_length: int | None = None) -> Iterator[Phase]:
+        """Yield what to train on, phase after phase; here there is one, and every parameter learns in it.
+
+        The loop of every method::
+
+            loss.prepare(batch)
+            for phase in loss.phases(batch):
+                for minibatch in phase.minibatches(1000, epochs=5):
+                    update(minibatch)
+
+        Args:
+            batch: as :meth:`prepare` has left it.
+            chunk_length: steps in a row that a recurrent network is trained on; ``None`` for single rows.
+
+        Raises:
+            ValueError: if ``chunk_length`` does not divide the batch's steps, or policies with a memory of their own
+                kind, which are trained on whole sequences, are given one.
+        """
+        yield self._phase(batch, chunk_length)
+
+    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters whose gradients are scaled down to one norm together, by the name under which it is logged."""
+        return {"grad_norm": list(self.parameters())}
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether the phase under way moves parameters by ``step(minibatch)``, without an optimiser."""
+        return False
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What the loss can say of itself after a batch, for logs."""
+        return {}
+
+    def _complete(self, batch: TensorDictBase) -> None:
+        """Write what a method needs besides advantages and targets; the hook of methods that add entries."""
+
+    def _phase(self, batch: TensorDictBase, chunk_length: int | None, **options: Any) -> Phase:
+        data = batch.select(*self.in_keys, strict=False)
+        if not self._learns_sequences:
+            return Phase(split_into_chunks(data, chunk_length), **options)
+        if chunk_length is not None:
+            raise ValueError(f"{type(self).__name__} learns whole sequences here: chunk_length must be None.")
+        return Phase(data, sequences=True, states=self._memory_keys, **options)
+
+    @property
+    def _memory_keys(self) -> list[NestedKey]:
+        return self.actor_network.memory_keys if isinstance(self.actor_network, Remembering) else []
+
+    @property
+    def _learns_sequences(self) -> bool:
+        return bool(self._memory_keys)
 
     @torch.no_grad()
     def update_value_norm(self, tensordict: TensorDictBase, *, gather: Gather = alone) -> None:
@@ -343,10 +425,17 @@ class RatioLoss(LossModule):
         """Copy the batch, with the value estimator's advantages and targets if it holds none."""
         tensordict = tensordict.copy()
         if self.tensor_keys.advantage not in tensordict.keys(True):
-            params = None if self.critic_network_params is None else self.critic_network_params.detach()
-            with torch.no_grad():
-                self.value_estimator(tensordict, params=params)
+            self._estimate(tensordict)
         return tensordict
+
+    @torch.no_grad()
+    def _estimate(self, tensordict: TensorDictBase) -> None:
+        params = None if self.critic_network_params is None else self.critic_network_params.detach()
+        if isinstance(self.critic_network, Bootstrapping):
+            with self._parameters_of("critic_network"):
+                self.critic_network.bootstrap(tensordict)
+            params = None
+        self.value_estimator(tensordict, params=params)
 
     def _actor_losses(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from torchrl_marl.modules.agent_networks import agent_policy, count_agents
 from torchrl_marl.modules.recurrent import recurrent_state_keys
 from torchrl_marl.objectives.divergences import policy_kl
 from torchrl_marl.objectives.masking import masked_mean, per_agent
+from torchrl_marl.objectives.phases import Phase
 from torchrl_marl.objectives.ratio import (
     OUT_KEYS,
     RatioLoss,
@@ -226,6 +227,24 @@ class SequentialLoss(RatioLoss):
         finally:
             self.turn = None
 
+    def phases(self, batch: TensorDictBase, *, chunk_length: int | None = None) -> Iterator[Phase]:
+        """Yield a phase for every agent in random order, then the critic's; see :meth:`turns`."""
+        phase = self._phase(batch, chunk_length)
+        for _ in self.turns(phase.rows):
+            yield replace(phase, whole=self.takes_steps)
+
+    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters whose gradients are scaled down to one norm together: an agent's, or the critic's."""
+        critic = set(self.critic_network.parameters())
+        return {
+            "grad_norm": [parameter for parameter in self.parameters() if parameter not in critic],
+            "critic_grad_norm": [parameter for parameter in self.parameters() if parameter in critic],
+        }
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return ``reuse_i_j``, the share of agent j's experience in what agent i learns from."""
+        return self.reuse_weights()
+
     @dispatch  # pyright: ignore[reportArgumentType]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the losses of the turn and detached diagnostics.
@@ -427,6 +446,11 @@ class NaturalGradientLoss(SequentialLoss):
             num_backtracks=num_backtracks,
         )
         self.register_coeff_buffer("max_kl", max_kl, device=self.ratio_low.device)
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether it is an agent's turn: it moves by :meth:`step`."""
+        return isinstance(self.turn, int)
 
     @set_recurrent_mode(True)
     def step(self, tensordict: TensorDictBase) -> TensorDict:

@@ -8,7 +8,8 @@ from torchrl.modules import RunningValueNorm
 
 from torchrl_marl.data_parallel import (
     any_process,
-    data_parallel,
+    average_gradients,
+    broadcast_state,
     first_decides,
     gather,
     join_processes,
@@ -48,13 +49,14 @@ def main(path: str) -> None:
         make_critic(SHAPE, hidden_sizes=[8], value_norm=RunningValueNorm(shape=1)),
     )
     loss = MARSLoss(actor, critic, functional=False, normalize_advantage=False)
-    compute_loss = data_parallel(loss)
+    broadcast_state(loss)
     rows = ROWS // num_processes()
     batch = batch_of_all()[rank() * rows : (rank() + 1) * rows]
     loss.update_value_norm(batch, gather=gather)
     batch["advantage"] = standardize(batch["advantage"], batch["agents", "mask"], gather=gather)
-    losses = compute_loss(batch)
+    losses = loss(batch)
     (losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]).backward()
+    average_gradients(loss.parameters())
     result = {
         "gradients": [parameter.grad for parameter in loss.parameters()],
         "advantage": gather(batch["advantage"]),

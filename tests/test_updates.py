@@ -41,7 +41,7 @@ def build(device="cpu", method=MARSLoss, make_game=make_coordsum, **options):
 def trained(loss, rows, device="cpu", size=32, **options):
     """What 2 epochs measured, and the parameters and buffers they led to; always from the same start."""
     loss = copy.deepcopy(loss)
-    adam = torch.optim.Adam(loss.parameters(), lr=1e-2, fused=options != {}, capturable="cuda_graph" in options)
+    adam = torch.optim.Adam(loss.parameters(), lr=1e-2, fused=options != {})
     update = make_update(loss, adam, max_grad_norm=0.1, **options)
     torch.manual_seed(0)
     measured = [update(minibatch) for _ in range(2) for minibatch in minibatches(rows, size)]
@@ -113,14 +113,6 @@ def test_a_traced_update_is_the_uncompiled_one(case, monkeypatch):
     if case == "noise":  # which Adam's first step amplifies
         traced, plain = traced[0][0], plain[0][0]
     torch.testing.assert_close(traced, plain, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
-def test_a_recorded_update_leads_to_the_same_parameters(compile):
-    loss, rows = build("cuda")
-    recorded = trained(loss, rows, "cuda", compile=compile, cuda_graph=True)
-    torch.testing.assert_close(recorded, trained(loss, rows, "cuda"), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan")])

@@ -12,14 +12,23 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["any_process", "data_parallel", "first_decides", "gather", "join_processes", "num_processes", "rank"]
+__all__ = [
+    "any_process",
+    "average",
+    "average_gradients",
+    "broadcast_state",
+    "first_decides",
+    "gather",
+    "join_processes",
+    "num_processes",
+    "rank",
+]
 
 T = TypeVar("T")
 
@@ -44,21 +53,36 @@ def join_processes() -> None:
     atexit.register(distributed.destroy_process_group)
 
 
-def data_parallel(loss: nn.Module) -> nn.Module:
-    """Average gradients over processes, while ``backward`` runs.
+def broadcast_state(module: nn.Module) -> None:
+    """Give a module the parameters and buffers that it has in the first process."""
+    if num_processes() > 1:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            distributed.broadcast(tensor.detach(), src=0)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average what ``backward`` has left, in place; the same parameters must have gradients in all processes.
 
     A mean of means is the mean over the whole if the parts count the same number of rows. With a mask of live agents
     they count differently many, and each process, not each row, weighs the same.
-
-    Args:
-        loss: module whose ``forward`` gives losses of all its parameters; those of the first process count.
-
-    Returns:
-        What to call in its place; the parameters are still those of ``loss``.
     """
     if num_processes() == 1:
-        return loss
-    return DistributedDataParallel(loss)
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(together)
+    together /= num_processes()
+    for gradient, average in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(average.view_as(gradient))
+
+
+def average(value: Tensor) -> Tensor:
+    """Return the mean of a value over all processes; all must call it."""
+    if num_processes() == 1:
+        return value
+    value = value.detach().clone()
+    distributed.all_reduce(value)
+    return value / num_processes()
 
 
 def gather(values: Tensor) -> Tensor:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import CudaGraphModule, TensorDictParams
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torchrl_marl.collectors.compiled import INDUCTOR_OPTIONS
+from torchrl_marl.data_parallel import average_gradients, broadcast_state, num_processes
+from torchrl_marl.objectives import RatioLoss
 
 __all__ = ["make_update"]
 
+_Groups = Mapping[str, Sequence[nn.Parameter]]
+_Differentiate = Callable[[TensorDictBase], dict[str, Tensor]]
 _OPTIONS: dict[str, Any] = {
     **INDUCTOR_OPTIONS,
     "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,  # those of libraries: a fifth of a small step
@@ -24,9 +27,12 @@ _OPTIONS: dict[str, Any] = {
 
 
 def make_update(
-    loss: nn.Module, optimizer: Optimizer, *, max_grad_norm: float, compile: bool = False, cuda_graph: bool = False
+    loss: RatioLoss, optimizer: Optimizer, *, max_grad_norm: float, compile: bool = False
 ) -> Callable[[TensorDictBase], dict[str, Tensor]]:
     """Build the gradient step of a loss.
+
+    Processes that torchrun has started average their gradients, each process weighing the same; they begin with the
+    parameters of the first. Phases whose parameters move without an optimiser (``loss.takes_steps``) take their step.
 
     Nothing in it waits for an accelerator. Compiled, the loss, its gradients and their norm are one graph, and what is
     left to Python is the optimiser's step: take one with ``fused=True``. Noise is drawn from Torch's generator, as
@@ -35,14 +41,13 @@ def make_update(
     Args:
         loss: its gradients are those of the sum of all entries ``loss_*`` that it returns.
         optimizer: of the loss's parameters.
-        max_grad_norm: the gradient is scaled down to this norm, over all parameters; infinity for no limit.
+        max_grad_norm: the gradients of each of ``loss.gradient_groups()`` are scaled down to this norm; infinity for no
+            limit.
         compile: whether to compile the loss.
-        cuda_graph: whether to record the whole step once as a CUDA graph, for minibatches of one size; the optimiser
-            needs ``capturable=True``.
 
     Returns:
-        ``update(minibatch)``: takes a step and returns what the loss measured, and ``grad_norm`` before clipping, all
-        detached.
+        ``update(minibatch)``: takes a step and returns what the loss measured, and the norms of gradients before
+        clipping, such as ``grad_norm``, all detached.
 
     Raises:
         ValueError: if ``max_grad_norm`` is not above 0.
@@ -63,55 +68,70 @@ def make_update(
         >>> measured[0]["grad_norm"] > 0
         tensor(True)
     """
-    _check_norm(max_grad_norm)
+    if not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be a number above 0 (inf: no limit); got {max_grad_norm}.")
+    broadcast_state(loss)
     objective = _Objective(loss)
-    parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    at_once = compile and _replaceable(objective)
+    differentiate = (_compiled_at_once if at_once else _backward)(objective, loss.gradient_groups(), max_grad_norm)
+    if compile and not at_once:
+        objective.compile(options=_OPTIONS)
+
+    def update(minibatch: TensorDictBase) -> dict[str, Tensor]:
+        if loss.takes_steps:
+            return dict(loss.step(minibatch).items())
+        measured = differentiate(minibatch)
+        optimizer.step()
+        optimizer.zero_grad()
+        return measured
+
+    return update
+
+
+def _backward(objective: _Objective, groups: _Groups, max_grad_norm: float) -> _Differentiate:
+    """Back-propagate; parameters that the loss does not depend on keep no gradient."""
+    parameters = list(objective.parameters())
 
     def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
         total, measured = objective(minibatch)
         total.backward()
-        return {**measured, "grad_norm": torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)}
+        average_gradients(parameters)
+        for name, group in groups.items():
+            if any(parameter.grad is not None for parameter in group):
+                measured[name] = nn.utils.clip_grad_norm_(group, max_grad_norm)
+        return measured
+
+    return differentiate
+
+
+def _compiled_at_once(objective: _Objective, groups: _Groups, max_grad_norm: float) -> _Differentiate:
+    """What ``_backward`` leaves in the parameters as one compiled graph."""
+    parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    names_of = {norm: [name_of[id(p)] for p in group if p.requires_grad] for norm, group in groups.items()}
 
     def gradients(minibatch: TensorDictBase) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Compute what ``differentiate`` leaves in the parameters, as a function that compiles into one graph."""
-
         def evaluate(values: dict[str, Tensor]) -> tuple[Tensor, Any]:
             return functional_call(objective, values, (minibatch,), tie_weights=False)
 
         values = {name: parameter.detach() for name, parameter in parameters.items()}
         found, (_, measured) = grad_and_value(evaluate, has_aux=True)(values)
-        grad_norm = torch.nn.utils.get_total_norm(found.values())
-        scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
-        return {name: scale * gradient for name, gradient in found.items()}, {**measured, "grad_norm": grad_norm}
+        clipped, norms = {}, {}
+        for norm, names in names_of.items():
+            norms[norm] = nn.utils.get_total_norm([found[name] for name in names])
+            scale = (max_grad_norm / (norms[norm] + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+            clipped |= {name: scale * found[name] for name in names}
+        return clipped, {**measured, **norms}
 
-    def differentiate_at_once(minibatch: TensorDictBase) -> dict[str, Tensor]:
-        found, measured = compute_gradients(minibatch)
+    compiled = torch.compile(gradients, fullgraph=True, options=_OPTIONS)
+
+    def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
+        found, measured = compiled(minibatch)
         for name, gradient in found.items():
             parameters[name].grad = gradient
         return measured
 
-    take_gradients, compute_gradients = differentiate, gradients
-    if compile and _replaceable(objective):
-        take_gradients = differentiate_at_once
-        compute_gradients = torch.compile(gradients, fullgraph=True, options=_OPTIONS)
-    elif compile:
-        objective.compile(options=_OPTIONS)
-
-    def update(minibatch: TensorDictBase) -> dict[str, Tensor]:
-        measured = take_gradients(minibatch)
-        optimizer.step()
-        optimizer.zero_grad()
-        return measured
-
-    if not cuda_graph:
-        return update
-    recorded = CudaGraphModule(lambda minibatch: TensorDict(update(minibatch)))  # pyright: ignore[reportArgumentType]
-    return lambda minibatch: dict(recorded(minibatch).items())  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def _check_norm(max_grad_norm: float) -> None:
-    if not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be a number above 0 (inf: no limit); got {max_grad_norm}.")
+    return differentiate
 
 
 class _Objective(nn.Module):
@@ -132,6 +152,6 @@ def _replaceable(objective: nn.Module) -> bool:
     modules = list(objective.modules())
     held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     tied = len(held) > len(set(held))  # a replaced one would be replaced in one of its places
-    # DistributedDataParallel averages within backward, and grad forbids a forward that moves buffers
-    kinds = TensorDictParams | DistributedDataParallel
-    return not tied and not any(isinstance(m, kinds) or getattr(m, "moves_buffers", False) for m in modules)
+    # torch.func.grad forbids a forward that moves buffers, and averages of gradients come before their norm
+    foreign = any(isinstance(m, TensorDictParams) or getattr(m, "moves_buffers", False) for m in modules)
+    return not tied and not foreign and num_processes() == 1

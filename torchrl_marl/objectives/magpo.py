@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from typing_extensions import Unpack
 
+from torchrl_marl.data_parallel import average
 from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.divergences import divergence
 from torchrl_marl.objectives.masking import masked_mean
@@ -330,7 +331,7 @@ class MAGPOLoss(CTDSLoss):
         """Return ``loss_objective``, the other losses of guider and learner, and diagnostics."""
         (learner, imitation), adapted = self._follow(distribution, tensordict), {}
         if self.adapt_ratio is not None:
-            self._move_ratio(masked_mean(imitation.detach(), mask))
+            self._move_ratio(average(masked_mean(imitation.detach(), mask)))
             adapted = {"guider_learner_ratio": self.guider_learner_ratio.clone()}
         learner_log_ratio = self._learner_log_ratio(learner, tensordict, mask)
         gap = log_ratio - learner_log_ratio.detach()  # log mu - log pi: the old guider cancels

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from typing_extensions import Unpack
 
+from torchrl_marl.data_parallel import average
 from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.divergences import policy_kl
 from torchrl_marl.objectives.masking import masked_mean
@@ -307,7 +308,7 @@ class MARPOLoss(RatioLoss):
                 "collected it, so keep the parameters of its distribution, which the actor writes, in the batch."
             )
         old = self.actor_network.build_dist_from_params(tensordict)
-        kl = masked_mean(policy_kl(old, distribution), mask).to(self.kl_target.dtype)
+        kl = average(masked_mean(policy_kl(old, distribution), mask).to(self.kl_target.dtype))
         if self.training:
             goal = torch.where(kl.isfinite(), kl.clamp(min=self.kl_floor) + self.kl_bias, self.kl_target)
             self.kl_target.lerp_(goal, self.ema_rate).clamp_(0, self.kl_target_max)

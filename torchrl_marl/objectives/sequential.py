@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
 from typing_extensions import Unpack
 
+from torchrl_marl.data_parallel import any_process, broadcast_state, first_decides, num_processes
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
 from torchrl_marl.modules.recurrent import recurrent_state_keys
@@ -199,7 +200,7 @@ class SequentialLoss(RatioLoss):
         Raises:
             ValueError: if the order is not one of all agents.
         """
-        order = torch.randperm(self.num_agents).tolist() if order is None else list(order)
+        order = first_decides(lambda: torch.randperm(self.num_agents).tolist()) if order is None else list(order)
         if sorted(order) != list(range(self.num_agents)):
             raise ValueError(f"order must name every agent from 0 to {self.num_agents - 1} once, got {order}.")
         keys = self.tensor_keys
@@ -208,6 +209,7 @@ class SequentialLoss(RatioLoss):
         if self.reuse is not None:
             with self._parameters_of("actor_network"):
                 self.reuse.update(self.actor_network, tensordict, mask)
+            broadcast_state(self.reuse)  # measured on the first process's rows
             if self.sampled:
                 rows = (*stored.shape[:-2], 1) if self._state_keys else stored.shape[:-1]
                 tensordict.set(keys.reuse_source, self.reuse.sample(rows).expand(stored.shape))
@@ -217,7 +219,7 @@ class SequentialLoss(RatioLoss):
             for agent in order:
                 self.turn = agent
                 learner = cast("_Learner", self._learner)
-                if mask is None or mask.index_select(-1, learner.sources).any():
+                if mask is None or any_process(bool(mask.index_select(-1, learner.sources).any())):
                     yield agent
                     log_ratio = log_ratio.clone()
                     log_ratio[..., agent] = self._update_log_ratio(tensordict, learner, mask)
@@ -231,6 +233,10 @@ class SequentialLoss(RatioLoss):
         """Yield a phase for every agent in random order, then the critic's; see :meth:`turns`."""
         phase = self._phase(batch, chunk_length)
         for _ in self.turns(phase.rows):
+            if self.takes_steps and num_processes() > 1:
+                raise ValueError(
+                    f"{type(self).__name__} measures its steps on a whole batch: it learns in one process."
+                )
             yield replace(phase, whole=self.takes_steps)
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:

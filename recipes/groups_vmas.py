@@ -18,10 +18,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 from torch import Tensor
 
-from torchrl_marl.collectors import minibatches, split_into_chunks
 from torchrl_marl.config import recipe
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.objectives import standardize
 from torchrl_marl.training import Run
 from torchrl_marl.updates import make_update
 
@@ -41,13 +39,9 @@ class Learner:
     def learn(self, batch: TensorDictBase) -> Iterator[dict[str, Tensor]]:
         """Train on what the group has seen; yield what each minibatch measured."""
         batch = batch.copy()  # all groups call their advantages so
-        with torch.no_grad():
-            self.loss.value_estimator(batch)
-            self.loss.update_value_norm(batch)
-            batch["advantage"] = standardize(batch["advantage"], batch.get((self.name, "mask")))
-        rows = split_into_chunks(batch.select(*self.loss.in_keys, strict=False), self.cfg.chunk_length)
-        for _ in range(self.cfg.epochs):
-            for minibatch in minibatches(rows, self.cfg.minibatch_size):
+        self.loss.prepare(batch)
+        for phase in self.loss.phases(batch, chunk_length=self.cfg.chunk_length):
+            for minibatch in phase.minibatches(self.cfg.minibatch_size, epochs=self.cfg.epochs):
                 yield {f"{self.name}/{name}": value for name, value in self.update(minibatch).items()}
 
 

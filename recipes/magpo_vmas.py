@@ -13,25 +13,24 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torchrl.objectives.value import MultiAgentGAE
 
-from torchrl_marl.collectors import sequence_minibatches, sequences_in
 from torchrl_marl.config import recipe
+from torchrl_marl.data_parallel import join_processes
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, standardize
-from torchrl_marl.objectives.magpo import GUIDER_LOSSES, LEARNER_LOSSES
 from torchrl_marl.training import Run
+from torchrl_marl.updates import make_update
 
 
 @recipe(
     Path(__file__).parent / "config",
     "magpo_vmas",
-    losses=(MAGPOLoss, CTDSLoss),
+    networks=("guider_network", "critic_network", "learner_network"),
     collectors=("sequences",),
     unread=("critic", "chunk_length"),
 )
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
+    join_processes()
     torch.set_num_threads(cfg.num_threads)
     torch.manual_seed(cfg.seed)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,40 +44,20 @@ def main(cfg: DictConfig) -> float:
     loss = instantiate(cfg.loss, guider, critic, learner)
     if (adapt_ratio := getattr(loss, "adapt_ratio", None)) is not None:
         adapt_ratio(loss.guider_learner_ratio, torch.ones((), device=device))  # refuses its options before the run
-    loss.make_value_estimator(MultiAgentGAE(gamma=cfg.gamma, lmbda=cfg.lmbda, value_network=None))
-    compute_loss = torch.compile(loss) if cfg.compile else loss
+    loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     optimizer = instantiate(cfg.optimizer, loss.parameters())
-    guider_parameters = [*dict.fromkeys([*guider.parameters(), *critic.parameters()])]
+    update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     policy = collection_policy(guider, learner)  # only the guider acts; a learner with a memory keeps it up to date
-    env, memory = with_recurrent_state(env, policy), guider.memory_keys
-    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch, states=memory)
-    num_sequences = sequences_in(cfg.minibatch_size, collector.num_steps)
+    env = with_recurrent_state(env, policy)
+    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
 
     run = Run(cfg, env=env, make_env=make_env, actor=learner, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
-        with torch.no_grad():
-            critic.bootstrap(batch)
-            loss.value_estimator(batch)
-            loss.update_value_norm(batch)
-            batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")))
-
-        data = batch.select(*loss.in_keys, strict=False)
-        phases = (GUIDER_LOSSES, LEARNER_LOSSES) if cfg.guider_first else (GUIDER_LOSSES + LEARNER_LOSSES,)
-        for trained in (phase for phase in phases for _ in range(cfg.epochs)):
-            if cfg.shuffle_agents:
-                order = torch.randperm(shape.num_agents, device=device)
-                data[shape.name, "order"] = order.expand(*data.batch_size, -1)
-            for minibatch in sequence_minibatches(data, num_sequences, states=memory):
-                losses = compute_loss(minibatch)
-                sum(value for name, value in losses.items() if name in trained).backward()
-                norms = {
-                    "grad_norm": torch.nn.utils.clip_grad_norm_(guider_parameters, cfg.max_grad_norm),
-                    "learner_grad_norm": torch.nn.utils.clip_grad_norm_(learner.parameters(), cfg.max_grad_norm),
-                }
-                optimizer.step()
-                optimizer.zero_grad()
-                run.record({**losses, **norms})
+        loss.prepare(batch)
+        for phase in loss.phases(batch):  # guider and learner together, or one after the other
+            for minibatch in phase.minibatches(cfg.minibatch_size, epochs=cfg.epochs):
+                run.record(update(minibatch))
     return run.finish()
 
 

@@ -1,4 +1,4 @@
-"""MARS, MASPO, MAPPO and IPPO on VMAS.
+"""MARS, MASPO, MAPPO, IPPO and SEAC on VMAS; the loop is that of every method whose agents act by themselves.
 
     python recipes/mars_vmas.py env.scenario=balance loss=maspo seed=3
 
@@ -12,17 +12,16 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from torchrl_marl.collectors import minibatches, split_into_chunks
 from torchrl_marl.config import recipe
-from torchrl_marl.data_parallel import data_parallel, gather, join_processes
+from torchrl_marl.data_parallel import join_processes
 from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.objectives import standardize
 from torchrl_marl.training import Run
 from torchrl_marl.updates import make_update
 
+CONFIG = Path(__file__).parent / "config"
 
-@recipe(Path(__file__).parent / "config", "mars_vmas")
-def main(cfg: DictConfig) -> float:
+
+def train(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
     join_processes()
     torch.set_num_threads(cfg.num_threads)
@@ -33,12 +32,12 @@ def main(cfg: DictConfig) -> float:
     env = make_env(seed=cfg.seed)
     shape = GroupShape.from_env(env)
     actor = instantiate(cfg.actor, shape, device=device)
-    critic = instantiate(cfg.critic, shape, device=device)
+    actor, critic = actor if isinstance(actor, tuple) else (actor, instantiate(cfg.critic, shape, device=device))
 
     loss = instantiate(cfg.loss, actor, critic)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     optimizer = instantiate(cfg.optimizer, loss.parameters())
-    update = make_update(data_parallel(loss), optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
+    update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     policy = collection_policy(actor, critic)
     env = with_recurrent_state(env, policy)
@@ -46,17 +45,15 @@ def main(cfg: DictConfig) -> float:
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
-        with torch.no_grad():
-            loss.value_estimator(batch)
-            loss.update_value_norm(batch, gather=gather)
-            batch["advantage"] = standardize(batch["advantage"], batch.get((shape.name, "mask")), gather=gather)
-
-        rows = split_into_chunks(batch.select(*loss.in_keys, strict=False), cfg.chunk_length)
-        for _ in range(cfg.epochs):
-            for minibatch in minibatches(rows, cfg.minibatch_size):
+        loss.prepare(batch)  # advantages, value targets, and what else the method learns from
+        for phase in loss.phases(batch, chunk_length=cfg.chunk_length):  # one, or one an agent
+            for minibatch in phase.minibatches(cfg.minibatch_size, epochs=cfg.epochs):
                 run.record(update(minibatch))
+        run.record(loss.metrics())
     return run.finish()
 
+
+main = recipe(CONFIG, "mars_vmas")(train)
 
 if __name__ == "__main__":
     main()

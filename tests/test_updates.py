@@ -62,10 +62,14 @@ def test_an_update_is_the_step_of_a_plain_loop(method):
         for index in torch.randperm(96).split(32):
             losses = loss(rows[index])
             sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
-            norm = torch.nn.utils.clip_grad_norm_(loss.parameters(), 0.1)
+            of_learner = [] if method is MARSLoss else list(loss.learner_network.parameters())
+            others = [parameter for parameter in loss.parameters() if all(parameter is not own for own in of_learner)]
+            norms = {"grad_norm": torch.nn.utils.clip_grad_norm_(others, 0.1)}
+            if of_learner:
+                norms["learner_grad_norm"] = torch.nn.utils.clip_grad_norm_(of_learner, 0.1)
             optimizer.step()
             optimizer.zero_grad()
-            expected.append({**losses, "grad_norm": norm})
+            expected.append({**losses, **norms})
     for step, true in zip(measured, expected, strict=True):
         assert all(torch.equal(value, true[name]) and not value.requires_grad for name, value in step.items())
     assert all(torch.equal(*pair) for pair in zip(parameters, [*loss.parameters(), *loss.buffers()], strict=True))

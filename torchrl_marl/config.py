@@ -28,7 +28,6 @@ from typing_extensions import get_type_hints
 
 from torchrl_marl.checkpoints import check_resumable, find_checkpoint, read_metadata
 from torchrl_marl.loggers import MetricLog
-from torchrl_marl.objectives import CTDSLoss, MAGPOLoss, MARPOLoss, RatioLoss, SequentialLoss
 from torchrl_marl.objectives.minibatches import check_chunks
 from torchrl_marl.trust import foreign_code
 
@@ -38,9 +37,6 @@ __all__ = ["recipe"]
 # overrides would be recorded but not take effect.
 _RESUMABLE = {"total_frames", "evaluation", "logger", "device", "num_threads", "compile", "folder"}
 
-# Losses that minibatches of a batch are not enough for: a loop that can do more has to name them.
-_NEED_MORE = (SequentialLoss, MARPOLoss, MAGPOLoss, CTDSLoss)
-
 _LARGEST_SEED = 2**32 - 1 - 3_000_009  # evaluation adds up to that, and NumPy takes 32 bits
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -49,7 +45,7 @@ def recipe(
     config_folder: Path,
     name: str,
     *,
-    losses: tuple[type, ...] = (RatioLoss,),
+    networks: tuple[str, ...] = ("actor_network", "critic_network"),
     collectors: tuple[str, ...] = ("default", "compiled", "multiprocess", "ray"),
     unread: tuple[str, ...] = (),
 ) -> Callable[[Callable[[DictConfig], float]], Callable[..., None]]:
@@ -68,8 +64,7 @@ def recipe(
     Args:
         config_folder: folder of the recipes' YAML files.
         name: file name without ``.yaml``.
-        losses: what the loop trains; :class:`~torchrl_marl.objectives.RatioLoss` leaves out those of its subclasses
-            that need loops of their own, unless they are named as well.
+        networks: what the loop builds; it trains the losses that are made of these.
         collectors: choices of ``collector=`` that the loop can use.
         unread: keys of the YAML file, and groups, that the loop has no use for.
 
@@ -87,7 +82,7 @@ def recipe(
                 resolved, known = _resolved(cfg, config_folder)
                 several_seeds = isinstance(_load(config_folder, name).seed, ListConfig)
                 check_values(resolved, several_seeds=several_seeds, unread=unread)
-                check_loss(resolved, losses, config_folder)
+                check_loss(resolved, networks, config_folder)
                 check_collector(resolved, collectors, config_folder)
                 check_keys(resolved, known)
                 check_types(resolved.logger, MetricLog, "logger.")
@@ -336,31 +331,31 @@ def arguments_of(target: Callable[..., Any]) -> dict[str, Any]:
     return kinds
 
 
-def check_loss(cfg: DictConfig, losses: tuple[type, ...], folder: Path) -> None:
+def check_loss(cfg: DictConfig, networks: tuple[str, ...], folder: Path) -> None:
     """End the program if the loop is not made for the loss, which it might train as something else without an error.
 
     Args:
         cfg: the configuration.
-        losses: see :func:`recipe`.
+        networks: see :func:`recipe`.
         folder: of the recipes' YAML files.
 
     Raises:
         SystemExit: with the choices of ``loss=`` that the loop trains.
     """
     _located(cfg.loss.get("_target_"), "loss.")
-    if not _trains(losses, cfg.loss):
+    if not _trains(networks, cfg.loss):
         files = {name: _load(folder / "loss", name) for name in sorted(_groups(folder)["loss"])}
-        fitting = [name for name, node in files.items() if _trains(losses, node.get("loss", node))]
+        fitting = [name for name, node in files.items() if _trains(networks, node.get("loss", node))]
         raise SystemExit(
             f"{cfg.recipe} does not train {cfg.loss._target_.rpartition('.')[2]}, which needs another loop; it takes "
             f"loss={', '.join(fitting)}. The README's table of methods says which recipe trains which loss."
         )
 
 
-def _trains(losses: tuple[type, ...], node: DictConfig) -> bool:
-    loss = get_object(node._target_)
-    foreign = tuple(other for other in _NEED_MORE if other not in losses)
-    return not isinstance(loss, type) or (issubclass(loss, losses) and not issubclass(loss, foreign))
+def _trains(networks: tuple[str, ...], node: DictConfig) -> bool:
+    arguments = inspect.signature(get_object(node._target_)).parameters.values()
+    needed = tuple(argument.name for argument in arguments if argument.kind is argument.POSITIONAL_OR_KEYWORD)
+    return needed == networks or not isinstance(get_object(node._target_), type)
 
 
 def check_collector(cfg: DictConfig, collectors: tuple[str, ...], folder: Path) -> None:

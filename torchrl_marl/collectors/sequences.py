@@ -9,6 +9,8 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
+from torchrl_marl.modules.protocols import Remembering
+
 __all__ = ["SequenceCollector"]
 
 
@@ -23,7 +25,7 @@ class SequenceCollector:
         env: environment, which carries the states from step to step.
         policy: what acts, with exploration.
         frames_per_batch: steps of all environments together in a batch, rounded up.
-        states: entries of which the first of each batch is kept.
+        states: entries of which the first of each batch is kept; by default the memory of the policy.
 
     Example:
         >>> from torchrl_marl.envs import make_env
@@ -37,10 +39,19 @@ class SequenceCollector:
     """
 
     def __init__(
-        self, env: EnvBase, policy: TensorDictModuleBase, *, frames_per_batch: int, states: Sequence[NestedKey]
+        self,
+        env: EnvBase,
+        policy: TensorDictModuleBase,
+        *,
+        frames_per_batch: int,
+        states: Sequence[NestedKey] | None = None,
     ) -> None:
         self.env, self.policy = env, policy
         self.num_steps = -(-frames_per_batch // env.batch_size.numel())
+        if states is None:
+            states = [
+                key for module in policy.modules() if isinstance(module, Remembering) for key in module.memory_keys
+            ]
         self._states = list(states)
         self._dropped = [*states, *(("next", *((key,) if isinstance(key, str) else key)) for key in states)]
         self._following: TensorDictBase | None = None

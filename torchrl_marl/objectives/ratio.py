@@ -334,8 +334,12 @@ class RatioLoss(LossModule):
 
     @property
     def takes_steps(self) -> bool:
-        """Whether the phase under way moves parameters by ``step(minibatch)``, without an optimiser."""
+        """Whether the phase under way moves parameters by :meth:`step`, without an optimiser."""
         return False
+
+    def step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Move parameters in place and return what was measured; only of losses that ``takes_steps``."""
+        raise NotImplementedError(f"{type(self).__name__} is trained by an optimiser.")
 
     def metrics(self) -> dict[str, Tensor]:
         """What the loss can say of itself after a batch, for logs."""

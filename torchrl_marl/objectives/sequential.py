@@ -234,9 +234,7 @@ class SequentialLoss(RatioLoss):
         phase = self._phase(batch, chunk_length)
         for _ in self.turns(phase.rows):
             if self.takes_steps and num_processes() > 1:
-                raise ValueError(
-                    f"{type(self).__name__} measures its steps on a whole batch: it learns in one process."
-                )
+                raise ValueError(f"{type(self).__name__} takes steps on a whole batch: it learns in one process.")
             yield replace(phase, whole=self.takes_steps)
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:

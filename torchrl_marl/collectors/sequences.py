@@ -49,9 +49,8 @@ class SequenceCollector:
         self.env, self.policy = env, policy
         self.num_steps = -(-frames_per_batch // env.batch_size.numel())
         if states is None:
-            states = [
-                key for module in policy.modules() if isinstance(module, Remembering) for key in module.memory_keys
-            ]
+            remembering = [module for module in policy.modules() if isinstance(module, Remembering)]
+            states = [key for module in remembering for key in module.memory_keys]
         self._states = list(states)
         self._dropped = [*states, *(("next", *((key,) if isinstance(key, str) else key)) for key in states)]
         self._following: TensorDictBase | None = None

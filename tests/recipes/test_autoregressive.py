@@ -42,7 +42,7 @@ def test_a_centralised_actor_trains_with_any_ratio_loss(
 def test_the_learner_alone_is_evaluated_and_stored_and_acts_on_local_observations(
     guider: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*SMALL, "guider.embed_dim=16", "actor.hidden_sizes=[16]", "shuffle_agents=true"]
+    options = [*SMALL, "guider.embed_dim=16", "actor.hidden_sizes=[16]", "loss.shuffle_agents=true"]
     monkeypatch.setattr("tests.recipes.runs.TINY", options)
     run_recipe(monkeypatch, tmp_path, f"guider={guider}", "total_frames=160", recipe="magpo_vmas")
     (folder,) = run_folders(tmp_path)
@@ -108,7 +108,7 @@ def test_learners_can_follow_the_guider_of_after_its_update(tmp_path: Path, monk
     monkeypatch.setattr("tests.recipes.runs.TINY", [*SMALL, *sizes])
     parts = []
     for first in ("false", "true"):
-        run_recipe(monkeypatch, tmp_path / first, f"guider_first={first}", recipe="magpo_vmas")
+        run_recipe(monkeypatch, tmp_path / first, f"loss.guider_first={first}", recipe="magpo_vmas")
         (folder,) = run_folders(tmp_path / first)
         with zipfile.ZipFile(find_checkpoint(folder)) as checkpoint:
             loss = torch.load(io.BytesIO(checkpoint.read("components/0001-loss/state.pt")))

@@ -7,19 +7,13 @@ import pytest
 
 from tests.recipes.runs import run_folders, run_recipe
 
-RATIO_LOSSES = "mars, mars_additive, mars_multiplicative, maspo, maspo_asymmetric"
-
 
 @pytest.mark.parametrize(
     ("recipe", "loss", "taken"),
     [
-        ("mars_vmas", "happo", f"ippo, mappo, mappo_asymmetric, {RATIO_LOSSES}, seac"),
-        ("mars_vmas", "oatrpo", "seac"),
-        ("mars_vmas", "marpo", "seac"),
+        ("mars_vmas", "magpo_adaptive", "seac"),
         ("mat_vmas", "magpo", "seac"),
         ("groups_vmas", "ctds", "seac"),
-        ("marpo_vmas", "happo", f"marpo, {RATIO_LOSSES}, rpo, seac"),
-        ("oappo_vmas", "mars", "happo, hatrpo, oappo, oatrpo"),
         ("magpo_vmas", "mappo", "ctds, magpo, magpo_adaptive"),
     ],
 )
@@ -28,6 +22,13 @@ def test_a_loss_that_needs_another_loop_is_refused_with_those_that_do_not(
 ) -> None:
     with pytest.raises(SystemExit, match=f"^{recipe} does not train [A-Z]+Loss, .*(=|, ){taken}\\. The README's table"):
         run_recipe(monkeypatch, tmp_path, f"loss={loss}", recipe=recipe)
+    assert not run_folders(tmp_path)
+
+
+@pytest.mark.parametrize("loss", ["happo", "oatrpo", "seac"])
+def test_a_loss_refuses_networks_that_agents_share(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"^loss: .*network of its own.*share_parameters=False"):
+        run_recipe(monkeypatch, tmp_path, f"loss={loss}")
     assert not run_folders(tmp_path)
 
 

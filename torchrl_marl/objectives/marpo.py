@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -17,6 +17,7 @@ from torchrl_marl.data_parallel import average
 from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.divergences import policy_kl
 from torchrl_marl.objectives.masking import masked_mean
+from torchrl_marl.objectives.phases import Phase
 from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, RatioOptions, clip_bounds, clip_fraction
 from torchrl_marl.objectives.reflection import NextStepKeys
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, kl_interval_unchecked, reflective_clip_gain
@@ -206,6 +207,10 @@ class MARPOLoss(RatioLoss):
             done=keys.done,
             reflection_mask=keys.reflection_mask,
         )(batch)
+
+    def _phase(self, batch: TensorDictBase, chunk_length: int | None, **options: Any) -> Phase:
+        whole = batch.shape[-1] if self.sequences else None
+        return super()._phase(batch, whole if chunk_length is None else chunk_length, **options)
 
     def _following_keys(self) -> list[NestedKey]:
         keys = self.tensor_keys

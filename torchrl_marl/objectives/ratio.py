@@ -274,7 +274,7 @@ class RatioLoss(LossModule):
             super().make_value_estimator(cast("Any", value_type), **hyperparams)
             self.value_estimator.set_keys(**tensor_keys)
             return self
-        if value_type is None and isinstance(self.critic_network, Bootstrapping):  # it writes the values itself
+        if value_type is None and self._memory_keys:  # then the critic values whole sequences, in prepare
             settings = {"gamma": 0.99, "lmbda": 0.95, **hyperparams}
             return self.make_value_estimator(MultiAgentGAE(value_network=None, **settings))  # pyright: ignore
         dispatch_value_estimator(
@@ -434,12 +434,13 @@ class RatioLoss(LossModule):
 
     @torch.no_grad()
     def _estimate(self, tensordict: TensorDictBase) -> None:
-        params = None if self.critic_network_params is None else self.critic_network_params.detach()
-        if isinstance(self.critic_network, Bootstrapping):
+        if self.value_estimator.value_network is None and isinstance(self.critic_network, Bootstrapping):
             with self._parameters_of("critic_network"):
                 self.critic_network.bootstrap(tensordict)
-            params = None
-        self.value_estimator(tensordict, params=params)
+            self.value_estimator(tensordict)
+        else:
+            params = None if self.critic_network_params is None else self.critic_network_params.detach()
+            self.value_estimator(tensordict, params=params)
 
     def _actor_losses(
         self,

@@ -25,7 +25,7 @@ def test_a_loss_that_needs_another_loop_is_refused_with_those_that_do_not(
     assert not run_folders(tmp_path)
 
 
-@pytest.mark.parametrize("loss", ["happo", "oatrpo", "seac"])
+@pytest.mark.parametrize("loss", ["happo", "oatrpo"])
 def test_a_loss_refuses_networks_that_agents_share(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"^loss: .*network of its own.*share_parameters=False"):
         run_recipe(monkeypatch, tmp_path, f"loss={loss}")

@@ -160,7 +160,6 @@ OWN = {
         "loss.sequences=maybe",
         "loss=happo",
         "loss=magpo",
-        "chunk_length=null",
         "loss=rpo loss.clip_epsilon=0",
     ],
     "mat_vmas": [

@@ -45,6 +45,8 @@ def main(cfg: DictConfig) -> float:
     if (adapt_ratio := getattr(loss, "adapt_ratio", None)) is not None:
         adapt_ratio(loss.guider_learner_ratio, torch.ones((), device=device))  # refuses its options before the run
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
+    num_steps = -(-cfg.frames_per_batch // cfg.env.num_envs)
+    loss.check_loop(num_steps, minibatch_size=cfg.minibatch_size, chunk_length=cfg.chunk_length)
     optimizer = instantiate(cfg.optimizer, loss.parameters())
     update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 

@@ -36,6 +36,8 @@ def train(cfg: DictConfig) -> float:
 
     loss = instantiate(cfg.loss, actor, critic)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
+    num_steps = -(-cfg.frames_per_batch // cfg.env.num_envs)
+    loss.check_loop(num_steps, minibatch_size=cfg.minibatch_size, chunk_length=cfg.chunk_length)
     optimizer = instantiate(cfg.optimizer, loss.parameters())
     update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 

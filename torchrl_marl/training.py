@@ -9,7 +9,7 @@ import shlex
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -32,7 +32,7 @@ from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
 from torchrl_marl.collectors import SequenceCollector, WorkerCollector
 from torchrl_marl.data_parallel import any_process, first_decides, num_processes, rank
 from torchrl_marl.envs import RandomState, preserve_random_state, render_episode, reseed
-from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve
+from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve, plot_method
 from torchrl_marl.evaluation.episodes import ended_episode_returns
 from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.files import replacing
@@ -198,26 +198,22 @@ class Run:
         """
         self._records.append({name: value.detach() for name, value in metrics.items()})
 
-    def finish(self, *plots: Callable[[Path], object]) -> float:
+    def finish(self) -> float:
         """:meth:`conclude` the run; if it was interrupted and one of a grid, end the grid with it.
 
         Raises:
             SystemExit: then.
         """
-        objective = self.conclude(*plots)
+        objective = self.conclude()
         if self._interrupted and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             raise SystemExit("The grid ends here, too: its later runs have not begun.")
         return objective
 
-    def conclude(self, *plots: Callable[[Path], object]) -> float:
+    def conclude(self) -> float:
         """Measure the best parameters, draw, print the summary line, and close the logs.
 
         An interrupted run only closes them, and says what else resuming it would do, also after its last frame: Ctrl-C
         while the best parameters are measured or drawn is such an interruption.
-
-        Args:
-            *plots: further pictures, functions of the run's folder, such as
-                :func:`~torchrl_marl.evaluation.plot_kl_interval`.
 
         Returns:
             Mean evaluation return over the last fifth of the evaluations (what a sweep should maximise); NaN in all
@@ -229,9 +225,9 @@ class Run:
         if not self._leads:
             return math.nan
         with self._failures_named():
-            return self._conclude(plots)
+            return self._conclude()
 
-    def _conclude(self, plots: Iterable[Callable[[Path], object]]) -> float:
+    def _conclude(self) -> float:
         evaluations = self._progress["evaluations"]
         last_fifth = [score for _, score in evaluations[-max(1, len(evaluations) // 5) :]]
         objective = sum(last_fifth) / len(last_fifth)
@@ -242,7 +238,7 @@ class Run:
         if not self._interrupted:
             try:
                 returns = self._absolute_returns()
-                self._draw(plots)
+                self._draw()
             except KeyboardInterrupt:
                 self._interrupted = True
         if self._interrupted:
@@ -370,11 +366,10 @@ class Run:
     def _best_policy(self) -> TensorDictModuleBase:
         return load_policy(self.folder, actor=copy.deepcopy(self._actor))
 
-    def _draw(self, plots: Iterable[Callable[[Path], object]]) -> None:
+    def _draw(self) -> None:
         """Write the learning curve and a video of the best policy; a missing renderer must not fail a finished run."""
-        for plot in plots:
-            with _as_warning(getattr(plot, "__name__", "plot")):
-                plot(self.folder)
+        with _as_warning("picture of its method"):
+            plot_method(self.folder)
         title = f"{self.cfg.method} on {self.cfg.env.scenario}, seed {self.cfg.seed}"
         with _as_warning("learning curve"):
             plot_learning_curve(self._progress["evaluations"], self.folder / "learning_curve.png", title=title)

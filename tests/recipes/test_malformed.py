@@ -63,7 +63,6 @@ from torchrl_marl.training import Run
             "env.scenario_kwargs.n_agents=2.5",
             "env: scenario_kwargs.n_agents must be an integer",
         ),
-        ("marpo_vmas", "chunk_length=null", "chunk_length must be an integer, as loss.sequences=true"),
         ("oatrpo_vmas", "loss.reduction=sum", "loss.reduction must be mean, as a natural step compares means; got sum"),
         ("groups_vmas", "env.scenario_kwargs.num_good_agents=-1", "env: scenario_kwargs.num_good_agents must be"),
         ("mars_vmas", "env.scenario=nowhere", "env: VMAS has no scenario 'nowhere'"),

@@ -1,7 +1,7 @@
 """How runs are measured, compared and shown."""
 
 from torchrl_marl.evaluation.episodes import Episodes, evaluate
-from torchrl_marl.evaluation.plots import plot_kl_interval, plot_learning_curve, plot_reuse_matrix
+from torchrl_marl.evaluation.plots import plot_kl_interval, plot_learning_curve, plot_method, plot_reuse_matrix
 from torchrl_marl.evaluation.statistics import (
     iqm,
     min_max_normalize,
@@ -21,6 +21,7 @@ __all__ = [
     "performance_profile",
     "plot_kl_interval",
     "plot_learning_curve",
+    "plot_method",
     "plot_reuse_matrix",
     "probability_of_improvement",
     "sample_efficiency",

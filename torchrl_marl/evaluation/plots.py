@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_kl_interval", "plot_learning_curve", "plot_reuse_matrix"]
+__all__ = ["plot_kl_interval", "plot_learning_curve", "plot_method", "plot_reuse_matrix"]
 
 
 def plot_learning_curve(evaluations: Sequence[tuple[int, float]], path: Path, *, title: str) -> Path:
@@ -41,6 +41,20 @@ def plot_learning_curve(evaluations: Sequence[tuple[int, float]], path: Path, *,
     axes.set(xlabel="frames", ylabel="evaluation return", title=title)
     _tidy(axes)
     return _save(figure, path)
+
+
+def plot_method(run: Path) -> list[Path]:
+    """Draw what a method logs of itself: the picture of each metric that the run has, and that has one.
+
+    Args:
+        run: folder of a run.
+
+    Returns:
+        The PNG files.
+    """
+    pictures = {"kl_interval_low": plot_kl_interval, "reuse_0_0": plot_reuse_matrix}
+    files = [file for name in pictures for file in (run / "scalars" / "train").glob(f"*/{name}.csv")]
+    return [pictures[file.stem](run, file.parent.name) for file in sorted(files)]
 
 
 def plot_kl_interval(run: Path, group: str = "agents") -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tensordict import NestedKey, TensorDictBase
 
-from torchrl_marl.objectives.minibatches import minibatches, sequence_minibatches
+from torchrl_marl.objectives.minibatches import minibatches, sequence_minibatches, sequences_in
 
 __all__ = ["Phase"]
 
@@ -42,6 +42,7 @@ class Phase:
             if self.whole:
                 yield self.rows
             elif self.sequences:
-                yield from sequence_minibatches(self.rows, size // self.rows.shape[-1], states=self.states)
+                number = sequences_in(size, self.rows.shape[-1])
+                yield from sequence_minibatches(self.rows, number, states=self.states)
             else:
                 yield from minibatches(self.rows, size)

@@ -38,7 +38,7 @@ from torchrl_marl.objectives.masking import (
     standardize,
     variance,
 )
-from torchrl_marl.objectives.minibatches import split_into_chunks
+from torchrl_marl.objectives.minibatches import check_chunks, sequences_in, split_into_chunks
 from torchrl_marl.objectives.phases import Phase
 from torchrl_marl.objectives.surrogates import Gain
 
@@ -327,6 +327,22 @@ class RatioLoss(LossModule):
                 kind, which are trained on whole sequences, are given one.
         """
         yield self._phase(batch, chunk_length)
+
+    def check_loop(self, num_steps: int, *, minibatch_size: int, chunk_length: int | None) -> None:
+        """Refuse what :meth:`phases` could not use, before anything is collected.
+
+        Args:
+            num_steps: steps of a batch in each environment.
+            minibatch_size: steps of a minibatch.
+            chunk_length: see :meth:`phases`.
+
+        Raises:
+            ValueError: with what is allowed.
+        """
+        if self._learns_sequences:
+            sequences_in(minibatch_size, num_steps)
+        else:
+            check_chunks(num_steps, chunk_length)
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters whose gradients are scaled down to one norm together, by the name under which it is logged."""

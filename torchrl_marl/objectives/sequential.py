@@ -233,8 +233,6 @@ class SequentialLoss(RatioLoss):
         """Yield a phase for every agent in random order, then the critic's; see :meth:`turns`."""
         phase = self._phase(batch, chunk_length)
         for _ in self.turns(phase.rows):
-            if self.takes_steps and num_processes() > 1:
-                raise ValueError(f"{type(self).__name__} takes steps on a whole batch: it learns in one process.")
             yield replace(phase, whole=self.takes_steps)
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -450,6 +448,14 @@ class NaturalGradientLoss(SequentialLoss):
             num_backtracks=num_backtracks,
         )
         self.register_coeff_buffer("max_kl", max_kl, device=self.ratio_low.device)
+
+    def check_loop(self, num_steps: int, *, minibatch_size: int, chunk_length: int | None) -> None:
+        """Refuse what :meth:`phases` could not use, and what a step cannot be taken on."""
+        super().check_loop(num_steps, minibatch_size=minibatch_size, chunk_length=chunk_length)
+        if num_processes() > 1:
+            raise ValueError(f"{type(self).__name__} takes steps on a whole batch: it learns in one process.")
+        if self.reduction != "mean":
+            raise ValueError(f"loss.reduction must be mean, as a natural step compares means; got {self.reduction}.")
 
     @property
     def takes_steps(self) -> bool:

@@ -28,11 +28,10 @@ def test_the_loop_of_every_method_trains_each(loss: str) -> None:
     (by_hand,) = [block for block in BLOCKS if "Collector(" in block]
     (loop,) = [block for block in BLOCKS if "loss.phases(batch):" in block]
     set_up = by_hand.partition("for batch in collector:")[0]
-    set_up = set_up.replace("60_000, 6_000, 10, 1_000", "1_200, 1_200, 2, 600").replace(
-        "60, max_steps", "12, max_steps"
+    set_up = set_up.replace("60_000, 6_000, 10, 1_000", "1_200, 1_200, 2, 600").replace("num_envs=60", "num_envs=12")
+    set_up = f"from torchrl_marl.objectives import {loss}\n" + set_up.replace(
+        "MARSLoss(actor, critic, target_ratios=(0.5, 2.0), ", f"{loss}(actor, critic, "
     )
-    imports = f"from torchrl_marl.objectives import {loss}\nfrom torchrl_marl.updates import make_update\n"
-    set_up = imports + set_up.replace("MARSLoss(actor, critic, target_ratios=(0.5, 2.0), ", f"{loss}(actor, critic, ")
     own = "make_actor(env, share_parameters=False)" if loss in ("HAPPOLoss", "OATRPOLoss") else "make_actor(env)"
     names: dict = {}
     exec(compile(set_up.replace("make_actor(env)", own) + loop, "README.md", "exec"), names)

@@ -33,6 +33,8 @@ class Learner:
         self.critic = instantiate(cfg.critic, shape, device=device)
         self.loss = instantiate(cfg.loss, self.actor, self.critic)
         self.loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
+        num_steps = -(-cfg.frames_per_batch // cfg.env.num_envs)
+        self.loss.check_loop(num_steps, minibatch_size=cfg.minibatch_size, chunk_length=cfg.chunk_length)
         self.optimizer = instantiate(cfg.optimizer, self.loss.parameters())
         self.update = make_update(self.loss, self.optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
@@ -43,6 +45,8 @@ class Learner:
         for phase in self.loss.phases(batch, chunk_length=self.cfg.chunk_length):
             for minibatch in phase.minibatches(self.cfg.minibatch_size, epochs=self.cfg.epochs):
                 yield {f"{self.name}/{name}": value for name, value in self.update(minibatch).items()}
+        if metrics := self.loss.metrics():
+            yield {f"{self.name}/{name}": value for name, value in metrics.items()}
 
 
 @recipe(Path(__file__).parent / "config", "groups_vmas")

@@ -4,8 +4,8 @@
 
 Each process plays its own environments and learns from its own minibatches, of the sizes that the configuration says,
 as everywhere in PyTorch: two processes collect twice the frames in a batch. Gradients are averaged, so that parameters
-are the same in all of them; advantages and values are normalised over all of them. Outside of torchrun every function
-here is as good as absent.
+are the same in all of them; advantages and values are normalised over all of them. Without torchrun every function here
+is a no-op.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ class Run:
     ) -> None:
         if cfg.processes != num_processes():
             raise ValueError(
-                f"The configuration says processes={cfg.processes}, but {num_processes()} learn together: start "
-                f"mars_vmas.py with torchrun --nproc-per-node {cfg.processes}; other recipes learn in one process."
+                f"The configuration says processes={cfg.processes}, but {num_processes()} learn together: start with "
+                f"torchrun --nproc-per-node {cfg.processes}; groups_vmas.py and seeds.py learn in one process."
             )
         shortest = cfg.processes * cfg.env.num_envs * cfg.env.max_steps
         if cfg.evaluation.interval < shortest:

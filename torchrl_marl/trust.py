@@ -25,10 +25,10 @@ _TARGETS = {
 
 # Arguments that name code, or a machine that sends some, and what they may be without being said again.
 _ARGUMENTS = {
-    r"(env|collector\.make_env\.config)\.factory": r"",
-    r"(env|collector\.make_env\.config)\.package": r"mpe2|pettingzoo(\.\w+)*",
+    r"(env|collector\.make_env\.config)\.factory(\..*)?": r"",
+    r"(env|collector\.make_env\.config)\.package(\..*)?": r"mpe2|pettingzoo(\.\w+)*",
     r"collector\.make_env\.(?!config\.|_target_$|_partial_$|_recursive_$).*": r"",  # arguments for the environment
-    r"collector\.address": r"auto|local",
+    r"collector\.address(\..*)?": r"auto|local",
     r"collector\.resources\.(?!num_cpus$|num_gpus$|memory$).*": r"",  # Ray installs and starts what runtime_env says
     r"(.*\.)?_args_(\..*)?": r"",
 }

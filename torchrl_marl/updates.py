@@ -137,7 +137,7 @@ def _compiled_at_once(objective: _Objective, groups: _Groups, max_grad_norm: flo
 class _Objective(nn.Module):
     """The sum of a loss's parts, and all that it measures."""
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: RatioLoss) -> None:
         super().__init__()
         self.loss = loss
 
@@ -147,11 +147,12 @@ class _Objective(nn.Module):
         return cast("Tensor", total), dict(losses.detach().items())
 
 
-def _replaceable(objective: nn.Module) -> bool:
+def _replaceable(objective: _Objective) -> bool:
     """Whether the loss is a pure function of parameters that ``functional_call`` can replace."""
     modules = list(objective.modules())
     held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     tied = len(held) > len(set(held))  # a replaced one would be replaced in one of its places
-    # torch.func.grad forbids a forward that moves buffers, and averages of gradients come before their norm
+    # torch.func.grad forbids a forward that moves buffers, and gives gradients of zero in place of none to parameters that
+    # a phase does not train, with which optimisers move them; averages of gradients come before their norm
     foreign = any(isinstance(m, TensorDictParams) or getattr(m, "moves_buffers", False) for m in modules)
-    return not tied and not foreign and num_processes() == 1
+    return not tied and not foreign and not objective.loss.trains_in_parts and num_processes() == 1

@@ -99,12 +99,15 @@ def test_sequential_methods_have_a_phase_for_every_agent_and_then_the_critics(cl
     assert loss.turn is None
 
 
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("cls", [HAPPOLoss, HATRPOLoss])
-def test_an_update_moves_the_agent_whose_phase_it_is_and_nobody_else(cls):
+def test_an_update_moves_the_agent_whose_phase_it_is_and_nobody_else(cls, compile, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # its gradients, not its code
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     loss, data = make(cls, live=None)
     loss.prepare(data)
-    update = make_update(loss, torch.optim.Adam(loss.parameters(), lr=1e-2), max_grad_norm=1.0)
-    for phase in loss.phases(data):
+    update = make_update(loss, torch.optim.Adam(loss.parameters(), lr=1e-2), max_grad_norm=1.0, compile=compile)
+    for phase in (phase for _ in range(2) for phase in loss.phases(data)):  # with momentum in the second round
         turn, before = loss.turn, [parameter.detach().clone() for parameter in loss.parameters()]
         measured = [update(minibatch) for minibatch in phase.minibatches(24, epochs=1)]
         moved = {id(p) for p, old in zip(loss.parameters(), before, strict=True) if not torch.equal(p, old)}
@@ -147,6 +150,34 @@ def test_a_guider_that_goes_first_is_alone_in_its_phase(cls):
     loss.zero_grad()
     sum(value for name, value in both.items() if name.startswith("loss_")).backward()
     assert {id(parameter) for parameter in loss.parameters() if parameter.grad is not None} >= guider | follower
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_guider_and_learner_stay_as_they_are_in_the_others_phase(compile, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    loss = guided(guider_first=True)
+    update = make_update(loss, torch.optim.Adam(loss.parameters(), lr=1e-2), max_grad_norm=1.0, compile=compile)
+    learner = {id(parameter) for parameter in loss.learner_network.parameters()}
+    for round_ in range(2):
+        for index, phase in enumerate(loss.phases(guided_batch(loss))):
+            before = [parameter.detach().clone() for parameter in loss.parameters()]
+            for minibatch in phase.minibatches(12, epochs=1):
+                update(minibatch)
+            moved = {id(p) for p, old in zip(loss.parameters(), before, strict=True) if not torch.equal(p, old)}
+            assert moved, round_
+            assert moved == learner if index else moved.isdisjoint(learner)
+
+
+def test_marpo_prepares_batches_without_names_and_refuses_memories_of_their_own_kind():
+    loss, data = make(MARPOLoss)
+    _, named = make(MARPOLoss)
+    data.names = [None, None]
+    assert torch.equal(loss.prepare(data)["next", "reflection_mask"], loss.prepare(named)["next", "reflection_mask"])
+    plain, data = make(MARPOLoss, reflection_coeff=0.0)
+    assert ("next", "reflection_mask") not in plain.prepare(data).keys(True)
+    with pytest.raises(ValueError, match="no policy with a memory of Sable's kind"):
+        MARPOLoss(*make_sable(GroupShape("agents", AGENTS, 5, num_actions=4), embed_dim=8))
 
 
 def test_agents_are_shuffled_anew_in_each_epoch():

@@ -1,4 +1,4 @@
-"""How batches are collected, and what happens to them before a loss gets them."""
+"""How batches are collected; what then happens to them lives in objectives and can be imported from here, too."""
 
 from torchrl_marl.collectors.clusters import AgentAutoencoder, cluster_agents, encode_agents
 from torchrl_marl.collectors.compiled import CompiledCollector

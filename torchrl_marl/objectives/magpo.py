@@ -159,6 +159,11 @@ class CTDSLoss(RatioLoss):
         finally:
             self._trained = GUIDER_LOSSES + LEARNER_LOSSES
 
+    @property
+    def trains_in_parts(self) -> bool:
+        """Whether guider and learner have a phase each."""
+        return self.guider_first
+
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters whose gradients are scaled down to one norm together: the guider's, and the learner's."""
         learner = set(self.learner_network.parameters())

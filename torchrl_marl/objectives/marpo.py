@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -17,7 +17,6 @@ from torchrl_marl.data_parallel import average
 from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.divergences import policy_kl
 from torchrl_marl.objectives.masking import masked_mean
-from torchrl_marl.objectives.phases import Phase
 from torchrl_marl.objectives.ratio import OUT_KEYS, RatioLoss, RatioOptions, clip_bounds, clip_fraction
 from torchrl_marl.objectives.reflection import NextStepKeys
 from torchrl_marl.objectives.surrogates import Gain, clip_gain, kl_interval_unchecked, reflective_clip_gain
@@ -158,6 +157,8 @@ class MARPOLoss(RatioLoss):
             high=high,
             **options,
         )
+        if self._memory_keys:
+            raise ValueError("MARPOLoss pairs steps of one another: it takes no policy with a memory of Sable's kind.")
         if not sequences and reflection_coeff and "is_init" in actor_network.in_keys:
             raise ValueError("A recurrent policy is trained on sequences [*batch, time]: it needs sequences=True.")
         if layout not in _LAYOUTS:
@@ -198,8 +199,11 @@ class MARPOLoss(RatioLoss):
         return [*parameters, *map(_next, self._following_keys() if self.reflection_coeff else [])]
 
     def _complete(self, batch: TensorDictBase) -> None:
+        if not self.reflection_coeff:
+            return
         keys = self.tensor_keys
         NextStepKeys(
+            time_dim=batch.ndim - 1,
             action=keys.action,
             log_prob=keys.sample_log_prob,
             advantage=keys.advantage,
@@ -208,9 +212,8 @@ class MARPOLoss(RatioLoss):
             reflection_mask=keys.reflection_mask,
         )(batch)
 
-    def _phase(self, batch: TensorDictBase, chunk_length: int | None, **options: Any) -> Phase:
-        whole = batch.shape[-1] if self.sequences else None
-        return super()._phase(batch, whole if chunk_length is None else chunk_length, **options)
+    def _chunk_length(self, chunk_length: int | None, num_steps: int) -> int | None:
+        return num_steps if chunk_length is None and self.sequences else chunk_length
 
     def _following_keys(self) -> list[NestedKey]:
         keys = self.tensor_keys

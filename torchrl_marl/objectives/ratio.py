@@ -274,7 +274,9 @@ class RatioLoss(LossModule):
             super().make_value_estimator(cast("Any", value_type), **hyperparams)
             self.value_estimator.set_keys(**tensor_keys)
             return self
-        if value_type is None and self._memory_keys:  # then the critic values whole sequences, in prepare
+        if (
+            value_type in (None, self.default_value_estimator) and self._memory_keys
+        ):  # then the critic values whole sequences, in prepare
             settings = {"gamma": 0.99, "lmbda": 0.95, **hyperparams}
             return self.make_value_estimator(MultiAgentGAE(value_network=None, **settings))  # pyright: ignore
         dispatch_value_estimator(
@@ -341,12 +343,20 @@ class RatioLoss(LossModule):
         """
         if self._learns_sequences:
             sequences_in(minibatch_size, num_steps)
-        else:
-            check_chunks(num_steps, chunk_length)
+            return
+        chunk_length = self._chunk_length(chunk_length, num_steps)
+        check_chunks(num_steps, chunk_length)
+        if chunk_length is None and "is_init" in self.actor_network.in_keys:
+            raise ValueError("chunk_length must be an integer: a recurrent policy learns steps in a row; got null.")
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters whose gradients are scaled down to one norm together, by the name under which it is logged."""
         return {"grad_norm": list(self.parameters())}
+
+    @property
+    def trains_in_parts(self) -> bool:
+        """Whether some phases leave parameters alone, which must then have no gradient at all."""
+        return False
 
     @property
     def takes_steps(self) -> bool:
@@ -367,10 +377,14 @@ class RatioLoss(LossModule):
     def _phase(self, batch: TensorDictBase, chunk_length: int | None, **options: Any) -> Phase:
         data = batch.select(*self.in_keys, strict=False)
         if not self._learns_sequences:
-            return Phase(split_into_chunks(data, chunk_length), **options)
+            return Phase(split_into_chunks(data, self._chunk_length(chunk_length, batch.shape[-1])), **options)
         if chunk_length is not None:
             raise ValueError(f"{type(self).__name__} learns whole sequences here: chunk_length must be None.")
         return Phase(data, sequences=True, states=self._memory_keys, **options)
+
+    def _chunk_length(self, chunk_length: int | None, num_steps: int) -> int | None:
+        """Steps of a chunk where the loop leaves it to the method; the hook of methods that need steps in a row."""
+        return chunk_length
 
     @property
     def _memory_keys(self) -> list[NestedKey]:

@@ -94,7 +94,7 @@ class SEACLoss(RatioLoss):
             raise ValueError("SEACLoss takes networks without a memory: a state belongs to the network that wrote it.")
         if not sharing_coeff >= 0:
             raise ValueError(f"sharing_coeff must be at least 0, got {sharing_coeff!r}.")
-        if {"clip_value", "normalize_advantage_exclude_dims"} & options.keys():
+        if options.get("clip_value") is not None or "normalize_advantage_exclude_dims" in options:
             raise ValueError("SEACLoss has no clip_value and one way to normalise advantages, for each pair of agents.")
         own: RatioOptions = {"critic_coeff": 0.5, "loss_critic_type": "l2", "normalize_advantage": False, **options}
         own["normalize_advantage_exclude_dims"] = (-2, -1)

@@ -235,6 +235,11 @@ class SequentialLoss(RatioLoss):
         for _ in self.turns(phase.rows):
             yield replace(phase, whole=self.takes_steps)
 
+    @property
+    def trains_in_parts(self) -> bool:
+        """Agents have their turns."""
+        return True
+
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters whose gradients are scaled down to one norm together: an agent's, or the critic's."""
         critic = set(self.critic_network.parameters())

@@ -152,7 +152,7 @@ def _replaceable(objective: _Objective) -> bool:
     modules = list(objective.modules())
     held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     tied = len(held) > len(set(held))  # a replaced one would be replaced in one of its places
-    # torch.func.grad forbids a forward that moves buffers; to parameters that a phase does not train it gives gradients of
-    # zero in place of none, with which optimisers move them; and averages of gradients come before their norm
+    # torch.func.grad forbids a forward that moves buffers; parameters that a phase does not train get gradients of zero
+    # from it in place of none, with which optimisers move them; and averages of gradients come before their norm
     foreign = any(isinstance(m, TensorDictParams) or getattr(m, "moves_buffers", False) for m in modules)
     return not tied and not foreign and not objective.loss.trains_in_parts and num_processes() == 1

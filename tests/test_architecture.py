@@ -1,4 +1,4 @@
-"""Imports point down: keys <- {modules, envs, loggers} <- {objectives, evaluation} <- collectors <- what surrounds a loop."""
+"""Imports point down: keys <- modules, envs, loggers <- objectives, evaluation <- collectors <- what surrounds them."""
 
 import ast
 from pathlib import Path

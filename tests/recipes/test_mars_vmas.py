@@ -480,7 +480,8 @@ def test_a_memory_for_one_of_the_two_networks_is_enough(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("length", "message"), [("3", "divide the 10 steps.*got 3"), ("null", r"sequences.*shape \(40,\)")]
+    ("length", "message"),
+    [("3", "divide the 10 steps.*got 3"), ("null", "be an integer: .*steps in a row; got null")],
 )
 def test_chunks_that_do_not_fit_are_refused(
     length: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -488,6 +489,7 @@ def test_chunks_that_do_not_fit_are_refused(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match=message):
         run_recipe(monkeypatch, tmp_path, *GRU, f"chunk_length={length}")
+    assert not run_folders(tmp_path)
 
 
 @pytest.fixture(scope="module")

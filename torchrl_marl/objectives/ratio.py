@@ -346,7 +346,7 @@ class RatioLoss(LossModule):
             return
         chunk_length = self._chunk_length(chunk_length, num_steps)
         check_chunks(num_steps, chunk_length)
-        if chunk_length is None and "is_init" in self.actor_network.in_keys:
+        if chunk_length is None and "is_init" in [*self.actor_network.in_keys, *self.critic_network.in_keys]:
             raise ValueError("chunk_length must be an integer: a recurrent policy learns steps in a row; got null.")
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:

@@ -274,9 +274,7 @@ class RatioLoss(LossModule):
             super().make_value_estimator(cast("Any", value_type), **hyperparams)
             self.value_estimator.set_keys(**tensor_keys)
             return self
-        if (
-            value_type in (None, self.default_value_estimator) and self._memory_keys
-        ):  # then the critic values whole sequences, in prepare
+        if value_type in (None, self.default_value_estimator) and self._memory_keys:  # prepare asks the critic itself
             settings = {"gamma": 0.99, "lmbda": 0.95, **hyperparams}
             return self.make_value_estimator(MultiAgentGAE(value_network=None, **settings))  # pyright: ignore
         dispatch_value_estimator(

@@ -21,7 +21,7 @@ from torchrl.objectives.value import MultiAgentGAE
 from torchrl_marl.collectors import SequenceCollector, sequence_minibatches, split_into_chunks
 from torchrl_marl.envs import make_coordsum
 from torchrl_marl.modules import (
-    GroupShape,
+    GroupSpec,
     collection_policy,
     make_mat,
     make_recurrent_actor,
@@ -93,7 +93,7 @@ class Contender:
 
 def acting(builder: Callable, arguments: argparse.Namespace, agents: int) -> float:
     """Least seconds of processor time of one step of all environments, with so many agents."""
-    shape = GroupShape("agents", agents, observation_size=2, num_actions=20)
+    shape = GroupSpec("agents", agents, observation_size=2, num_actions=20)
     actor, _ = builder(shape, embed_dim=arguments.embed, num_heads=arguments.heads, num_blocks=arguments.blocks)
     data = TensorDict({"agents": {"observation": torch.zeros(arguments.envs, agents, 2)}}, arguments.envs)
     for key, spec in actor.make_tensordict_primer().primers.items():

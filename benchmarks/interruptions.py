@@ -23,8 +23,8 @@ import matplotlib.pyplot as plt  # noqa: F401  (once, not in every run)
 import torch
 import vmas  # noqa: F401
 
-import torchrl_marl.training  # noqa: F401
-from torchrl_marl.checkpoints import find_checkpoint, load_policy
+import torchrl_marl.run.run  # noqa: F401
+from torchrl_marl.run.checkpoints import find_checkpoint, load_policy
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LOOP = [

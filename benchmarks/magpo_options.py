@@ -15,8 +15,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import ExplorationType, set_exploration_type
 
-from torchrl_marl.checkpoints import find_checkpoint, load_policy
 from torchrl_marl.modules import with_recurrent_state
+from torchrl_marl.run.checkpoints import find_checkpoint, load_policy
 
 CURVES = {
     "evaluations": "eval/reward/episode_reward_mean",

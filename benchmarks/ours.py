@@ -19,7 +19,7 @@ from torchrl_marl.collectors import CompiledCollector, minibatches
 from torchrl_marl.envs import make_coordsum, make_env
 from torchrl_marl.modules import make_actor, make_critic
 from torchrl_marl.objectives import MAPPOLoss, standardize
-from torchrl_marl.updates import make_update
+from torchrl_marl.run.update import make_update
 
 
 def task(setting: Setting) -> EnvBase:

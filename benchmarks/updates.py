@@ -14,10 +14,10 @@ from tensordict import TensorDict
 from torchrl.modules import PopArtValueNorm
 
 from torchrl_marl.collectors import NextStepKeys
-from torchrl_marl.modules import GroupShape, make_actor, make_critic
+from torchrl_marl.modules import GroupSpec, make_actor, make_critic
 from torchrl_marl.objectives import HAPPOLoss, MAPPOLoss, MARPOLoss, MARSLoss, OAPPOLoss, RatioLoss, SequentialLoss
 
-SHAPE = GroupShape("agents", num_agents=4, observation_size=18, action_low=(-1.0,) * 2, action_high=(1.0,) * 2)
+SHAPE = GroupSpec("agents", num_agents=4, observation_size=18, action_low=(-1.0,) * 2, action_high=(1.0,) * 2)
 METHODS = {
     "MAPPO": (MAPPOLoss, {}),
     "MARS": (MARSLoss, {}),

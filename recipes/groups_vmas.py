@@ -18,16 +18,14 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 from torch import Tensor
 
-from torchrl_marl.config import recipe
-from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.training import Run
-from torchrl_marl.updates import make_update
+from torchrl_marl.modules import GroupSpec, collection_policy, with_recurrent_state
+from torchrl_marl.run import Run, make_update, recipe
 
 
 class Learner:
     """Networks, loss and optimiser of one group."""
 
-    def __init__(self, cfg: DictConfig, shape: GroupShape, device: str) -> None:
+    def __init__(self, cfg: DictConfig, shape: GroupSpec, device: str) -> None:
         self.cfg, self.name = cfg, shape.name
         self.actor = instantiate(cfg.actor, shape, device=device)
         self.critic = instantiate(cfg.critic, shape, device=device)
@@ -58,7 +56,7 @@ def main(cfg: DictConfig) -> float:
 
     make_env = partial(instantiate, cfg.env, device=device)
     env = make_env(seed=cfg.seed)
-    shapes = [GroupShape.from_env(env, group) for group in env.group_map]
+    shapes = [GroupSpec.from_env(env, group) for group in env.group_map]
     learners = [Learner(cfg, shape, device) for shape in shapes]
 
     policy = TensorDictSequential([collection_policy(learner.actor, learner.critic) for learner in learners])

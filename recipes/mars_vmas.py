@@ -12,25 +12,23 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from torchrl_marl.config import recipe
-from torchrl_marl.data_parallel import join_processes
-from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
-from torchrl_marl.training import Run
-from torchrl_marl.updates import make_update
+from torchrl_marl.distributed import init_distributed
+from torchrl_marl.modules import GroupSpec, collection_policy, with_recurrent_state
+from torchrl_marl.run import Run, make_update, recipe
 
 CONFIG = Path(__file__).parent / "config"
 
 
 def train(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
-    join_processes()
+    init_distributed()
     torch.set_num_threads(cfg.num_threads)
     torch.manual_seed(cfg.seed)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     make_env = partial(instantiate, cfg.env, device=device)
     env = make_env(seed=cfg.seed)
-    shape = GroupShape.from_env(env)
+    shape = GroupSpec.from_env(env)
     actor = instantiate(cfg.actor, shape, device=device)
     actor, critic = actor if isinstance(actor, tuple) else (actor, instantiate(cfg.critic, shape, device=device))
 

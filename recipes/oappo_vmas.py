@@ -10,7 +10,7 @@ Every value of config/oappo_vmas.yaml and every argument of what it names can be
 
 from mars_vmas import CONFIG, train
 
-from torchrl_marl.config import recipe
+from torchrl_marl.run import recipe
 
 main = recipe(CONFIG, "oappo_vmas")(train)
 

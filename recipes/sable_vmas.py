@@ -9,7 +9,7 @@ Every value of config/sable_vmas.yaml and every argument of what it names can be
 
 from mars_vmas import CONFIG, train
 
-from torchrl_marl.config import recipe
+from torchrl_marl.run import recipe
 
 main = recipe(CONFIG, "sable_vmas", collectors=("sequences",), unread=("critic", "chunk_length"))(train)
 

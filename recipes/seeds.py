@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from torchrl.collectors import Collector
 
 from torchrl_marl.collectors import split_into_chunks
-from torchrl_marl.config import recipe
-from torchrl_marl.modules import GroupShape
+from torchrl_marl.modules import GroupSpec
+from torchrl_marl.run import recipe
 from torchrl_marl.seeds import Seed, SeedGroup, seed_configs
 
 
@@ -56,7 +56,7 @@ def build_seed(cfg: DictConfig, make_env: partial) -> Seed:
     """Build what one seed has of its own, as mars_vmas.py does."""
     torch.manual_seed(cfg.seed)
     env = make_env(seed=cfg.seed)
-    shape = GroupShape.from_env(env)
+    shape = GroupSpec.from_env(env)
     actor = instantiate(cfg.actor, shape, device=env.device)
     critic = instantiate(cfg.critic, shape, device=env.device)
     loss = instantiate(cfg.loss, actor, critic)

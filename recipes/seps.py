@@ -14,8 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torchrl.envs import ExplorationType, set_exploration_type
 
-from torchrl_marl.config import recipe
-from torchrl_marl.modules import GroupShape
+from torchrl_marl.modules import GroupSpec
+from torchrl_marl.run import recipe
 
 # What training alone reads.
 _UNREAD = (
@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> float:
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     env = instantiate(cfg.env, device=device, seed=cfg.seed)
-    shape = GroupShape.from_env(env)
+    shape = GroupSpec.from_env(env)
     actor = instantiate(cfg.actor, shape, device=device)
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         batch = env.rollout(cfg.frames_per_batch // cfg.env.num_envs, actor, break_when_any_done=False)

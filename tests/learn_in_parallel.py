@@ -1,4 +1,4 @@
-"""What test_data_parallel.py runs with torchrun: one gradient of a batch that the processes share."""
+"""What test_distributed.py runs with torchrun: one gradient of a batch that the processes share."""
 
 import sys
 
@@ -6,20 +6,20 @@ import torch
 from tensordict import TensorDict
 from torchrl.modules import RunningValueNorm
 
-from torchrl_marl.data_parallel import (
+from torchrl_marl.distributed import (
     any_process,
     average_gradients,
+    broadcast_from_main,
     broadcast_state,
-    first_decides,
     gather,
-    join_processes,
-    num_processes,
+    init_distributed,
     rank,
+    world_size,
 )
-from torchrl_marl.modules import GroupShape, make_actor, make_critic
+from torchrl_marl.modules import GroupSpec, make_actor, make_critic
 from torchrl_marl.objectives import MARSLoss, standardize
 
-SHAPE = GroupShape("agents", num_agents=3, observation_size=4, num_actions=5)
+SHAPE = GroupSpec("agents", num_agents=3, observation_size=4, num_actions=5)
 ROWS = 8
 
 
@@ -42,7 +42,7 @@ def batch_of_all() -> TensorDict:
 
 def main(path: str) -> None:
     """Save the gradient, the advantages and the value statistics."""
-    join_processes()
+    init_distributed()
     torch.manual_seed(rank())  # other weights in each process, until they learn together
     actor, critic = (
         make_actor(SHAPE, hidden_sizes=[8]),
@@ -50,7 +50,7 @@ def main(path: str) -> None:
     )
     loss = MARSLoss(actor, critic, functional=False, normalize_advantage=False)
     broadcast_state(loss)
-    rows = ROWS // num_processes()
+    rows = ROWS // world_size()
     batch = batch_of_all()[rank() * rows : (rank() + 1) * rows]
     loss.update_value_norm(batch, gather=gather)
     batch["advantage"] = standardize(batch["advantage"], batch["agents", "mask"], gather=gather)
@@ -61,8 +61,8 @@ def main(path: str) -> None:
         "gradients": [parameter.grad for parameter in loss.parameters()],
         "advantage": gather(batch["advantage"]),
         "value statistics": list(critic.buffers()),
-        "first decides": first_decides(lambda: 10 + rank()),
-        "any": [any_process(rank() == num_processes() - 1), any_process(False)],
+        "first decides": broadcast_from_main(lambda: 10 + rank()),
+        "any": [any_process(rank() == world_size() - 1), any_process(False)],
     }
     torch.save(result, f"{path}{rank()}")
 

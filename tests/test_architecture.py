@@ -7,11 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "torchrl_marl"
 LEVELS = [
-    {"keys", "files", "extras", "signatures", "data_parallel", "trust"},
+    {"keys", "files", "extras", "signatures", "distributed", "trust"},
     {"modules", "envs", "loggers"},
     {"objectives", "evaluation"},
     {"collectors"},
-    {"checkpoints", "config", "export", "seeds", "training", "tuning", "updates", "__main__", "__init__"},
+    {"run", "checkpoints", "export", "seeds", "tuning", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

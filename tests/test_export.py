@@ -10,18 +10,18 @@ from tensordict.nn import TensorDictSequential
 from torchrl.envs import ExplorationType, set_exploration_type
 
 import torchrl_marl.export as export
-from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
 from torchrl_marl.export import export_policy
-from torchrl_marl.modules import GroupShape, make_actor, make_recurrent_actor
+from torchrl_marl.modules import GroupSpec, make_actor, make_recurrent_actor
+from torchrl_marl.run.checkpoints import CheckpointFolder, actor_record, load_policy
 
-CONTINUOUS = GroupShape("agents", 3, 4, action_low=(-1.0, -2.0), action_high=(1.0, 3.0))
-MASKED = GroupShape("walkers", 3, 4, num_actions=5, masked=True)
+CONTINUOUS = GroupSpec("agents", 3, 4, action_low=(-1.0, -2.0), action_high=(1.0, 3.0))
+MASKED = GroupSpec("walkers", 3, 4, num_actions=5, masked=True)
 MLP = {"_target_": "torchrl_marl.modules.make_actor", "hidden_sizes": [8]}
 GRU = {"_target_": "torchrl_marl.modules.make_recurrent_actor", "hidden_sizes": [8], "recurrent_size": 6}
 OWN = {"share_parameters": False}
 
 
-def make_run(folder: Path, shape: GroupShape, config: dict, *, scale: float = 30.0) -> Path:
+def make_run(folder: Path, shape: GroupSpec, config: dict, *, scale: float = 30.0) -> Path:
     """A run whose policy is far from its initial near-indifference."""
     build = {"make_actor": make_actor, "make_recurrent_actor": make_recurrent_actor}[config["_target_"].split(".")[-1]]
     actor = build(shape, **{key: value for key, value in config.items() if key != "_target_"})
@@ -36,7 +36,7 @@ def make_run(folder: Path, shape: GroupShape, config: dict, *, scale: float = 30
     return folder
 
 
-def episode(run: Path, shape: GroupShape, steps: int) -> tuple[list[dict], list[torch.Tensor]]:
+def episode(run: Path, shape: GroupSpec, steps: int) -> tuple[list[dict], list[torch.Tensor]]:
     """Inputs and actions of an episode that begins anew in its middle, by the policy itself."""
     policy, state, inputs, actions = load_policy(run), torch.zeros(2, 3, 6), [], []
     for step in range(steps):

@@ -9,9 +9,9 @@ import torch
 
 from tests.recipes.runs import run_folders, run_recipe
 from torchrl_marl.__main__ import main
-from torchrl_marl.checkpoints import load_policy
 from torchrl_marl.envs import make_coordsum
 from torchrl_marl.evaluation import evaluate
+from torchrl_marl.run.checkpoints import load_policy
 
 
 @pytest.fixture(scope="module")

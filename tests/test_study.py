@@ -13,8 +13,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tests.recipes.runs import RECIPES
-from torchrl_marl.config import _checked_override, _groups, _load, check_keys
-from torchrl_marl.modules import GroupShape, make_actor, make_critic
+from torchrl_marl.modules import GroupSpec, make_actor, make_critic
+from torchrl_marl.run.config import _checked_override, _groups, _load, check_keys
 
 STUDY = runpy.run_path(str(RECIPES.parent / "benchmarks/study.py"))
 PARTS = {f"{name}-{part.name}": part for name, parts in STUDY["STUDIES"].items() for part in parts}
@@ -75,7 +75,7 @@ def test_the_recipes_take_every_command_of_a_study_and_its_runs_can_be_compared(
 @pytest.mark.parametrize("name", [name for name, part in PARTS.items() if part.tuning])
 def test_the_losses_take_every_value_that_a_study_chooses_from(name: str) -> None:
     """A setting that always fails would leave its method with fewer choices than the others have."""
-    shape = GroupShape("agents", num_agents=2, observation_size=3, num_actions=2)
+    shape = GroupSpec("agents", num_agents=2, observation_size=3, num_actions=2)
     actor, critic = make_actor(shape), make_critic(shape)
     lists = [command for command in PARTS[name].commands if not isinstance(command, str)]
     assert len({len(commands) for commands in lists}) == 1

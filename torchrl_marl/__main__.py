@@ -12,11 +12,11 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from torchrl_marl.checkpoints import best_checkpoint, load_policy, read_metadata
-from torchrl_marl.config import check_device
 from torchrl_marl.envs import check_env, make_custom, render_episode
 from torchrl_marl.evaluation import evaluate, stratified_bootstrap_interval
 from torchrl_marl.export import export_policy
+from torchrl_marl.run.checkpoints import best_checkpoint, load_policy, read_metadata
+from torchrl_marl.run.config import check_device
 from torchrl_marl.trust import foreign_code, reason
 
 

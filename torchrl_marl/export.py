@@ -18,11 +18,11 @@ from torch.export import Dim, ExportedProgram
 from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
-from torchrl_marl.checkpoints import POLICY_BUILDERS, best_checkpoint, load_policy, read_metadata
 from torchrl_marl.extras import import_extra
 from torchrl_marl.files import replacing
-from torchrl_marl.modules import AgentNetworks, GroupShape, RecurrentModule
+from torchrl_marl.modules import AgentNetworks, GroupSpec, RecurrentModule
 from torchrl_marl.modules.layers import OneHotAgentID
+from torchrl_marl.run.checkpoints import POLICY_BUILDERS, best_checkpoint, load_policy, read_metadata
 
 __all__ = ["export_policy"]
 
@@ -111,7 +111,7 @@ def export_policy(
     return path
 
 
-def _policy_of(checkpoint: Path, recorded: Any, group: str | None) -> tuple[Any, GroupShape]:
+def _policy_of(checkpoint: Path, recorded: Any, group: str | None) -> tuple[Any, GroupSpec]:
     """Return the policy of a group and its shape."""
     records = recorded if isinstance(recorded, list) else [recorded]
     for builder in (record["builder"] for record in records):
@@ -125,13 +125,13 @@ def _policy_of(checkpoint: Path, recorded: Any, group: str | None) -> tuple[Any,
         raise ValueError(f"group must be one of {', '.join(names)}; got {group!r}")
     index = 0 if group is None else names.index(group)
     policy: Any = load_policy(checkpoint)
-    return policy[index] if isinstance(recorded, list) else policy, GroupShape(**records[index]["shape"])
+    return policy[index] if isinstance(recorded, list) else policy, GroupSpec(**records[index]["shape"])
 
 
 class _Policy(nn.Module):
     """The deterministic policy with tensors by name, in place of a TensorDict."""
 
-    def __init__(self, actor: ProbabilisticActor, shape: GroupShape, *, alone: bool) -> None:
+    def __init__(self, actor: ProbabilisticActor, shape: GroupSpec, *, alone: bool) -> None:
         super().__init__()
         self.actor, self._shape, self._alone = actor, shape, alone
 
@@ -156,7 +156,7 @@ class _Policy(nn.Module):
         return {name: value.squeeze(1) if self._alone else value for name, value in results.items()}
 
 
-def _trace(actor: ProbabilisticActor, shape: GroupShape, agent: int | None, example: Tensors) -> ExportedProgram:
+def _trace(actor: ProbabilisticActor, shape: GroupSpec, agent: int | None, example: Tensors) -> ExportedProgram:
     """Record the policy as a program over tensors, of the group or of one agent, for any batch."""
     actor = copy.deepcopy(actor).requires_grad_(False)
     for name, module in list(actor.named_modules()):
@@ -186,7 +186,7 @@ class _OneByOne(nn.Module):
         return torch.stack(outputs, -2)
 
 
-def _original(actor: ProbabilisticActor, shape: GroupShape, inputs: Tensors) -> dict[str, Tensor]:
+def _original(actor: ProbabilisticActor, shape: GroupSpec, inputs: Tensors) -> dict[str, Tensor]:
     """What the policy makes of inputs in an evaluation."""
     agents = {name: value for name, value in inputs.items() if name != "is_init"}
     if "is_init" in inputs:
@@ -196,13 +196,13 @@ def _original(actor: ProbabilisticActor, shape: GroupShape, inputs: Tensors) -> 
         return _results(actor(data), shape, "is_init" in inputs)
 
 
-def _results(data: TensorDict, shape: GroupShape, recurrent: bool) -> dict[str, Tensor]:
+def _results(data: TensorDict, shape: GroupSpec, recurrent: bool) -> dict[str, Tensor]:
     names = ("action", "loc", "scale") if shape.num_actions is None else ("action", "logits")
     results = {name: data[shape.name, name] for name in names}
     return {**results, "next_recurrent_state": data["next", shape.name, "recurrent_state"]} if recurrent else results
 
 
-def _random_inputs(actor: ProbabilisticActor, shape: GroupShape, number: int) -> dict[str, Tensor]:
+def _random_inputs(actor: ProbabilisticActor, shape: GroupSpec, number: int) -> dict[str, Tensor]:
     """Observations, masks with a legal action, memories and episode starts, the same ones each time."""
     generator = torch.Generator().manual_seed(0)
     rows = (number, shape.num_agents)
@@ -232,7 +232,7 @@ def _compare(actual: Tensors, expected: Tensors) -> tuple[float, int]:
     return max(difference.max().item() for difference in differences), int(sum(wrong))
 
 
-def _describe(recorded: Mapping[str, Any], shape: GroupShape, agent: int | None, example: Tensors) -> dict[str, Any]:
+def _describe(recorded: Mapping[str, Any], shape: GroupSpec, agent: int | None, example: Tensors) -> dict[str, Any]:
     config = recorded["config"]
     return {
         "environment": config.get("environment"),

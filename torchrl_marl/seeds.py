@@ -29,15 +29,15 @@ from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
-from torchrl_marl.checkpoints import check_resumable, read_metadata
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.games.streams import random_streams
 from torchrl_marl.evaluation import evaluate
-from torchrl_marl.modules import GroupShape, collection_policy, with_recurrent_state
+from torchrl_marl.modules import GroupSpec, collection_policy, with_recurrent_state
 from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, standardize
 from torchrl_marl.objectives.ratio import RatioLoss
-from torchrl_marl.training import Run, progress_bar, reduce_records, stop_signals
+from torchrl_marl.run.checkpoints import check_resumable, read_metadata
+from torchrl_marl.run.run import Run, progress_bar, reduce_records, stop_signals
 
 __all__ = ["Seed", "SeedGroup", "seed_configs"]
 
@@ -103,7 +103,7 @@ class Seed:
         env: EnvBase,
         make_env: Callable[..., EnvBase],
         actor: ProbabilisticActor,
-        shape: GroupShape,
+        shape: GroupSpec,
         loss: RatioLoss,
         optimizer: Optimizer,
     ) -> None:

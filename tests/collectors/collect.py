@@ -64,19 +64,19 @@ def by_workers(policy: nn.Module, engine: Callable, num_workers: int) -> list[Te
     return collected(policy, collector, collector.reset, collector.shutdown)
 
 
-def by_hand(policy: nn.Module, num_parts: int) -> list[TensorDict]:
+def by_hand(policy: nn.Module, world_size: int) -> list[TensorDict]:
     """One TorchRL collector after another, each with its part of the environments."""
     parts = []
-    for part in range(num_parts):
-        copies = NUM_ENVS // num_parts
+    for part in range(world_size):
+        copies = NUM_ENVS // world_size
         env = with_recurrent_state(make_env(num_envs=copies), policy)
         collector = Collector(
             env, policy, frames_per_batch=copies * STEPS, total_frames=-1, auto_register_policy_transforms=False
         )
         seeds = torch.Generator().manual_seed(3)
 
-        def begin(env=env, collector=collector, part=part, seeds=seeds) -> None:
-            reseed(env, int(torch.randint(2**31 - 1, (), generator=seeds)), part=part, num_parts=num_parts)
+        def begin(env=env, collector=collector, rank=part, seeds=seeds) -> None:
+            reseed(env, int(torch.randint(2**31 - 1, (), generator=seeds)), rank=rank, world_size=world_size)
             collector.reset()
 
         parts.append(collected(policy, collector, begin, collector.shutdown))

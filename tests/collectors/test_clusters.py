@@ -6,7 +6,7 @@ from tensordict import TensorDict
 from torch.testing import assert_close
 
 from torchrl_marl.collectors import AgentAutoencoder, cluster_agents, encode_agents
-from torchrl_marl.modules import GroupShape
+from torchrl_marl.modules import GroupSpec
 
 KINDS = [0, 1, 0, 1, 0]
 
@@ -39,7 +39,7 @@ def shape_of(kinds, actions=None):
     space = (
         {"num_actions": 4} if actions is None else {"action_low": (-1.0,) * actions, "action_high": (1.0,) * actions}
     )
-    return GroupShape("agents", len(kinds), 3, **space)
+    return GroupSpec("agents", len(kinds), 3, **space)
 
 
 @pytest.mark.parametrize("actions", [None, 2], ids=["categorical", "continuous"])

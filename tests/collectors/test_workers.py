@@ -56,11 +56,11 @@ def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_seed_is_all_that_a_part_begins_with(build) -> None:
     """Two processes with different pasts go on alike, and two parts differ."""
 
-    def go_on(part: int, past: int) -> tuple:
+    def go_on(rank: int, past: int) -> tuple:
         torch.manual_seed(past)
         env = build(num_envs=2, seed=past)
         env.reset()
-        reseed(env, 5, part=part, num_parts=2)
+        reseed(env, 5, rank=rank, world_size=2)
         observation = env.reset()["agents", "observation"]
         return observation, torch.rand(3), RandomState(env).state_dict()["numpy"][1]
 

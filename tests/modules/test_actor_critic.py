@@ -16,15 +16,15 @@ from torchrl.data import Categorical as CategoricalSpec
 from torchrl.envs import ExplorationType, VmasEnv, set_exploration_type
 from torchrl.modules import PopArtValueNorm, RunningValueNorm
 
-from torchrl_marl.modules import AgentNetworks, Denormalize, GroupShape, make_actor, make_critic, make_mat, make_sable
+from torchrl_marl.modules import AgentNetworks, Denormalize, GroupSpec, make_actor, make_critic, make_mat, make_sable
 from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 
 AGENTS, OBSERVATION, ACTIONS, STATE = 3, 5, 4, 6
 LOW, HIGH = (-1.0, -2.0), (1.0, 3.0)
 SHAPES = {
-    "categorical": GroupShape("agents", AGENTS, OBSERVATION, num_actions=ACTIONS, state_size=STATE),
-    "masked": GroupShape("agents", AGENTS, OBSERVATION, num_actions=ACTIONS, masked=True, state_size=STATE),
-    "continuous": GroupShape("agents", AGENTS, OBSERVATION, action_low=LOW, action_high=HIGH, state_size=STATE),
+    "categorical": GroupSpec("agents", AGENTS, OBSERVATION, num_actions=ACTIONS, state_size=STATE),
+    "masked": GroupSpec("agents", AGENTS, OBSERVATION, num_actions=ACTIONS, masked=True, state_size=STATE),
+    "continuous": GroupSpec("agents", AGENTS, OBSERVATION, action_low=LOW, action_high=HIGH, state_size=STATE),
 }
 OBSERVES = ("joint_observation", "state", "observation")
 
@@ -376,15 +376,15 @@ def vmas(scenario="balance", **options):
 def test_the_shape_of_a_vmas_group():
     # balance: three agents that observe 16 numbers each and push within [-1, 1]^2, or back, not at all or forth in each
     # of the two directions: 9 actions
-    assert GroupShape.from_env(vmas()) == GroupShape("agents", 3, 16, action_low=(-1.0, -1.0), action_high=(1.0, 1.0))
-    assert GroupShape.from_env(vmas(continuous_actions=False)) == GroupShape("agents", 3, 16, num_actions=9)
+    assert GroupSpec.from_env(vmas()) == GroupSpec("agents", 3, 16, action_low=(-1.0, -1.0), action_high=(1.0, 1.0))
+    assert GroupSpec.from_env(vmas(continuous_actions=False)) == GroupSpec("agents", 3, 16, num_actions=9)
 
 
 def test_one_of_several_groups_must_be_named():
     env = vmas("simple_tag", num_good_agents=2, num_adversaries=4)
     with pytest.raises(ValueError, match="groups adversary, agent: name one with group="):
-        GroupShape.from_env(env)
-    hunters, prey = (GroupShape.from_env(env, group) for group in ("adversary", "agent"))
+        GroupSpec.from_env(env)
+    hunters, prey = (GroupSpec.from_env(env, group) for group in ("adversary", "agent"))
     assert (hunters.name, hunters.num_agents) == ("adversary", 4)
     assert (prey.name, prey.num_agents) == ("agent", 2)
     assert hunters.observation_size == prey.observation_size + 2  # each sees the velocities of all other prey
@@ -392,7 +392,7 @@ def test_one_of_several_groups_must_be_named():
 
 def test_an_unknown_group_raises_and_the_known_are_listed():
     with pytest.raises(ValueError, match="Unknown group 'wolves'; the environment has adversary, agent"):
-        GroupShape.from_env(vmas("simple_tag"), "wolves")
+        GroupSpec.from_env(vmas("simple_tag"), "wolves")
     with pytest.raises(ValueError, match="Unknown group 'wolves'; the environment has agents"):
         make_actor(vmas(), group="wolves")
 
@@ -426,7 +426,7 @@ def test_one_of_several_groups_can_be_driven():
 
 def test_a_group_shape_is_plain_data():
     shape = SHAPES["continuous"]
-    assert GroupShape(**{k: tuple(v) if isinstance(v, list) else v for k, v in _through_json(shape).items()}) == shape
+    assert GroupSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in _through_json(shape).items()}) == shape
     with pytest.raises(dataclasses.FrozenInstanceError):
         shape.num_agents = 4
 
@@ -448,17 +448,17 @@ def stub_env(observation=None, action=None, **root):
 
 
 def test_a_state_and_an_action_mask_are_found():
-    plain = GroupShape("agents", 3, 5, num_actions=4)
-    assert GroupShape.from_env(stub_env()) == plain
+    plain = GroupSpec("agents", 3, 5, num_actions=4)
+    assert GroupSpec.from_env(stub_env()) == plain
     with_state = stub_env(state=Unbounded((6,)))
-    assert GroupShape.from_env(with_state) == dataclasses.replace(plain, state_size=6)
+    assert GroupSpec.from_env(with_state) == dataclasses.replace(plain, state_size=6)
     masked = Composite(observation=Unbounded((3, 5)), action_mask=Binary(4, shape=(3, 4)), shape=(3,))
-    assert GroupShape.from_env(stub_env(masked)) == dataclasses.replace(plain, masked=True)
+    assert GroupSpec.from_env(stub_env(masked)) == dataclasses.replace(plain, masked=True)
 
 
 def test_bounds_may_differ_between_the_entries_of_an_action():
     low, high = torch.tensor(LOW).expand(3, 2), torch.tensor(HIGH).expand(3, 2)
-    shape = GroupShape.from_env(stub_env(action=Bounded(low, high)))
+    shape = GroupSpec.from_env(stub_env(action=Bounded(low, high)))
     assert (shape.action_low, shape.action_high) == (LOW, HIGH)
 
 
@@ -495,7 +495,7 @@ def test_bounds_may_differ_between_the_entries_of_an_action():
 )
 def test_spaces_that_do_not_fit_raise(env, says):
     with pytest.raises(ValueError, match=says):
-        GroupShape.from_env(env)
+        GroupSpec.from_env(env)
 
 
 # --- options
@@ -535,12 +535,12 @@ def test_networks_live_where_they_are_told(shape, options):
 
 
 def test_settled_entropy_is_that_of_one_action_or_of_a_thousandth_of_the_ranges():
-    discrete = GroupShape("agents", num_agents=2, observation_size=3, num_actions=5)
+    discrete = GroupSpec("agents", num_agents=2, observation_size=3, num_actions=5)
     almost_sure = torch.tensor([0.9999, 0.0001, 0, 0, 0])
     unsure = torch.tensor([0.99, 0.01, 0, 0, 0])
     assert Categorical(almost_sure).entropy() < discrete.settled_entropy < Categorical(unsure).entropy()
 
-    continuous = GroupShape("agents", num_agents=2, observation_size=3, action_low=(-1.0, 0.0), action_high=(1.0, 8.0))
+    continuous = GroupSpec("agents", num_agents=2, observation_size=3, action_low=(-1.0, 0.0), action_high=(1.0, 8.0))
     thousandth = Uniform(torch.zeros(2), torch.tensor([0.002, 0.008]))
     assert continuous.settled_entropy == pytest.approx(thousandth.entropy().sum().item())
 
@@ -548,7 +548,7 @@ def test_settled_entropy_is_that_of_one_action_or_of_a_thousandth_of_the_ranges(
 @pytest.mark.parametrize("make", [make_actor, make_critic])
 @pytest.mark.parametrize("sizes", [(0,), (16, -4)])
 def test_layers_without_width_are_refused(make, sizes):
-    shape = GroupShape("agents", num_agents=2, observation_size=3, num_actions=5)
+    shape = GroupSpec("agents", num_agents=2, observation_size=3, num_actions=5)
     with pytest.raises(ValueError, match="hidden_sizes must be at least 1 each"):
         make(shape, hidden_sizes=sizes)
 
@@ -562,6 +562,6 @@ def test_statistics_that_never_settle_are_refused(beta):
 @pytest.mark.parametrize("make", [make_mat, make_sable])
 @pytest.mark.parametrize("options", [{"embed_dim": 0}, {"embed_dim": -64}, {"num_heads": 0}])
 def test_transformers_without_width_or_heads_are_refused(make, options):
-    shape = GroupShape("agents", num_agents=2, observation_size=3, num_actions=5)
+    shape = GroupSpec("agents", num_agents=2, observation_size=3, num_actions=5)
     with pytest.raises(ValueError, match=f"{next(iter(options))}.* must be .*got"):
         make(shape, **options)

@@ -8,7 +8,7 @@ from torchrl.envs import ExplorationType, TransformedEnv, VmasEnv, set_explorati
 from torchrl.envs.transforms import Compose, StepCounter
 from torchrl.modules.utils import get_primers_from_module
 
-from torchrl_marl.modules import GroupShape, make_mat, make_sable
+from torchrl_marl.modules import GroupSpec, make_mat, make_sable
 from torchrl_marl.modules.autoregressive import CategoricalActions
 
 AGENTS, OBSERVATION, ACTIONS, STATE = 3, 5, 4, 2
@@ -18,7 +18,7 @@ ACTION_SPACES = {
     "continuous": {"action_low": (-1.0, -2.0), "action_high": (1.0, 3.0)},
 }
 SHAPES = {
-    name: GroupShape("agents", AGENTS, OBSERVATION, state_size=STATE, **space) for name, space in ACTION_SPACES.items()
+    name: GroupSpec("agents", AGENTS, OBSERVATION, state_size=STATE, **space) for name, space in ACTION_SPACES.items()
 }
 NETWORKS = {
     "mat": lambda shape, **options: make_mat(shape, embed_dim=16, num_heads=2, num_blocks=2, **options),
@@ -418,7 +418,7 @@ def test_options_out_of_range_raise(builder, options, says):
 
 @every_network
 def test_a_state_that_is_not_there_cannot_be_seen(network):
-    shape = GroupShape("agents", AGENTS, OBSERVATION, num_actions=ACTIONS)
+    shape = GroupSpec("agents", AGENTS, OBSERVATION, num_actions=ACTIONS)
     with pytest.raises(ValueError, match='observes="observation_and_state", but the environment has no "state"'):
         NETWORKS[network](shape, observes="observation_and_state")
 

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.modules.vectors import VECTORS, double, load
-from torchrl_marl.modules import GroupShape, make_mat
+from torchrl_marl.modules import GroupSpec, make_mat
 
 VECTOR = VECTORS["mat_discrete"]
 
@@ -32,7 +32,7 @@ def load_head(head, values):
 def network():
     """Encoder, decoder and head of values with the parameters of the vectors."""
     config = VECTOR["config"]
-    shape = GroupShape("agents", 3, 1, num_actions=config["action_dim"])  # with an agent id of three: 4 inputs
+    shape = GroupSpec("agents", 3, 1, num_actions=config["action_dim"])  # with an agent id of three: 4 inputs
     actor, critic = make_mat(shape, embed_dim=config["embed"], num_heads=config["n_head"], num_blocks=config["n_block"])
     actor.double(), critic.double()
     encoder, decoder = actor[0].encoder, actor[0].decoder

@@ -17,7 +17,7 @@ from torchrl_marl.envs import make_env
 from torchrl_marl.modules import (
     AgentNetworks,
     Denormalize,
-    GroupShape,
+    GroupSpec,
     MultiAgentGRU,
     RecurrentModule,
     collection_policy,
@@ -34,7 +34,7 @@ SPACES = {
     "masked": {"num_actions": ACTIONS, "masked": True},
     "continuous": {"action_low": (-1.0, -2.0), "action_high": (1.0, 3.0)},
 }
-SHAPES = {name: GroupShape("agents", AGENTS, OBSERVATION, state_size=STATE, **kw) for name, kw in SPACES.items()}
+SHAPES = {name: GroupSpec("agents", AGENTS, OBSERVATION, state_size=STATE, **kw) for name, kw in SPACES.items()}
 SHAPE = SHAPES["categorical"]
 SIZES = {"hidden_sizes": (8,), "recurrent_size": HIDDEN, "head_sizes": (9,)}
 STARTS = [[1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 1, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0]]  # [envs, time]
@@ -186,7 +186,7 @@ def test_the_actor_reproduces_the_vectors_of_magpos_learner():
             value = value[name]
         return torch.tensor(value, dtype=torch.float64)
 
-    shape = GroupShape("agents", 2, 3, num_actions=3, masked=True)
+    shape = GroupSpec("agents", 2, 3, num_actions=3, masked=True)
     actor = make_recurrent_actor(
         shape, hidden_sizes=(4,), recurrent_size=4, head_sizes=(4,), activation="relu", agent_id=False
     ).double()
@@ -436,7 +436,7 @@ def test_a_critic_values_every_agent(observes, share):
 
 
 def test_the_states_of_actor_critic_and_groups_do_not_collide():
-    shapes = [GroupShape(name, AGENTS, OBSERVATION, num_actions=2) for name in ("red", "blue")]
+    shapes = [GroupSpec(name, AGENTS, OBSERVATION, num_actions=2) for name in ("red", "blue")]
     keys = [memory(make_recurrent_actor(shape, **SIZES)).state_key for shape in shapes]
     for options in ({}, {"observes": "observation"}):
         keys += [memory(make_recurrent_critic(shape, **options, **SIZES)).state_key for shape in shapes]
@@ -472,7 +472,7 @@ def test_a_critic_of_something_unknown_is_refused():
     with pytest.raises(ValueError, match="got 'everything'"):
         make_recurrent_critic(SHAPE, observes="everything")
     with pytest.raises(ValueError, match='no "state"'):
-        make_recurrent_critic(GroupShape("agents", 2, 3, num_actions=2), observes="state")
+        make_recurrent_critic(GroupSpec("agents", 2, 3, num_actions=2), observes="state")
 
 
 # --- what is missing or does not fit is said

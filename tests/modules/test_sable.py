@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.modules.vectors import VECTORS, double, load
-from torchrl_marl.modules import GroupShape, make_sable
+from torchrl_marl.modules import GroupSpec, make_sable
 from torchrl_marl.modules.sable import positional_encoding, retention, retention_decay, retention_weights
 
 EXACT = {"rtol": 0, "atol": 1e-9}  # float64; the vectors have ten decimals or more
@@ -140,7 +140,7 @@ def network():
     """The network of the vectors: encoder, decoder, head of values."""
     vector = VECTORS["sable_discrete"]
     config = vector["config"]
-    shape = GroupShape("agents", 2, 1, num_actions=config["action_dim"])  # with an agent id of two: 3 inputs
+    shape = GroupSpec("agents", 2, 1, num_actions=config["action_dim"])  # with an agent id of two: 3 inputs
     actor, critic = make_sable(
         shape,
         embed_dim=config["embed"],

@@ -5,7 +5,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from torchrl_marl.modules import GroupShape, make_actor, make_critic
+from torchrl_marl.modules import GroupSpec, make_actor, make_critic
 
 AGENTS, OBSERVATION, ACTIONS, STATE = 3, 5, 4, 6
 SPACES = ("categorical", "masked", "continuous")
@@ -17,7 +17,7 @@ def group_shape(space, name="agents", agents=AGENTS):
         actions = {"action_low": (-1.0, -2.0), "action_high": (1.0, 3.0)}
     else:
         actions = {"num_actions": ACTIONS, "masked": space == "masked"}
-    return GroupShape(name, agents, OBSERVATION, state_size=STATE, **actions)
+    return GroupSpec(name, agents, OBSERVATION, state_size=STATE, **actions)
 
 
 def make_networks(space, observes="joint_observation", *, name="agents", agents=AGENTS, value_norm=None, **options):

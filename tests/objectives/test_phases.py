@@ -8,7 +8,7 @@ from torchrl.modules import PopArtValueNorm
 
 from tests.objectives.loss_factories import AGENTS, add_transition, make_batch, make_networks
 from torchrl_marl.collectors import NextStepKeys, minibatches, split_into_chunks
-from torchrl_marl.modules import GroupShape, make_actor, make_sable
+from torchrl_marl.modules import GroupSpec, make_actor, make_sable
 from torchrl_marl.objectives import (
     CTDSLoss,
     HAPPOLoss,
@@ -19,7 +19,7 @@ from torchrl_marl.objectives import (
     OAPPOLoss,
     standardize,
 )
-from torchrl_marl.updates import make_update
+from torchrl_marl.run.update import make_update
 
 
 def make(cls=MAPPOLoss, batch=(4, 6), *, live=0.7, **options):
@@ -34,7 +34,7 @@ def make(cls=MAPPOLoss, batch=(4, 6), *, live=0.7, **options):
 
 
 def guided(cls=MAGPOLoss, **options):
-    shape = GroupShape("agents", AGENTS, 5, num_actions=4)
+    shape = GroupSpec("agents", AGENTS, 5, num_actions=4)
     guider, critic = make_sable(shape, embed_dim=8)
     return cls(guider, critic, make_actor(shape, hidden_sizes=(8,)), functional=False, **options)
 
@@ -177,7 +177,7 @@ def test_marpo_prepares_batches_without_names_and_refuses_memories_of_their_own_
     plain, data = make(MARPOLoss, reflection_coeff=0.0)
     assert ("next", "reflection_mask") not in plain.prepare(data).keys(True)
     with pytest.raises(ValueError, match="no policy with a memory of Sable's kind"):
-        MARPOLoss(*make_sable(GroupShape("agents", AGENTS, 5, num_actions=4), embed_dim=8))
+        MARPOLoss(*make_sable(GroupSpec("agents", AGENTS, 5, num_actions=4), embed_dim=8))
 
 
 def test_agents_are_shuffled_anew_in_each_epoch():

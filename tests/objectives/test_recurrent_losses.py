@@ -21,7 +21,7 @@ from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.modules import (
     AgentNetworks,
-    GroupShape,
+    GroupSpec,
     RecurrentModule,
     collection_policy,
     make_actor,
@@ -145,7 +145,7 @@ def test_marpos_next_log_ratio_of_a_changed_policy_is_that_of_its_own_next_step(
 
 
 def test_marpo_asks_for_sequences_where_the_policy_has_a_memory():
-    shape = GroupShape("agents", 3, 5, num_actions=4)
+    shape = GroupSpec("agents", 3, 5, num_actions=4)
     with pytest.raises(ValueError, match="sequences=True"):
         MARPOLoss(make_recurrent_actor(shape), make_critic(shape))
 
@@ -225,7 +225,7 @@ def reference_values(critic, batch):
 @every_loss
 @every_sharing
 def test_losses_on_sequences_with_masks_are_those_computed_by_hand(loss_class, share):
-    shape = GroupShape("agents", 3, 5, num_actions=4)
+    shape = GroupSpec("agents", 3, 5, num_actions=4)
     actor = stir(make_recurrent_actor(shape, share_parameters=share, **SIZES))
     critic = stir(make_recurrent_critic(shape, observes=observed_by(loss_class), share_parameters=share, **SIZES))
     data = sequences(actor, critic)
@@ -293,7 +293,7 @@ def stepping(actor, critic, data):
 
 @every_loss
 def test_functional_and_stateful_losses_agree_and_need_only_their_in_keys(loss_class):
-    shape = GroupShape("agents", 3, 5, num_actions=4)
+    shape = GroupSpec("agents", 3, 5, num_actions=4)
     actor = stir(make_recurrent_actor(shape, **SIZES))
     critic = stir(make_recurrent_critic(shape, value_norm=RunningValueNorm(shape=1), **SIZES))
     data = sequences(actor, critic)
@@ -325,7 +325,7 @@ def test_one_network_with_a_memory_goes_with_one_without(recurrent):
 
 def test_compiled_equals_eager():
     torch.compiler.reset()
-    shape = GroupShape("agents", 3, 5, num_actions=4)
+    shape = GroupSpec("agents", 3, 5, num_actions=4)
     actor = stir(make_recurrent_actor(shape, share_parameters=False, **SIZES))
     critic = stir(make_recurrent_critic(shape, **SIZES))
     data = sequences(actor, critic, batch=(6, 3))
@@ -339,7 +339,7 @@ def test_compiled_equals_eager():
 @every_loss
 @every_sharing
 def test_losses_on_a_gpu_equal_those_on_the_cpu(loss_class, share):
-    shape = GroupShape("agents", 3, 5, num_actions=4)
+    shape = GroupSpec("agents", 3, 5, num_actions=4)
     actor = stir(make_recurrent_actor(shape, share_parameters=share, **SIZES))
     critic = stir(make_recurrent_critic(shape, share_parameters=share, **SIZES))
     data = sequences(actor, critic)
@@ -362,7 +362,7 @@ def test_the_memory_task_is_a_valid_environment():
 @pytest.mark.parametrize(("memory", "expected"), [(True, 1.0), (False, 0.5)], ids=["gru", "mlp"])
 def test_only_a_memory_recalls_what_was_shown_at_the_first_step(memory, expected):
     env = TransformedEnv(RecallEnv(64), RewardSum())
-    shape = GroupShape.from_env(env)
+    shape = GroupSpec.from_env(env)
     sizes = {"hidden_sizes": (32,), "recurrent_size": 32, "head_sizes": ()} if memory else {"hidden_sizes": (32, 32)}
     actor = (make_recurrent_actor if memory else make_actor)(shape, **sizes)
     critic = (make_recurrent_critic if memory else make_critic)(shape, **sizes)

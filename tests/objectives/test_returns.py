@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.objectives.loss_factories import AGENTS, make_batch, make_networks
-from torchrl_marl.modules import GroupShape, make_actor, make_critic
+from torchrl_marl.modules import GroupSpec, make_actor, make_critic
 from torchrl_marl.objectives import HAPPOLoss, MAPPOLoss, SEACLoss
 
 functional_or_not = pytest.mark.parametrize("functional", [True, False], ids=["functional", "stateful"])
@@ -202,7 +202,7 @@ def test_values_of_agents_that_die_are_those_of_the_reward_that_their_team_goes_
     # Reward 1 a step for 20 steps; agent 0 dies at step 2. Its return from the start is 1 + gamma + ... = 18.21 like
     # everybody's, and the values of steps 2 to 19 are what the estimator bootstraps from.
     agents, steps, gamma = 2, 20, 0.99
-    shape = GroupShape("agents", agents, steps, num_actions=3)
+    shape = GroupSpec("agents", agents, steps, num_actions=3)
     actor = make_actor(shape, share_parameters=False)
     critic = make_critic(shape, observes="observation", share_parameters=False, hidden_sizes=())  # a table for each
     tables = [parameter for name, parameter in critic.named_parameters() if name.endswith("weight")]

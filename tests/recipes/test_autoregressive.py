@@ -13,10 +13,10 @@ from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from tests.recipes.runs import RECIPES, TINY, curves, run_folders, run_recipe
-from torchrl_marl.checkpoints import find_checkpoint, load_policy
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.modules import make_sable
+from torchrl_marl.run.checkpoints import find_checkpoint, load_policy
 
 SMALL = [override for override in TINY if "hidden_sizes" not in override]
 

@@ -14,10 +14,10 @@ from tensordict.nn import TensorDictSequential
 
 from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe
 from torchrl_marl.__main__ import main
-from torchrl_marl.checkpoints import load_policy
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
-from torchrl_marl.modules import GroupShape
+from torchrl_marl.modules import GroupSpec
+from torchrl_marl.run.checkpoints import load_policy
 
 GRU = ["actor=gru", "critic=gru", "chunk_length=5", "actor.recurrent_size=8", "critic.recurrent_size=8"]
 
@@ -80,7 +80,7 @@ def test_a_group_learns_from_the_batch_and_leaves_it_and_the_other_group_as_they
         **{"gamma": 0.9, "lmbda": 0.9, "compile": False, **sizes},
     }
     env = make_env("simple_tag", num_envs=4, max_steps=5, seed=0)
-    shapes = [GroupShape.from_env(env, group) for group in ("adversary", "agent")]
+    shapes = [GroupSpec.from_env(env, group) for group in ("adversary", "agent")]
     hunters, prey = (learner_class(OmegaConf.create(cfg), shape, "cpu") for shape in shapes)
     with torch.no_grad():
         batch = env.rollout(10, TensorDictSequential([hunters.actor, prey.actor]), break_when_any_done=False)

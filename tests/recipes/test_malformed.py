@@ -15,10 +15,10 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from tests.recipes.runs import run_folders, run_recipe
-from torchrl_marl.config import check_types
 from torchrl_marl.envs import make_env
 from torchrl_marl.objectives.surrogates import Gain
-from torchrl_marl.training import Run
+from torchrl_marl.run.config import check_types
+from torchrl_marl.run.run import Run
 
 
 @pytest.mark.parametrize(

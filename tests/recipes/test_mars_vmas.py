@@ -15,13 +15,13 @@ from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe, start_recipe
-from torchrl_marl.checkpoints import best_checkpoint, find_checkpoint, load_policy, read_metadata
-from torchrl_marl.config import _stored_config
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import Episodes, evaluate
 from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.objectives import IPPOLoss
-from torchrl_marl.training import Run
+from torchrl_marl.run.checkpoints import best_checkpoint, find_checkpoint, load_policy, read_metadata
+from torchrl_marl.run.config import _stored_config
+from torchrl_marl.run.run import Run
 
 GRU = [
     "actor=gru",
@@ -326,7 +326,7 @@ def test_a_checkpoint_of_before_a_key_of_the_configuration_says_what_still_takes
     checkpoint = find_checkpoint(run_folders(tmp_path)[0])
     config = read_metadata(checkpoint)["config"]
     older = {key: value for key, value in config.items() if key not in ("collector", "processes")}
-    monkeypatch.setattr("torchrl_marl.config.read_metadata", lambda _: {"config": older})
+    monkeypatch.setattr("torchrl_marl.run.config.read_metadata", lambda _: {"config": older})
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
     with pytest.raises(SystemExit, match=rf"^{checkpoint} says nothing of processes, collector: .* load_policy,"):
         run_recipe(monkeypatch, tmp_path, f"resume={checkpoint}")
@@ -375,7 +375,7 @@ def test_the_best_score_is_that_of_the_parameters_which_the_absolute_metric_meas
         score = next(scores, None)
         return episodes if score is None else episodes._replace(returns=torch.full_like(episodes.returns, score))
 
-    monkeypatch.setattr("torchrl_marl.training.evaluate", scripted)
+    monkeypatch.setattr("torchrl_marl.run.run.evaluate", scripted)
     run_recipe(monkeypatch, tmp_path, "total_frames=240")
     (folder,) = run_folders(tmp_path)
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
@@ -562,7 +562,7 @@ def test_the_logged_length_of_episodes_is_their_mean(tmp_path: Path, monkeypatch
         episodes = evaluate(*arguments, **options)
         return episodes._replace(lengths=torch.arange(len(episodes.lengths)) + 3)
 
-    monkeypatch.setattr("torchrl_marl.training.evaluate", played)
+    monkeypatch.setattr("torchrl_marl.run.run.evaluate", played)
     run_recipe(monkeypatch, tmp_path, "total_frames=80")
     (folder,) = run_folders(tmp_path)
     stored = json.loads((folder / "evaluations.json").read_text())["vmas"]["navigation"]["mars"]["seed_0"]
@@ -595,7 +595,7 @@ def test_a_missing_renderer_does_not_fail_a_finished_run(tmp_path: Path, monkeyp
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no renderer")
 
-    monkeypatch.setattr("torchrl_marl.training.render_episode", fail)
+    monkeypatch.setattr("torchrl_marl.run.run.render_episode", fail)
     with pytest.warns(UserWarning, match="no video.*no renderer"):
         run_recipe(monkeypatch, tmp_path, "evaluation.video=true", "total_frames=80")
     assert (run_folders(tmp_path)[0] / "summary.json").exists()

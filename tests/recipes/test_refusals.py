@@ -71,7 +71,7 @@ def test_cuda_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(("override", "extra"), [("hydra/launcher=submitit_slurm", "scale"), ("sweep=mars", "sweep")])
 def test_a_missing_extra_is_named(override: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna.distributions", None)
-    monkeypatch.setattr("torchrl_marl.config.find_spec", lambda _: None)
+    monkeypatch.setattr("torchrl_marl.run.config.find_spec", lambda _: None)
     with pytest.raises(SystemExit, match=rf'needs .*: pip install "torchrl_marl\[{extra}\]"'):
         run_recipe(monkeypatch, tmp_path, "-m", override)
 

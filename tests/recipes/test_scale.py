@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from tests.recipes.runs import RECIPES, TINY, curves, run_folders, run_recipe
 from tests.recipes.test_mars_vmas import wait_for_frames
-from torchrl_marl.checkpoints import find_checkpoint, read_metadata
+from torchrl_marl.run.checkpoints import find_checkpoint, read_metadata
 
 LIMIT = 170  # seconds for a process to end
 GAME = [*TINY, "env=coordsum", "evaluation.interval=400"]

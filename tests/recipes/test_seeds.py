@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.recipes.runs import run_folders, run_recipe
 from tests.recipes.test_mars_vmas import GRU, assert_same_traces
-from torchrl_marl.checkpoints import find_checkpoint, load_policy, read_metadata
 from torchrl_marl.envs import make_coordsum
 from torchrl_marl.evaluation.runs import check_comparable, read_runs
 from torchrl_marl.loggers import MetricLog
+from torchrl_marl.run.checkpoints import find_checkpoint, load_policy, read_metadata
 from torchrl_marl.seeds import SeedGroup, seed_configs
 
 UNEQUAL = ["minibatch_size=30", "total_frames=320", "evaluation.interval=160"]  # the last minibatch is smaller

@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 
 from tests.recipes.runs import RECIPES, run_folders, run_recipe
 from tests.recipes.test_mars_vmas import METHODS, RECIPE_OF
-from torchrl_marl.config import check_keys
 from torchrl_marl.loggers import LAST_FIFTH
-from torchrl_marl.modules import GroupShape
+from torchrl_marl.modules import GroupSpec
+from torchrl_marl.run.config import check_keys
 
 CONFIG = RECIPES / "config"
 
@@ -57,7 +57,7 @@ def test_both_ends_of_every_space_are_arguments_that_the_loss_takes(method: str,
         DictConfig({"loss": config.loss, "optimizer": config.optimizer}), DictConfig({"loss": 0, "optimizer": 0})
     )
     assert {override.key_or_group.split(".")[0] for override in space_of(method)} <= set(config)
-    shape = GroupShape(name="agents", num_agents=2, observation_size=4, num_actions=3)
+    shape = GroupSpec(name="agents", num_agents=2, observation_size=4, num_actions=3)
     guider, actor = config.get("guider"), instantiate(config.actor, shape)
     networks = (*instantiate(guider, shape), actor) if guider else (actor, instantiate(config.critic, shape))
     instantiate(config.loss, *networks)

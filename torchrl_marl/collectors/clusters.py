@@ -19,7 +19,7 @@ from torch.nn import functional
 from torchrl.modules import MLP
 
 from torchrl_marl.extras import import_extra
-from torchrl_marl.modules import GroupShape
+from torchrl_marl.modules import GroupSpec
 from torchrl_marl.objectives.divergences import gaussian_kl
 from torchrl_marl.objectives.ratio import require
 
@@ -87,7 +87,7 @@ class AgentAutoencoder(nn.Module):
 @torch.enable_grad()
 def encode_agents(
     tensordict: TensorDictBase,
-    shape: GroupShape,
+    shape: GroupSpec,
     *,
     latent_size: int = 10,
     kl_coeff: float = 1e-4,

@@ -34,7 +34,7 @@ class WorkerCollector:
     Batches ``[num_envs, T]`` are synchronous: every worker gets the newest weights, collects its rows with them, and
     waits. ``reset`` begins new episodes and makes each worker's random state a function of one number, drawn from
     Torch's generator in this process, and of the worker's place. So whoever stores this process's random state before
-    a reset, as :class:`~torchrl_marl.training.Run` does, has stored the workers', too: a resumed run, or one with
+    a reset, as :class:`~torchrl_marl.run.run.Run` does, has stored the workers', too: a resumed run, or one with
     another engine and as many workers, goes on bit for bit.
 
     Games with a random stream for each copy begin the same episodes however many workers share the copies. Actions are
@@ -105,9 +105,9 @@ class Worker(Collector):
         """Act with these weights from now on."""
         TensorDict.from_module(cast("nn.Module", self.policy)).data.update_(weights)
 
-    def restart(self, seed: int, part: int, num_parts: int) -> None:
+    def restart(self, seed: int, rank: int, world_size: int) -> None:
         """Begin new episodes from the random state of this part of the whole."""
-        reseed(self.env, seed, part=part, num_parts=num_parts)
+        reseed(self.env, seed, rank=rank, world_size=world_size)
         self.reset()
 
 

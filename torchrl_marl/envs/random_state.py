@@ -106,7 +106,7 @@ def preserve_random_state() -> Iterator[None]:
         RandomState().load_state_dict(state)
 
 
-def reseed(env: EnvBase, seed: int, *, part: int = 0, num_parts: int = 1) -> None:
+def reseed(env: EnvBase, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
     """Seed one of several processes that share the copies of an environment.
 
     Python's, NumPy's and Torch's generators and the environment's seed differ between processes. Environments with a
@@ -116,24 +116,24 @@ def reseed(env: EnvBase, seed: int, *, part: int = 0, num_parts: int = 1) -> Non
     Args:
         env: the environment of this process, with as many copies as those of the others.
         seed: seed of the whole.
-        part: number of this process, from 0.
-        num_parts: number of processes.
+        rank: number of this process, from 0.
+        world_size: number of processes.
 
     Example:
         >>> from torchrl_marl.envs import CoordSumEnv
         >>> whole, half = CoordSumEnv(num_envs=4), CoordSumEnv(num_envs=2)
         >>> reseed(whole, 7)
-        >>> reseed(half, 7, part=1, num_parts=2)
+        >>> reseed(half, 7, rank=1, world_size=2)
         >>> torch.equal(whole.reset()["state"][2:], half.reset()["state"])
         True
     """
-    random.seed(seed + part)
-    np.random.seed((seed + part) % 2**32)
-    torch.manual_seed(seed + part)
-    env.set_seed(seed + part)
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+    env.set_seed(seed + rank)
     for owner in _stream_owners(env):
         copies = owner.batch_size.numel()
-        owner.set_extra_state(random_streams(seed, num_parts * copies)[part * copies : (part + 1) * copies])
+        owner.set_extra_state(random_streams(seed, world_size * copies)[rank * copies : (rank + 1) * copies])
 
 
 def _stream_owners(env: EnvBase) -> list[TeamEnv]:

@@ -3,7 +3,6 @@
 from torchrl_marl.modules.actor_critic import make_actor, make_critic
 from torchrl_marl.modules.agent_networks import AgentNetworks, agent_policy
 from torchrl_marl.modules.autoregressive import AutoregressiveActor, AutoregressiveCritic
-from torchrl_marl.modules.group import GroupShape
 from torchrl_marl.modules.mat import make_mat
 from torchrl_marl.modules.recurrent import (
     MultiAgentGRU,
@@ -14,6 +13,7 @@ from torchrl_marl.modules.recurrent import (
     with_recurrent_state,
 )
 from torchrl_marl.modules.sable import make_sable
+from torchrl_marl.modules.spec import GroupSpec
 from torchrl_marl.modules.value_norm import Denormalize
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "AutoregressiveActor",
     "AutoregressiveCritic",
     "Denormalize",
-    "GroupShape",
+    "GroupSpec",
     "MultiAgentGRU",
     "RecurrentModule",
     "agent_policy",

@@ -11,7 +11,6 @@ from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, ValueNorm
 
-from torchrl_marl.modules.group import GroupShape, group_shape
 from torchrl_marl.modules.layers import (
     Activation,
     agent_network,
@@ -21,13 +20,14 @@ from torchrl_marl.modules.layers import (
     num_outputs,
     value_layers,
 )
+from torchrl_marl.modules.spec import GroupSpec, group_shape
 from torchrl_marl.modules.value_norm import Denormalize
 
 __all__ = ["make_actor", "make_critic"]
 
 
 def make_actor(
-    env: EnvBase | GroupShape,
+    env: EnvBase | GroupSpec,
     *,
     group: str | None = None,
     hidden_sizes: Sequence[int] = (256, 256),
@@ -61,7 +61,7 @@ def make_actor(
 
     Example:
         >>> from tensordict import TensorDict
-        >>> actor = make_actor(GroupShape("agents", num_agents=3, observation_size=8, num_actions=5))
+        >>> actor = make_actor(GroupSpec("agents", num_agents=3, observation_size=8, num_actions=5))
         >>> data = TensorDict({"agents": {"observation": torch.zeros(7, 3, 8)}}, batch_size=7)
         >>> actor(data)["agents", "action"].shape
         torch.Size([7, 3])
@@ -75,7 +75,7 @@ def make_actor(
 
 
 def make_critic(
-    env: EnvBase | GroupShape,
+    env: EnvBase | GroupSpec,
     *,
     group: str | None = None,
     observes: Literal["joint_observation", "state", "observation"] = "joint_observation",
@@ -113,7 +113,7 @@ def make_critic(
 
     Example:
         >>> from tensordict import TensorDict
-        >>> critic = make_critic(GroupShape("agents", num_agents=3, observation_size=8, num_actions=5))
+        >>> critic = make_critic(GroupSpec("agents", num_agents=3, observation_size=8, num_actions=5))
         >>> data = TensorDict({"agents": {"observation": torch.zeros(7, 3, 8)}}, batch_size=7)
         >>> critic(data)["agents", "state_value"].shape
         torch.Size([7, 3, 1])

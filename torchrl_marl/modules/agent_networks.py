@@ -80,8 +80,8 @@ def agent_policy(actor: ProbabilisticTensorDictSequential, agent: int) -> Probab
 
     Example:
         >>> from tensordict import TensorDict
-        >>> from torchrl_marl.modules import GroupShape, make_actor
-        >>> shape = GroupShape("agents", num_agents=3, observation_size=8, num_actions=5)
+        >>> from torchrl_marl.modules import GroupSpec, make_actor
+        >>> shape = GroupSpec("agents", num_agents=3, observation_size=8, num_actions=5)
         >>> second = agent_policy(make_actor(shape, share_parameters=False), 1)
         >>> second.get_dist(TensorDict({"agents": {"observation": torch.zeros(7, 2, 8)}}, batch_size=7)).probs.shape
         torch.Size([7, 2, 5])

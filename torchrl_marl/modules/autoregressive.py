@@ -32,7 +32,7 @@ from torchrl.envs import ExplorationType, TensorDictPrimer, exploration_type
 from torchrl.modules import MaskedCategorical, ProbabilisticActor, ValueNorm
 
 from torchrl_marl.modules.distributions import CensoredTanhNormal
-from torchrl_marl.modules.group import GroupShape
+from torchrl_marl.modules.spec import GroupSpec
 from torchrl_marl.modules.value_norm import Denormalize
 
 __all__ = ["AutoregressiveActor", "AutoregressiveCritic", "CategoricalActions", "Observes", "TanhNormalActions"]
@@ -179,7 +179,7 @@ class TanhNormalActions(nn.Module):
 ActionSpace = CategoricalActions | TanhNormalActions
 
 
-def input_size(shape: GroupShape, observes: Observes) -> int:
+def input_size(shape: GroupSpec, observes: Observes) -> int:
     """Return the length of what the encoder reads of each agent: what is known of it, and its one-hot id.
 
     Raises:
@@ -194,7 +194,7 @@ def input_size(shape: GroupShape, observes: Observes) -> int:
     return shape.observation_size + shape.state_size + shape.num_agents
 
 
-def action_space(shape: GroupShape, device: torch.device | str | None) -> ActionSpace:
+def action_space(shape: GroupSpec, device: torch.device | str | None) -> ActionSpace:
     """Return what a group's decoder reads and writes."""
     if shape.num_actions is None:
         return TanhNormalActions(shape.action_low, shape.action_high, device=device)
@@ -240,7 +240,7 @@ class AutoregressiveActor(ProbabilisticActor):
         encoder: Encoder,
         decoder: Decoder,
         space: ActionSpace,
-        shape: GroupShape,
+        shape: GroupSpec,
         *,
         observes: Observes = "observation",
     ) -> None:
@@ -336,7 +336,7 @@ class AutoregressiveCritic(TensorDictModuleBase):
         self,
         encoder: Encoder,
         head: nn.Module,
-        shape: GroupShape,
+        shape: GroupSpec,
         *,
         value_norm: ValueNorm | None,
         observes: Observes = "observation",
@@ -382,7 +382,7 @@ class _ParallelPass(TensorDictModuleBase):
     """Parameters of all agents' distributions, given all observations and actions."""
 
     def __init__(
-        self, encoder: Encoder, decoder: Decoder, space: ActionSpace, shape: GroupShape, observes: Observes
+        self, encoder: Encoder, decoder: Decoder, space: ActionSpace, shape: GroupSpec, observes: Observes
     ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.space = encoder, decoder, space
@@ -412,7 +412,7 @@ class _ParallelPass(TensorDictModuleBase):
             tensordict.set(key, value)
 
 
-def _observed_keys(shape: GroupShape, observes: Observes) -> list[NestedKey]:
+def _observed_keys(shape: GroupSpec, observes: Observes) -> list[NestedKey]:
     observation: NestedKey = (shape.name, "observation")
     return [observation] if observes == "observation" else [observation, "state"]
 

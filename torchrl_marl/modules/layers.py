@@ -14,7 +14,7 @@ from torchrl.modules import MLP, ProbabilisticActor
 
 from torchrl_marl.modules.agent_networks import AgentNetworks
 from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
-from torchrl_marl.modules.group import GroupShape
+from torchrl_marl.modules.spec import GroupSpec
 
 __all__ = [
     "Activation",
@@ -33,7 +33,7 @@ _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
 def make_policy(
-    shape: GroupShape,
+    shape: GroupSpec,
     in_key: NestedKey,
     network: nn.Module,
     *before: TensorDictModuleBase,
@@ -74,13 +74,13 @@ def make_policy(
     )
 
 
-def num_outputs(shape: GroupShape) -> int:
+def num_outputs(shape: GroupSpec) -> int:
     """How many numbers describe an agent's action distribution: logits, or a location and a scale per dimension."""
     return 2 * len(shape.action_low) if shape.num_actions is None else shape.num_actions
 
 
 def agent_network(
-    shape: GroupShape,
+    shape: GroupSpec,
     inputs: int,
     outputs: int,
     hidden_sizes: Sequence[int],
@@ -104,9 +104,7 @@ def agent_network(
     return nn.Sequential(OneHotAgentID(shape.num_agents), network)
 
 
-def joint_input(
-    shape: GroupShape, observes: str, share_parameters: bool | Sequence[int]
-) -> tuple[int, list[nn.Module]]:
+def joint_input(shape: GroupSpec, observes: str, share_parameters: bool | Sequence[int]) -> tuple[int, list[nn.Module]]:
     """Return the size of what all agents see together, and the layers that put it side by side.
 
     They give ``[..., size]`` for a network that all agents share, ``[..., N, size]`` for networks of their own.
@@ -123,7 +121,7 @@ def joint_input(
 
 
 def value_layers(
-    shape: GroupShape,
+    shape: GroupSpec,
     inputs: int,
     hidden_sizes: Sequence[int],
     activation: Activation,

@@ -30,13 +30,13 @@ from torchrl_marl.modules.autoregressive import (
     orthogonal,
     output_head,
 )
-from torchrl_marl.modules.group import GroupShape, group_shape
+from torchrl_marl.modules.spec import GroupSpec, group_shape
 
 __all__ = ["make_mat"]
 
 
 def make_mat(
-    env: EnvBase | GroupShape,
+    env: EnvBase | GroupSpec,
     *,
     group: str | None = None,
     observes: Observes = "observation",
@@ -73,7 +73,7 @@ def make_mat(
 
     Example:
         >>> from tensordict import TensorDict
-        >>> actor, critic = make_mat(GroupShape("agents", num_agents=3, observation_size=8, num_actions=5))
+        >>> actor, critic = make_mat(GroupSpec("agents", num_agents=3, observation_size=8, num_actions=5))
         >>> data = TensorDict({"agents": {"observation": torch.zeros(7, 3, 8)}}, batch_size=7)
         >>> actor(data)["agents", "action"].shape, critic(data)["agents", "state_value"].shape
         (torch.Size([7, 3]), torch.Size([7, 3, 1]))

@@ -30,7 +30,6 @@ from torchrl.modules import ProbabilisticActor, ValueNorm, recurrent_mode
 
 from torchrl_marl.modules.agent_networks import AgentNetworks
 from torchrl_marl.modules.autoregressive import AutoregressiveActor
-from torchrl_marl.modules.group import GroupShape, group_shape
 from torchrl_marl.modules.layers import (
     Activation,
     activation_class,
@@ -41,6 +40,7 @@ from torchrl_marl.modules.layers import (
     num_outputs,
     value_layers,
 )
+from torchrl_marl.modules.spec import GroupSpec, group_shape
 from torchrl_marl.modules.value_norm import Denormalize
 
 __all__ = [
@@ -205,7 +205,7 @@ class RecurrentModule(TensorDictModuleBase):
 
 
 def make_recurrent_actor(
-    env: EnvBase | GroupShape,
+    env: EnvBase | GroupSpec,
     *,
     group: str | None = None,
     hidden_sizes: Sequence[int] = (128,),
@@ -242,7 +242,7 @@ def make_recurrent_actor(
 
     Example:
         >>> from tensordict import TensorDict
-        >>> actor = make_recurrent_actor(GroupShape("agents", 3, 8, num_actions=5), recurrent_size=16)
+        >>> actor = make_recurrent_actor(GroupSpec("agents", 3, 8, num_actions=5), recurrent_size=16)
         >>> agents = {"observation": torch.zeros(7, 3, 8), "recurrent_state": torch.zeros(7, 3, 16)}
         >>> data = actor(TensorDict({"agents": agents}, batch_size=7))
         >>> data["agents", "action"].shape, data["next", "agents", "recurrent_state"].shape
@@ -266,7 +266,7 @@ def make_recurrent_actor(
 
 
 def make_recurrent_critic(
-    env: EnvBase | GroupShape,
+    env: EnvBase | GroupSpec,
     *,
     group: str | None = None,
     observes: Literal["joint_observation", "state", "observation"] = "joint_observation",
@@ -306,7 +306,7 @@ def make_recurrent_critic(
 
     Example:
         >>> from tensordict import TensorDict
-        >>> critic = make_recurrent_critic(GroupShape("agents", 3, 8, num_actions=5), recurrent_size=16)
+        >>> critic = make_recurrent_critic(GroupSpec("agents", 3, 8, num_actions=5), recurrent_size=16)
         >>> data = TensorDict({"agents": {"observation": torch.zeros(7, 3, 8)}}, batch_size=7)
         >>> critic(data.set("agents_critic_state", torch.zeros(7, 16)))["agents", "state_value"].shape
         torch.Size([7, 3, 1])
@@ -381,7 +381,7 @@ def recurrent_state_keys(network: nn.Module) -> list[NestedKey]:
 
 
 def _embedding(
-    shape: GroupShape,
+    shape: GroupSpec,
     inputs: int,
     hidden_sizes: Sequence[int],
     activation: Activation,
@@ -400,7 +400,7 @@ def _embedding(
     return nn.Sequential(network, activation_class(activation)())
 
 
-def _gru(shape: GroupShape, input_size: int, hidden_size: int, share_parameters: bool) -> MultiAgentGRU | AgentNetworks:
+def _gru(shape: GroupSpec, input_size: int, hidden_size: int, share_parameters: bool) -> MultiAgentGRU | AgentNetworks:
     if share_parameters:
         return MultiAgentGRU(input_size, hidden_size)
     return AgentNetworks([MultiAgentGRU(input_size, hidden_size) for _ in range(shape.num_agents)])

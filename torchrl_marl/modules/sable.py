@@ -30,7 +30,7 @@ from torchrl_marl.modules.autoregressive import (
     orthogonal,
     output_head,
 )
-from torchrl_marl.modules.group import GroupShape, group_shape
+from torchrl_marl.modules.spec import GroupSpec, group_shape
 
 __all__ = ["RetentionWeights", "make_sable", "positional_encoding", "retention", "retention_decay", "retention_weights"]
 
@@ -477,7 +477,7 @@ class SableDecoder(Decoder):
 
 
 def make_sable(
-    env: EnvBase | GroupShape,
+    env: EnvBase | GroupSpec,
     *,
     group: str | None = None,
     observes: Observes = "observation",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from typing_extensions import Unpack
 
-from torchrl_marl.data_parallel import average
+from torchrl_marl.distributed import average
 from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.divergences import divergence
 from torchrl_marl.objectives.masking import masked_mean
@@ -269,8 +269,8 @@ class MAGPOLoss(CTDSLoss):
         ValueError: if an option is out of its range.
 
     Example:
-        >>> from torchrl_marl.modules import GroupShape, make_actor, make_mat
-        >>> shape = GroupShape("agents", num_agents=3, observation_size=8, num_actions=5)
+        >>> from torchrl_marl.modules import GroupSpec, make_actor, make_mat
+        >>> shape = GroupSpec("agents", num_agents=3, observation_size=8, num_actions=5)
         >>> guider, critic = make_mat(shape)
         >>> loss = MAGPOLoss(guider, critic, make_actor(shape), guider_learner_ratio=1.3, rl_coeff=2.0)
         >>> sum(value for key, value in loss(data).items() if key.startswith("loss_")).backward()  # doctest: +SKIP

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from typing_extensions import Unpack
 
-from torchrl_marl.data_parallel import average
+from torchrl_marl.distributed import average
 from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.divergences import policy_kl
 from torchrl_marl.objectives.masking import masked_mean

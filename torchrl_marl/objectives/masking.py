@@ -30,7 +30,7 @@ def standardize(
         values: such as advantages ``[B, N, 1]``.
         mask: rows that count (bool), of the shape of ``values`` or without its last dimension; others become 0.
         exclude_dims: dimensions along which every index has statistics of its own.
-        gather: joins what several processes hold of one batch, as :func:`torchrl_marl.data_parallel.gather` does.
+        gather: joins what several processes hold of one batch, as :func:`torchrl_marl.distributed.gather` does.
 
     Returns:
         Standardised values, same shape. A constant gives zeros.

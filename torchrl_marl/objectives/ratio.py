@@ -25,7 +25,7 @@ from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.utils import dispatch_value_estimator
 from torchrl.objectives.value import MultiAgentGAE, ValueEstimatorBase
 
-from torchrl_marl.data_parallel import gather
+from torchrl_marl.distributed import gather
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.protocols import Bootstrapping, Remembering
 from torchrl_marl.objectives.masking import (
@@ -400,7 +400,7 @@ class RatioLoss(LossModule):
 
         Args:
             tensordict: holds the value target.
-            gather: joins what several processes hold of one batch, as :func:`torchrl_marl.data_parallel.gather` does.
+            gather: joins what several processes hold of one batch, as :func:`torchrl_marl.distributed.gather` does.
         """
         value_norm = self._value_norm()
         if value_norm is None:

@@ -132,8 +132,8 @@ class ReuseMappingSampler(nn.Module):
 
     Example:
         >>> from tensordict import TensorDict
-        >>> from torchrl_marl.modules import GroupShape, make_actor
-        >>> actor = make_actor(GroupShape("agents", 3, 8, num_actions=5), share_parameters=False)
+        >>> from torchrl_marl.modules import GroupSpec, make_actor
+        >>> actor = make_actor(GroupSpec("agents", 3, 8, num_actions=5), share_parameters=False)
         >>> sampler = ReuseMappingSampler(3)
         >>> data = TensorDict({"agents": {"observation": torch.zeros(7, 3, 8)}}, batch_size=7)
         >>> sampler.update(actor, data)  # fresh policies are all alike

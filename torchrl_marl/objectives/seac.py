@@ -66,8 +66,8 @@ class SEACLoss(RatioLoss):
 
     Example:
         >>> from tensordict import TensorDict
-        >>> from torchrl_marl.modules import GroupShape, make_actor, make_critic
-        >>> shape = GroupShape("agents", num_agents=3, observation_size=8, num_actions=5)
+        >>> from torchrl_marl.modules import GroupSpec, make_actor, make_critic
+        >>> shape = GroupSpec("agents", num_agents=3, observation_size=8, num_actions=5)
         >>> actor = make_actor(shape, share_parameters=False)
         >>> critic = make_critic(shape, observes="observation", share_parameters=False)
         >>> data = TensorDict({"agents": {"observation": torch.zeros(7, 3, 8)}}, batch_size=7)

@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
 from typing_extensions import Unpack
 
-from torchrl_marl.data_parallel import any_process, broadcast_state, first_decides, num_processes
+from torchrl_marl.distributed import any_process, broadcast_from_main, broadcast_state, world_size
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
 from torchrl_marl.modules.recurrent import recurrent_state_keys
@@ -200,7 +200,7 @@ class SequentialLoss(RatioLoss):
         Raises:
             ValueError: if the order is not one of all agents.
         """
-        order = first_decides(lambda: torch.randperm(self.num_agents).tolist()) if order is None else list(order)
+        order = broadcast_from_main(lambda: torch.randperm(self.num_agents).tolist()) if order is None else list(order)
         if sorted(order) != list(range(self.num_agents)):
             raise ValueError(f"order must name every agent from 0 to {self.num_agents - 1} once, got {order}.")
         keys = self.tensor_keys
@@ -457,7 +457,7 @@ class NaturalGradientLoss(SequentialLoss):
     def check_loop(self, num_steps: int, *, minibatch_size: int, chunk_length: int | None) -> None:
         """Refuse what :meth:`phases` could not use, and what a step cannot be taken on."""
         super().check_loop(num_steps, minibatch_size=minibatch_size, chunk_length=chunk_length)
-        if num_processes() > 1:
+        if world_size() > 1:
             raise ValueError(f"{type(self).__name__} takes steps on a whole batch: it learns in one process.")
         if self.reduction != "mean":
             raise ValueError(f"loss.reduction must be mean, as a natural step compares means; got {self.reduction}.")

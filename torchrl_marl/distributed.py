@@ -22,18 +22,18 @@ __all__ = [
     "any_process",
     "average",
     "average_gradients",
+    "broadcast_from_main",
     "broadcast_state",
-    "first_decides",
     "gather",
-    "join_processes",
-    "num_processes",
+    "init_distributed",
     "rank",
+    "world_size",
 ]
 
 T = TypeVar("T")
 
 
-def num_processes() -> int:
+def world_size() -> int:
     """How many processes learn together."""
     return distributed.get_world_size() if _joined() else 1
 
@@ -43,7 +43,7 @@ def rank() -> int:
     return distributed.get_rank() if _joined() else 0
 
 
-def join_processes() -> None:
+def init_distributed() -> None:
     """Join the other processes that torchrun has started, if it has, and use a GPU of one's own, if there is one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _joined():
         return
@@ -55,7 +55,7 @@ def join_processes() -> None:
 
 def broadcast_state(module: nn.Module) -> None:
     """Give a module the parameters and buffers that it has in the first process."""
-    if num_processes() > 1:
+    if world_size() > 1:
         for tensor in [*module.parameters(), *module.buffers()]:
             distributed.broadcast(tensor.detach(), src=0)
 
@@ -66,23 +66,23 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     A mean of means is the mean over the whole if the parts count the same number of rows. With a mask of live agents
     they count differently many, and each process, not each row, weighs the same.
     """
-    if num_processes() == 1:
+    if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     together = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(together)
-    together /= num_processes()
+    together /= world_size()
     for gradient, average in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(average.view_as(gradient))
 
 
 def average(value: Tensor) -> Tensor:
     """Return the mean of a value over all processes; all must call it."""
-    if num_processes() == 1:
+    if world_size() == 1:
         return value
     value = value.detach().clone()
     distributed.all_reduce(value)
-    return value / num_processes()
+    return value / world_size()
 
 
 def gather(values: Tensor) -> Tensor:
@@ -91,16 +91,16 @@ def gather(values: Tensor) -> Tensor:
     Args:
         values: of the same shape in all processes.
     """
-    if num_processes() == 1:
+    if world_size() == 1:
         return values
-    parts = [torch.empty_like(values) for _ in range(num_processes())]
+    parts = [torch.empty_like(values) for _ in range(world_size())]
     distributed.all_gather(parts, values.contiguous())
     return torch.cat(parts)
 
 
-def first_decides(decide: Callable[[], T]) -> T:
+def broadcast_from_main(decide: Callable[[], T]) -> T:
     """Return in all processes what ``decide`` returns in the first one, where alone it is called."""
-    if num_processes() == 1:
+    if world_size() == 1:
         return decide()
     decision: list[Any] = [decide() if rank() == 0 else None]
     distributed.broadcast_object_list(decision, src=0)
@@ -109,7 +109,7 @@ def first_decides(decide: Callable[[], T]) -> T:
 
 def any_process(flag: bool) -> bool:
     """Whether ``flag`` is set in any process."""
-    return flag if num_processes() == 1 else bool(gather(torch.tensor([flag])).any())
+    return flag if world_size() == 1 else bool(gather(torch.tensor([flag])).any())
 
 
 def _joined() -> bool:

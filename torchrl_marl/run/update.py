@@ -13,7 +13,7 @@ from torch.func import functional_call, grad_and_value
 from torch.optim import Optimizer
 
 from torchrl_marl.collectors.compiled import INDUCTOR_OPTIONS
-from torchrl_marl.data_parallel import average_gradients, broadcast_state, num_processes
+from torchrl_marl.distributed import average_gradients, broadcast_state, world_size
 from torchrl_marl.objectives import RatioLoss
 
 __all__ = ["make_update"]
@@ -155,4 +155,4 @@ def _replaceable(objective: _Objective) -> bool:
     # torch.func.grad forbids a forward that moves buffers; parameters that a phase does not train get gradients of zero
     # from it in place of none, with which optimisers move them; and averages of gradients come before their norm
     foreign = any(isinstance(m, TensorDictParams) or getattr(m, "moves_buffers", False) for m in modules)
-    return not tied and not foreign and not objective.loss.trains_in_parts and num_processes() == 1
+    return not tied and not foreign and not objective.loss.trains_in_parts and world_size() == 1

@@ -28,16 +28,16 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
-from torchrl_marl.checkpoints import CheckpointFolder, actor_record, load_policy
 from torchrl_marl.collectors import SequenceCollector, WorkerCollector
-from torchrl_marl.data_parallel import any_process, first_decides, num_processes, rank
+from torchrl_marl.distributed import any_process, broadcast_from_main, rank, world_size
 from torchrl_marl.envs import RandomState, preserve_random_state, render_episode, reseed
 from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve, plot_method
 from torchrl_marl.evaluation.episodes import ended_episode_returns
 from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.files import replacing
 from torchrl_marl.loggers import ABSOLUTE, LAST_FIFTH, MetricLog, git_commit, run_group
-from torchrl_marl.modules import GroupShape
+from torchrl_marl.modules import GroupSpec
+from torchrl_marl.run.checkpoints import CheckpointFolder, actor_record, load_policy
 
 __all__ = ["Run", "progress_bar", "reduce_records", "stop_signals"]
 
@@ -60,7 +60,7 @@ class Run:
 
     A checkpoint holds the random state of this process alone. Others get theirs from it at each reset point: workers
     that collect (:class:`~torchrl_marl.collectors.WorkerCollector`), and the processes of torchrun
-    (:mod:`torchrl_marl.data_parallel`), of which the first evaluates, logs and saves. Its metrics of training are those
+    (:mod:`torchrl_marl.distributed`), of which the first evaluates, logs and saves. Its metrics of training are those
     of its own share of the data.
 
     Args:
@@ -86,12 +86,12 @@ class Run:
         env: EnvBase,
         make_env: Callable[..., EnvBase],
         actor: TensorDictModuleBase,
-        shape: GroupShape | Sequence[GroupShape],
+        shape: GroupSpec | Sequence[GroupSpec],
         **components: Any,
     ) -> None:
-        if cfg.processes != num_processes():
+        if cfg.processes != world_size():
             raise ValueError(
-                f"The configuration says processes={cfg.processes}, but {num_processes()} learn together: start with "
+                f"The configuration says processes={cfg.processes}, but {world_size()} learn together: start with "
                 f"torchrun --nproc-per-node {cfg.processes}; groups_vmas.py and seeds.py learn in one process."
             )
         shortest = cfg.processes * cfg.env.num_envs * cfg.env.max_steps
@@ -106,11 +106,11 @@ class Run:
             make_env = partial(make_env, compile=False)  # a few episodes end before a compiler does
         self._actor, self._shape, self._make_env = actor, shape, make_env
         self._env = env
-        self._prefix = f"train/{shape.name}" if isinstance(shape, GroupShape) else "train"
+        self._prefix = f"train/{shape.name}" if isinstance(shape, GroupSpec) else "train"
         self._progress: dict[str, Any] = {"frames": 0, "iteration": 0, "seconds": 0.0, "evaluations": []}
         resumed = None if cfg.resume is None else Path(cfg.resume)
         if resumed is None:
-            self.folder = first_decides(lambda: _new_folder(cfg))
+            self.folder = broadcast_from_main(lambda: _new_folder(cfg))
             self._progress["run_id"] = secrets.token_hex(4)
         elif resumed.resolve().parent.name == "checkpoints":
             self.folder = resumed.resolve().parents[1]
@@ -285,7 +285,7 @@ class Run:
     def finish_iteration(self, batch: TensorDictBase, collecting: float, training: float, bar: tqdm) -> None:
         """Log an iteration: its batch, what was recorded, and the seconds that its two halves took."""
         progress = self._progress
-        frames = batch.numel() * num_processes()
+        frames = batch.numel() * world_size()
         progress["frames"] += frames
         progress["iteration"] += 1
         progress["seconds"] += collecting + training
@@ -316,14 +316,14 @@ class Run:
     def evaluation_is_due(self, frames_of_a_process: int) -> bool:
         """Whether the iteration that has just finished, of so many frames, ends with an evaluation."""
         frames, interval = self._progress["frames"], self.cfg.evaluation.interval
-        passed = frames // interval > (frames - frames_of_a_process * num_processes()) // interval
+        passed = frames // interval > (frames - frames_of_a_process * world_size()) // interval
         return passed or frames >= self.cfg.total_frames
 
     def _begin_episodes(self, collector: Collector | SequenceCollector | WorkerCollector) -> None:
         """Start new episodes; several processes also begin their random states anew, from a seed of the first one."""
-        if num_processes() > 1:
-            seed = first_decides(lambda: int(torch.randint(2**31 - 1, ())))
-            reseed(self._env, seed, part=rank(), num_parts=num_processes())
+        if world_size() > 1:
+            seed = broadcast_from_main(lambda: int(torch.randint(2**31 - 1, ())))
+            reseed(self._env, seed, rank=rank(), world_size=world_size())
         collector.reset()
 
     def evaluate_and_save(self, episodes: Episodes | None = None) -> None:
@@ -389,7 +389,7 @@ class Run:
         limits = {
             name: (1e-6, "an action has become all but impossible") for name in metrics if name.endswith("min_ratio")
         }
-        for shape in [self._shape] if isinstance(self._shape, GroupShape) else self._shape:
+        for shape in [self._shape] if isinstance(self._shape, GroupSpec) else self._shape:
             limits[f"train/{shape.name}/entropy"] = shape.settled_entropy, "agents have all but stopped exploring"
         for name, (lowest, meaning) in limits.items():
             if name not in self._warned and metrics.get(name, lowest) < lowest:

@@ -13,11 +13,11 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.envs import ExplorationType, set_exploration_type
 
-import torchrl_marl.checkpoints as checkpoints
-from torchrl_marl.checkpoints import CheckpointFolder, actor_record, find_checkpoint, load_policy, read_metadata
-from torchrl_marl.modules import GroupShape, make_actor
+import torchrl_marl.run.checkpoints as checkpoints
+from torchrl_marl.modules import GroupSpec, make_actor
+from torchrl_marl.run.checkpoints import CheckpointFolder, actor_record, find_checkpoint, load_policy, read_metadata
 
-SHAPE = GroupShape("agents", num_agents=2, observation_size=3, action_low=(-1.0, -2.0), action_high=(1.0, 2.0))
+SHAPE = GroupSpec("agents", num_agents=2, observation_size=3, action_low=(-1.0, -2.0), action_high=(1.0, 2.0))
 OPTIONS = {"hidden_sizes": [8], "activation": "relu"}
 CONFIG = {"_target_": "torchrl_marl.modules.make_actor", **OPTIONS}
 

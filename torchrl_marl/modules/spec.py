@@ -9,11 +9,11 @@ from typing import Any, cast
 from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
 
-__all__ = ["GroupShape", "group_shape"]
+__all__ = ["GroupSpec", "group_shape"]
 
 
 @dataclass(frozen=True)
-class GroupShape:
+class GroupSpec:
     """Sizes and action bounds of one group of agents, in plain numbers so that a checkpoint can hold them.
 
     Args:
@@ -37,7 +37,7 @@ class GroupShape:
     state_size: int | None = None
 
     @classmethod
-    def from_env(cls, env: EnvBase, group: str | None = None) -> GroupShape:
+    def from_env(cls, env: EnvBase, group: str | None = None) -> GroupSpec:
         """Read the shape of a group off an environment's specs.
 
         Args:
@@ -88,14 +88,14 @@ class GroupShape:
         return sum(math.log((high - low) / 1000) for low, high in ranges)
 
 
-def group_shape(env: EnvBase | GroupShape, group: str | None) -> GroupShape:
+def group_shape(env: EnvBase | GroupSpec, group: str | None) -> GroupSpec:
     """Return the shape of a group of an environment, or the shape itself if that is what is given.
 
     Raises:
-        ValueError: if the group is not that of the shape, or does not fit (see :meth:`GroupShape.from_env`).
+        ValueError: if the group is not that of the shape, or does not fit (see :meth:`GroupSpec.from_env`).
     """
-    if not isinstance(env, GroupShape):
-        return GroupShape.from_env(env, group)
+    if not isinstance(env, GroupSpec):
+        return GroupSpec.from_env(env, group)
     if group not in (None, env.name):
         raise ValueError(f"group={group!r}, but the shape given is that of {env.name!r}.")
     return env

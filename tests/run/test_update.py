@@ -8,7 +8,7 @@ from torchrl_marl.envs import make_aerocombat, make_coordsum
 from torchrl_marl.modules import make_actor, make_critic
 from torchrl_marl.objectives import MAGPOLoss, MARPOLoss, MARSLoss
 from torchrl_marl.objectives.magpo import follow_imitation_gap
-from torchrl_marl.updates import make_update
+from torchrl_marl.run.update import make_update
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from tensordict import NonTensorData, TensorDict
 
 from tests.recipes.runs import RECIPES, run_folders, run_recipe
-from tests.test_checkpoints import Malice, component_member, rewrite
+from tests.run.test_checkpoints import Malice, component_member, rewrite
 from torchrl_marl.__main__ import main
 from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.loggers import MetricLog

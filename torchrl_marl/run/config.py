@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
@@ -31,7 +31,7 @@ from torchrl_marl.objectives.minibatches import check_chunks
 from torchrl_marl.run.checkpoints import check_resumable, find_checkpoint, read_metadata
 from torchrl_marl.trust import foreign_code
 
-__all__ = ["recipe"]
+__all__ = ["Recipe", "end_if_refused", "recipe"]
 
 # What a resumed run may change. A checkpoint holds the optimiser's settings and the loss's coefficients, so that other
 # overrides would be recorded but not take effect.
@@ -41,6 +41,82 @@ _LARGEST_SEED = 2**32 - 1 - 3_000_009  # evaluation adds up to that, and NumPy t
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
+class Recipe:
+    """A training function with a command line; made by :func:`recipe`, whose arguments it takes.
+
+    Called, it reads ``sys.argv``. Its one argument, another file's name, may be left out: a script can be the loop of
+    another one with values of its own.
+    """
+
+    def __init__(
+        self,
+        train: Callable[[DictConfig], float],
+        folder: Path,
+        name: str,
+        *,
+        networks: tuple[str, ...],
+        collectors: tuple[str, ...],
+        unread: tuple[str, ...],
+    ) -> None:
+        self.train = train
+        self._folder, self._name = folder, name
+        self._networks, self._collectors, self._unread = networks, collectors, unread
+
+    def __call__(self, config_name: str | None = None) -> None:
+        """Train with the overrides in ``sys.argv``."""
+        full_error = os.environ.get(_FULL_ERROR) == "1"
+
+        @functools.wraps(self.train)
+        def run(cfg: DictConfig) -> float:
+            try:
+                return self.train(self._checked(cfg))
+            except Exception as error:
+                if not full_error and HydraConfig.get().mode == RunMode.RUN:
+                    # here, as Hydra prints a line of its own about a job that fails
+                    end_if_refused(error, self.train.__module__)
+                raise
+
+        name = config_name or self._name
+        sys.argv[1:] = [_checked_override(word, self._folder, name, self._unread) for word in sys.argv[1:]]
+        logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notices would break the progress bar
+        start = hydra.main(version_base=None, config_path=str(self._folder), config_name=name)(run)
+        if full_error:
+            return start()
+        os.environ[_FULL_ERROR] = "1"  # or Hydra would print errors and exit before they get here
+        try:
+            start()
+        except Exception as error:
+            end_if_refused(error, self.train.__module__)
+            raise
+        finally:
+            del os.environ[_FULL_ERROR]
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """Return what the command line with these overrides, none of which is a grid, would train.
+
+        Raises:
+            SystemExit: in the words of the command line, if it would refuse them.
+        """
+        words = [_checked_override(word, self._folder, self._name, self._unread) for word in overrides]
+        with hydra.initialize_config_dir(str(self._folder), job_name=self._name, version_base=None):
+            try:
+                composed = hydra.compose(self._name, words, return_hydra_config=True)
+            except CompactHydraException as error:
+                raise SystemExit(_in_one_line(error)) from error
+        HydraConfig.instance().set_config(composed)  # what the run then knows of its command line
+        return self._checked(DictConfig({key: composed._get_node(key) for key in composed if key != "hydra"}))
+
+    def _checked(self, cfg: DictConfig) -> DictConfig:
+        resolved, known = _resolved(cfg, self._folder)
+        several_seeds = isinstance(_load(self._folder, self._name).seed, ListConfig)
+        check_values(resolved, several_seeds=several_seeds, unread=self._unread)
+        check_loss(resolved, self._networks, self._folder)
+        check_collector(resolved, self._collectors, self._folder)
+        check_keys(resolved, known)
+        check_types(resolved.logger, MetricLog, "logger.")
+        return resolved
+
+
 def recipe(
     config_folder: Path,
     name: str,
@@ -48,7 +124,7 @@ def recipe(
     networks: tuple[str, ...] = ("actor_network", "critic_network"),
     collectors: tuple[str, ...] = ("default", "compiled", "multiprocess", "ray"),
     unread: tuple[str, ...] = (),
-) -> Callable[[Callable[[DictConfig], float]], Callable[..., None]]:
+) -> Callable[[Callable[[DictConfig], float]], Recipe]:
     """Turn ``function(cfg)`` into the main function of a recipe script.
 
     The function gets ``config_folder/name.yaml`` composed with the command line's Hydra overrides (``-m`` runs grids).
@@ -69,48 +145,11 @@ def recipe(
         unread: keys of the YAML file, and groups, that the loop has no use for.
 
     Returns:
-        Decorator; the decorated function reads ``sys.argv``. Its one argument, another file's name, may be left out: a
-        script can be the loop of another one with values of its own.
+        Decorator that makes a :class:`Recipe` of the function.
     """
-
-    def decorate(function: Callable[[DictConfig], float]) -> Callable[[], None]:
-        full_error = os.environ.get(_FULL_ERROR) == "1"
-
-        @functools.wraps(function)
-        def run(cfg: DictConfig) -> float:
-            try:
-                resolved, known = _resolved(cfg, config_folder)
-                several_seeds = isinstance(_load(config_folder, name).seed, ListConfig)
-                check_values(resolved, several_seeds=several_seeds, unread=unread)
-                check_loss(resolved, networks, config_folder)
-                check_collector(resolved, collectors, config_folder)
-                check_keys(resolved, known)
-                check_types(resolved.logger, MetricLog, "logger.")
-                return function(resolved)
-            except Exception as error:
-                if not full_error and HydraConfig.get().mode == RunMode.RUN:
-                    # here, as Hydra prints a line of its own about a job that fails
-                    _end_if_refused(error, function.__module__)
-                raise
-
-        def main(config_name: str = name) -> None:
-            sys.argv[1:] = [_checked_override(word, config_folder, config_name, unread) for word in sys.argv[1:]]
-            logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notices would break the progress bar
-            start = hydra.main(version_base=None, config_path=str(config_folder), config_name=config_name)(run)
-            if full_error:
-                return start()
-            os.environ[_FULL_ERROR] = "1"  # or Hydra would print errors and exit before they get here
-            try:
-                start()
-            except Exception as error:
-                _end_if_refused(error, function.__module__)
-                raise
-            finally:
-                del os.environ[_FULL_ERROR]
-
-        return main
-
-    return decorate
+    return lambda function: Recipe(
+        function, config_folder, name, networks=networks, collectors=collectors, unread=unread
+    )
 
 
 def _resolved(cfg: DictConfig, folder: Path) -> tuple[DictConfig, DictConfig]:
@@ -137,7 +176,7 @@ def _resolved(cfg: DictConfig, folder: Path) -> tuple[DictConfig, DictConfig]:
     return resolved, known
 
 
-def _end_if_refused(error: Exception, script: str) -> None:
+def end_if_refused(error: Exception, script: str) -> None:
     """End the program with one line if Hydra, this library or a constructor has refused what it was given.
 
     That is what a ``raise`` statement of this package or of the script says, or one of whatever Hydra instantiates, and
@@ -167,7 +206,7 @@ def _is_refusal(error: Exception, script: str, *, inside: bool) -> bool:
     if inside and package == "hydra":  # which called the target with arguments that it does not take
         return True
     stated = trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return stated and (inside or package in ("torchrl_marl", "hydra_plugins", "hydra", script))
+    return stated and (inside or package in ("torchrl_marl", "hydra", script))
 
 
 def _in_one_line(error: Exception) -> str:

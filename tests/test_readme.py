@@ -1,4 +1,4 @@
-"""The README's code runs as printed."""
+"""The code of the README and of docs/loops.md runs as printed."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,15 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+LOOPS = (ROOT / "docs/loops.md").read_text()
+
+
+def blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
 
 
 def test_the_hand_written_loop_trains(capsys: pytest.CaptureFixture[str]) -> None:
-    (loop,) = [block for block in BLOCKS if "Collector(" in block]
+    loop, *_ = blocks(LOOPS)
     sizes = "total_frames, frames_per_batch, epochs, minibatch_size = 60_000, 6_000, 10, 1_000"
     assert sizes in loop
     loop = loop.replace(sizes, "total_frames, frames_per_batch, epochs, minibatch_size = 12_000, 6_000, 2, 1_000")
@@ -25,20 +29,30 @@ def test_the_hand_written_loop_trains(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("loss", ["MARSLoss", "MARPOLoss", "HAPPOLoss", "OATRPOLoss"])
 def test_the_loop_of_every_method_trains_each(loss: str) -> None:
-    (by_hand,) = [block for block in BLOCKS if "Collector(" in block]
-    (loop,) = [block for block in BLOCKS if "loss.phases(batch):" in block]
-    set_up = by_hand.partition("for batch in collector:")[0]
-    set_up = set_up.replace("60_000, 6_000, 10, 1_000", "1_200, 1_200, 2, 600").replace("num_envs=60", "num_envs=12")
-    set_up = f"from torchrl_marl.objectives import {loss}\n" + set_up.replace(
-        "MARSLoss(actor, critic, target_ratios=(0.5, 2.0), ", f"{loss}(actor, critic, "
-    )
-    own = "make_actor(env, share_parameters=False)" if loss in ("HAPPOLoss", "OATRPOLoss") else "make_actor(env)"
+    (loop,) = blocks(README)
+    loop = loop.replace("60_000, 6_000, 10, 1_000", "1_200, 1_200, 2, 600").replace("num_envs=60", "num_envs=12")
+    loop = loop.replace("import MARSLoss", f"import {loss}")
+    loop = loop.replace("MARSLoss(actor, critic, target_ratios=(0.5, 2.0), ", f"{loss}(actor, critic, ")
+    sequential = loss in ("HAPPOLoss", "OATRPOLoss")
+    if sequential:  # the last phase is the critic's, which has no ratio
+        loop = loop.replace("make_actor(env)", "make_actor(env, share_parameters=False)")
+        loop = loop.partition("    returns =")[0]
     names: dict = {}
-    exec(compile(set_up.replace("make_actor(env)", own) + loop, "README.md", "exec"), names)
-    measured = names["measured"]  # of the last phase, which is the critic's where agents have their own
+    exec(compile(loop, "README.md", "exec"), names)
+    measured = names["measured"]
     assert {name for name in measured if name.startswith("loss_")} >= {"loss_critic"}
     assert all(value.isfinite() for value in measured.values())
-    assert measured["critic_grad_norm" if own.endswith("False)") else "grad_norm"] > 0
+    assert measured["critic_grad_norm" if sequential else "grad_norm"] > 0
+
+
+@pytest.mark.parametrize("network", ["make_recurrent_actor", "make_sable"])
+def test_the_loops_of_other_networks_train(network: str) -> None:
+    (loop,) = [block for block in blocks(LOOPS) if network in block]
+    names: dict = {}
+    exec(compile(loop, "docs/loops.md", "exec"), names)
+    losses = {name for name in names["measured"] if name.startswith("loss_")}
+    assert losses >= ({"loss_objective", "loss_learner_kl"} if network == "make_sable" else {"loss_objective"})
+    assert all(value.isfinite() for value in names["measured"].values())
 
 
 DOCUMENTS = [
@@ -64,7 +78,9 @@ def test_everything_that_a_document_links_to_exists(document: Path) -> None:
 
 
 def test_the_table_of_methods_is_the_folder_of_choices() -> None:
-    listed = set(re.findall(r"\| `loss=(\w+)` \|", README))
+    table = README.partition("## Methods")[2].partition("## Environments")[0]
+    rows = re.findall(r"^\| \[.*\| (`\w+`(?:, `\w+`)*) \|.*\|$", table, flags=re.MULTILINE)
+    listed = {choice for row in rows for choice in re.findall(r"\w+", row)}
     assert listed == {path.stem for path in (ROOT / "recipes/config/loss").glob("*.yaml")}
 
 

@@ -7,16 +7,19 @@ learner of its last checkpoint with sampled actions, 320 episodes on starts that
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from torchrl_marl.modules import with_recurrent_state
 from torchrl_marl.run.checkpoints import find_checkpoint, load_policy
+from torchrl_marl.run.records import metric_files, read_metric, read_runs
 
 CURVES = {
     "evaluations": "eval/reward/episode_reward_mean",
@@ -27,40 +30,42 @@ CURVES = {
 }
 
 
-def option(config: DictConfig) -> str:
-    if config.guider.get("observes", "observation") != "observation":
+def option(config: Mapping[str, Any]) -> str:
+    if config.get("guider.observes", "observation") != "observation":
         return "guider sees the state"
-    return "delta follows the gap" if config.loss.get("adapt_ratio") else f"delta {config.loss.guider_learner_ratio:g}"
+    adapts = any(key.startswith("loss.adapt_ratio") and value for key, value in config.items())
+    return "delta follows the gap" if adapts else f"delta {config['loss.guider_learner_ratio']:g}"
 
 
 @torch.no_grad()
-def sampled_return(config: DictConfig, run: Path) -> float:
+def sampled_return(run: Path, seed: int) -> float:
     """Mean return of the last learner's sampled actions; all episodes have one length."""
+    env_config = OmegaConf.load(run / "config.yaml").env
     policy = load_policy(find_checkpoint(run))
-    env = with_recurrent_state(instantiate(config.env, num_envs=320, seed=4_000_012 + config.seed), policy)
-    torch.manual_seed(config.seed)
+    env = with_recurrent_state(instantiate(env_config, num_envs=320, seed=4_000_012 + seed), policy)
+    torch.manual_seed(seed)
     with set_exploration_type(ExplorationType.RANDOM):
-        data = env.rollout(config.env.max_steps, policy, break_when_any_done=False)
+        data = env.rollout(env_config.max_steps, policy, break_when_any_done=False)
     return data["next", "agents", "reward"].sum(1).mean().item()
 
 
-def read_runs(folder: Path) -> list[dict]:
+def curves_of(folder: Path) -> list[dict]:
     runs = []
-    for summary_file in sorted(folder.rglob("summary.json")):
-        run, summary = summary_file.parent, json.loads(summary_file.read_text())
-        config = DictConfig(OmegaConf.load(run / "config.yaml"))
+    for run in read_runs([folder])[0].itertuples():
         entry = {
-            "task": config.env.scenario,
-            "option": option(config),
-            "seed": config.seed,
-            "sampled_return": sampled_return(config, run),
-            **{key: summary[key] for key in ("frames", "seconds", "absolute", "git_commit")},
-            "command": summary["sessions"][-1]["command"],
+            "task": run.task,
+            "option": option(run.config),
+            "seed": run.seed,
+            "sampled_return": sampled_return(run.folder, run.seed),
+            "frames": run.frames,
+            "seconds": run.frames / run.frames_per_second,
+            "absolute": run.absolute,
+            "git_commit": run.sessions[-1]["git_commit"],
+            "command": run.sessions[-1]["command"],
         }
         for name, metric in CURVES.items():
-            path = run / f"scalars/{metric}.csv"
-            if path.exists():
-                rows = (row.split(",") for row in path.open())
+            if metric in metric_files(run.folder):
+                rows = zip(*read_metric(run.folder, metric), strict=True)
                 entry[name] = [[int(frames), round(float(value), 5)] for frames, value in rows]
         runs.append(entry)
     return sorted(runs, key=lambda run: (run["task"], run["option"], run["seed"]))
@@ -93,6 +98,6 @@ if __name__ == "__main__":
     parser.add_argument("runs", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    found = read_runs(arguments.runs)
+    found = curves_of(arguments.runs)
     arguments.output.with_suffix(".json").write_text(json.dumps(found) + "\n")
     print(table(found))

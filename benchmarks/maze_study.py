@@ -8,49 +8,51 @@ the lowest to the highest). With most likely actions, only everyone's shortest w
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+import numpy as np
+
+from torchrl_marl.evaluation.figures import Band, draw_curves
+from torchrl_marl.run.records import RETURN, metric_files, read_metric, read_runs
 
 BEST = {"black_red": 0.8, "black_blue_red": 0.78667}
 
 
-def label(config: DictConfig) -> str:
+def label(method: str, config: Mapping[str, Any]) -> str:
     """Name of a method with what distinguishes it in the study."""
-    if config.method not in ("oappo", "oatrpo"):
-        return config.method.upper()
-    if config.loss.get("reuse_matrix") is not None:
-        return f"{config.method.upper()} {config.loss.reuse_matrix}"
-    own_weight, kl_threshold = config.loss.get("own_weight", 0.7), config.loss.get("kl_threshold", 0.1)
-    return f"{config.method.upper()} lambda {own_weight:g}, sigma {kl_threshold:g}"
+    if method not in ("oappo", "oatrpo"):
+        return method.upper()
+    if config.get("loss.reuse_matrix") is not None:
+        return f"{method.upper()} {config['loss.reuse_matrix']}"
+    own_weight, kl_threshold = config.get("loss.own_weight", 0.7), config.get("loss.kl_threshold", 0.1)
+    return f"{method.upper()} lambda {own_weight:g}, sigma {kl_threshold:g}"
 
 
-def curve(path: Path) -> list[list[float]]:
-    return [[int(frames), round(float(value), 4)] for frames, value in (row.split(",") for row in path.open())]
+def curve(run: Path, metric: str) -> list[list[float]]:
+    return [[int(frames), round(float(value), 4)] for frames, value in zip(*read_metric(run, metric), strict=True)]
 
 
-def read_runs(folder: Path) -> list[dict]:
-    runs = []
-    for summary_file in sorted(folder.rglob("summary.json")):
-        run, summary = summary_file.parent, json.loads(summary_file.read_text())
-        config = DictConfig(OmegaConf.load(run / "config.yaml"))
-        runs.append(
-            {
-                "task": config.env.scenario,
-                "method": label(config),
-                "seed": config.seed,
-                "frames": summary["frames"],
-                "git_commit": summary["git_commit"],
-                "evaluations": curve(run / "scalars/eval/reward/episode_reward_mean.csv"),
-                "returns": curve(run / "scalars/collection/reward/episode_reward_mean.csv"),
-                "reuse": {
-                    path.stem: [value for _, value in curve(path)]
-                    for path in sorted((run / "scalars/train/agents").glob("reuse_*.csv"))
-                },
-            }
-        )
+def curves_of(folder: Path) -> list[dict]:
+    runs = [
+        {
+            "task": run.task,
+            "method": label(run.method, run.config),
+            "seed": run.seed,
+            "frames": run.frames,
+            "git_commit": run.sessions[-1]["git_commit"],
+            "evaluations": curve(run.folder, RETURN),
+            "returns": curve(run.folder, "collection/reward/episode_reward_mean"),
+            "reuse": {
+                name.rpartition("/")[2]: [value for _, value in curve(run.folder, name)]
+                for name in metric_files(run.folder)
+                if name.startswith("train/agents/reuse_")
+            },
+        }
+        for run in read_runs([folder])[0].itertuples()
+    ]
     return sorted(runs, key=lambda run: (run["task"], run["method"], run["seed"]))
 
 
@@ -80,23 +82,14 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_curves(runs: list[dict], path: Path) -> None:
-    groups = grouped(runs)
-    figure = Figure(figsize=(5 * len(groups), 3.6), dpi=150, layout="constrained")
-    for axes, (task, methods) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+def draw(runs: list[dict], path: Path) -> None:
+    bands: dict[str, dict[str, Band]] = defaultdict(dict)
+    for task, methods in grouped(runs).items():
         for method, members in methods.items():
             times = sorted(set.intersection(*({frames for frames, _ in run["returns"]} for run in members)))
-            columns = [[dict(run["returns"])[frames] for run in members] for frames in times]
-            (line,) = axes.plot(times, [mean(column) for column in columns], label=method, linewidth=1.6)
-            lowest, highest = [min(column) for column in columns], [max(column) for column in columns]
-            axes.fill_between(times, lowest, highest, color=line.get_color(), alpha=0.12, linewidth=0)
-        axes.set(title=task, xlabel="frames", ylim=(-0.5, 0.85))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e3:g} k")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7, loc="lower right")
-    figure.axes[0].set_ylabel("return while training")
-    figure.savefig(path)
+            values = np.array([[dict(run["returns"])[frames] for frames in times] for run in members])
+            bands[task][method] = Band(times, values.mean(0), values.min(0), values.max(0))
+    draw_curves(bands, ylabel="return while training").savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
@@ -104,7 +97,7 @@ if __name__ == "__main__":
     parser.add_argument("runs", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    found = read_runs(arguments.runs)
+    found = curves_of(arguments.runs)
     arguments.output.with_suffix(".json").write_text(json.dumps(found) + "\n")
     print(table(found))
-    draw_curves(found, arguments.output.with_suffix(".png"))
+    draw(found, arguments.output.with_suffix(".png"))

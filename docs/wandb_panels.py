@@ -6,8 +6,8 @@ python docs/wandb_panels.py RUN [RUN ...] --output docs/wandb.png
 import argparse
 from pathlib import Path
 
-import matplotlib
-import yaml
+from torchrl_marl.evaluation.figures import Band, draw_curves
+from torchrl_marl.run.records import read_metric, read_runs
 
 PANELS = {
     "eval/reward/episode_reward_mean": "evaluation return",
@@ -21,21 +21,16 @@ PANELS = {
 }
 
 
-def main(runs: list[Path], output: Path) -> None:
+def main(roots: list[Path], output: Path) -> None:
     """Draw every panel, a line for each run."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 4, figsize=(14, 5.5), sharex=True, layout="constrained")
-    for axis, (metric, title) in zip(axes.flat, PANELS.items(), strict=True):
-        for run in runs:
-            rows = [row.split(",") for row in (run / "scalars" / f"{metric}.csv").read_text().split()]
-            seed = yaml.safe_load((run / "config.yaml").read_text())["seed"]
-            axis.plot([int(frames) for frames, _ in rows], [float(value) for _, value in rows], label=f"seed {seed}")
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(metric, fontsize=8, family="monospace")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False)
+    panels: dict[str, dict[str, Band]] = {title: {} for title in PANELS.values()}
+    for run in read_runs(roots)[0].itertuples():
+        for metric, title in PANELS.items():
+            frames, values = read_metric(run.folder, metric)
+            panels[title][f"seed {run.seed}"] = Band(frames, values, values, values)
+    figure = draw_curves(panels, ylabel="")
+    for axes, metric in zip(figure.axes, PANELS, strict=True):
+        axes.set_xlabel(metric, fontsize=7, family="monospace")
     figure.savefig(output, dpi=110)
 
 

@@ -58,7 +58,7 @@ class TPESweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run trials until there are enough; print the best and the command that runs it on other seeds."""
-        from torchrl_marl.loggers import run_group
+        from torchrl_marl.run.logger import run_group
         from torchrl_marl.tuning import num_finished, open_study, run_trial, study_record
 
         assert self.config is not None

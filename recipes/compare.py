@@ -8,11 +8,35 @@ budget or evaluation differ, and runs of one method that differ in more than the
 """
 
 import argparse
+import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from torchrl_marl.evaluation.comparison import compare
+from torchrl_marl.evaluation.comparison import check_comparable, write_comparison
+from torchrl_marl.files import replacing
+from torchrl_marl.run.records import merge_records, read_metric, read_runs
+
+
+def compare(
+    roots: Sequence[Path],
+    output: Path,
+    *,
+    baseline: str | None = None,
+    split: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    command: str = "",
+) -> None:
+    """Read the runs at or below ``roots``, refuse those that cannot be compared, and write the page."""
+    runs, unfinished = read_runs(roots, split=split)
+    check_comparable(runs)
+    curves = {metric: [read_metric(folder, metric) for folder in runs.folder] for metric in metrics}
+    write_comparison(runs, output, baseline=baseline, metrics=curves, unfinished=unfinished, command=command)
+    records = [(folder / "evaluations.json", method) for folder, method in zip(runs.folder, runs.method, strict=True)]
+    if all(record.exists() for record, _ in records):
+        with replacing(output / "evaluations.json") as path:
+            path.write_text(json.dumps(merge_records(records)) + "\n")
 
 
 def main() -> None:

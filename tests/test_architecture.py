@@ -1,4 +1,4 @@
-"""Imports point down: keys <- modules, envs, loggers <- objectives, evaluation <- collectors <- what surrounds them."""
+"""Imports point down: keys <- modules, envs <- objectives, evaluation <- collectors <- what surrounds them."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "torchrl_marl"
 LEVELS = [
     {"keys", "files", "extras", "signatures", "distributed", "trust"},
-    {"modules", "envs", "loggers"},
+    {"modules", "envs"},
     {"objectives", "evaluation"},
     {"collectors"},
     {"run", "checkpoints", "export", "seeds", "tuning", "__main__", "__init__"},

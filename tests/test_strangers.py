@@ -22,10 +22,10 @@ from tensordict import NonTensorData, TensorDict
 from tests.recipes.runs import RECIPES, run_folders, run_recipe
 from tests.run.test_checkpoints import Malice, component_member, rewrite
 from torchrl_marl.__main__ import main
-from torchrl_marl.evaluation.records import EvaluationRecord
-from torchrl_marl.loggers import MetricLog
 from torchrl_marl.run.checkpoints import find_checkpoint, load_policy, read_metadata
 from torchrl_marl.run.config import _stored_config
+from torchrl_marl.run.logger import MetricLog
+from torchrl_marl.run.records import EvaluationRecord
 from torchrl_marl.seeds import seed_configs
 from torchrl_marl.trust import foreign_code
 

@@ -20,10 +20,12 @@ from torchrl_marl.evaluation import (
     sample_efficiency,
     stratified_bootstrap_interval,
 )
-from torchrl_marl.evaluation.comparison import compare
+from torchrl_marl.evaluation.comparison import check_comparable
 from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves
-from torchrl_marl.evaluation.runs import check_comparable, read_runs
+from torchrl_marl.evaluation.page import Page
+from torchrl_marl.run.records import read_runs
 
+compare = runpy.run_path(str(RECIPES / "compare.py"))["compare"]
 TASKS = ("balance", "navigation")
 CONFIG = {
     "env": {
@@ -135,21 +137,21 @@ def test_settings_of_one_method_are_not_seeds_but_variants_if_asked_for(tmp_path
         check_comparable(read_runs([tmp_path])[0])
     runs, _ = read_runs([tmp_path], split=["optimizer.lr"])
     check_comparable(runs)
-    assert [run.method for run in runs] == ["mars lr=0.001", "mars lr=0.01"]
+    assert list(runs.method) == ["mars lr=0.001", "mars lr=0.01"]
     with pytest.raises(ValueError, match=r"setting 'optimiser.lr' to split by; nearest: optimizer.lr"):
         read_runs([tmp_path], split=["optimiser.lr"])
 
 
 def test_variants_that_differ_in_what_a_key_names_are_called_by_its_last_part(tmp_path: Path) -> None:
     write_run(tmp_path, "loss._target_=torchrl_marl.objectives.MARSLoss")
-    (run,), _ = read_runs([tmp_path], split=["loss._target_", "optimizer.lr"])
-    assert run.method == "mars loss=MARSLoss lr=0.001"
+    runs, _ = read_runs([tmp_path], split=["loss._target_", "optimizer.lr"])
+    assert list(runs.method) == ["mars loss=MARSLoss lr=0.001"]
 
 
 def test_trials_of_tuning_are_no_results(tmp_path: Path) -> None:
     write_run(tmp_path)
     write_run(tmp_path / "tuning", "optimizer.lr=0.5", final=9.0)
-    assert [run.summary["final"] for run in read_runs([tmp_path])[0]] == [1.0]
+    assert list(read_runs([tmp_path])[0].final) == [1.0]
 
 
 def test_a_seed_that_is_there_twice_is_refused(tmp_path: Path) -> None:
@@ -224,10 +226,7 @@ def test_metrics_of_training_are_drawn_at_every_step_and_over_a_decade_logarithm
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text("".join(f"{50 * step},{value}\n" for step, value in enumerate(values)))
     figures = {}
-    monkeypatch.setattr(
-        "torchrl_marl.evaluation.comparison.write_page",
-        lambda *_, blocks, **__: figures.update({x.name: x.figure for x in blocks if hasattr(x, "figure")}),
-    )
+    monkeypatch.setattr(Page, "figure", lambda _, figure, name, __: figures.update({name: figure}))
     names = ("train/agents/min_ratio", "train/agents/max_ratio")
     compare([tmp_path / "runs"], tmp_path / "page", metrics=names)
     for index, (name, scale) in enumerate(zip(names, ("linear", "log"), strict=True)):

@@ -17,10 +17,10 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe, start_recipe
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import Episodes, evaluate
-from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.objectives import IPPOLoss
 from torchrl_marl.run.checkpoints import best_checkpoint, find_checkpoint, load_policy, read_metadata
 from torchrl_marl.run.config import _stored_config
+from torchrl_marl.run.records import EvaluationRecord
 from torchrl_marl.run.run import Run
 
 GRU = [

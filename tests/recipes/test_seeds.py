@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from tests.recipes.runs import run_folders, run_recipe
 from tests.recipes.test_mars_vmas import GRU, assert_same_traces
 from torchrl_marl.envs import make_coordsum
-from torchrl_marl.evaluation.runs import check_comparable, read_runs
-from torchrl_marl.loggers import MetricLog
+from torchrl_marl.evaluation.comparison import check_comparable
 from torchrl_marl.run.checkpoints import find_checkpoint, load_policy, read_metadata
+from torchrl_marl.run.logger import MetricLog
+from torchrl_marl.run.records import read_runs
 from torchrl_marl.seeds import SeedGroup, seed_configs
 
 UNEQUAL = ["minibatch_size=30", "total_frames=320", "evaluation.interval=160"]  # the last minibatch is smaller
@@ -83,10 +84,10 @@ def test_the_seeds_of_a_group_are_compared_as_separate_runs(tmp_path: Path, monk
     run_recipe(monkeypatch, tmp_path, "--config-name=mappo_maze", "seed=[2,5,6]", recipe="seeds")
     runs, unfinished = read_runs([tmp_path])
     check_comparable(runs)
-    assert [run.seed for run in sorted(runs, key=lambda run: run.seed)] == [2, 5, 6]
+    assert list(runs.seed) == [2, 5, 6]
     assert not unfinished
-    for run in runs:
-        command = run.summary["sessions"][0]["command"]
+    for sessions in runs.sessions:
+        command = sessions[0]["command"]
         assert command.startswith("python recipes/seeds.py --config-name=mappo_maze ")
         assert "'seed=[2,5,6]'" in command
 

@@ -1,30 +1,22 @@
-"""A page that compares finished runs."""
+"""A page that compares finished runs.
+
+Runs are a table with a row each, as :func:`torchrl_marl.run.records.read_runs` reads it, by task and method.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves, draw_improvements
-from torchrl_marl.evaluation.page import Block, Code, Heading, Paragraph, Picture, Table, write_page
-from torchrl_marl.evaluation.records import merge_records
-from torchrl_marl.evaluation.runs import (
-    Curve,
-    FinishedRun,
-    RunGroups,
-    check_comparable,
-    group_runs,
-    read_metric,
-    read_runs,
-)
+from torchrl_marl.evaluation.page import Page
 from torchrl_marl.evaluation.statistics import (
     iqm,
     min_max_normalize,
@@ -34,108 +26,179 @@ from torchrl_marl.evaluation.statistics import (
     sample_efficiency,
     stratified_bootstrap_interval,
 )
-from torchrl_marl.files import replacing
-from torchrl_marl.loggers import without_seed
 
-__all__ = ["compare"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+__all__ = ["check_comparable", "write_comparison"]
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Frames and values, ``[steps]`` each."""
+
+Groups = Mapping[Any, "DataFrame"]
+"""Runs by task and method, in the order of their seeds."""
 
 _PERCENT = np.linspace(0, 100, 101)
 
 
-def compare(
-    roots: Sequence[Path],
+def check_comparable(runs: DataFrame) -> None:
+    """Refuse runs that cannot stand in one table.
+
+    On one task, all runs must share the environment with its options and its time limit, the budget and the
+    evaluation; the runs of one method must differ in nothing but distinct seeds.
+
+    Args:
+        runs: a row for each run.
+
+    Raises:
+        ValueError: with every key that differs, its values and a run of each.
+    """
+    for task, of_task in runs.groupby("task", sort=False):
+        differing = _differences(of_task, _is_shared)
+        if differing:
+            raise ValueError(f"Runs on {task} cannot be compared, they differ in\n{differing}")
+        for method, members in of_task.groupby("method", sort=False):
+            _check_seeds(f"{method} on {task}", members)
+
+
+def _check_seeds(which: str, runs: DataFrame) -> None:
+    differing = _differences(runs, lambda _: True)
+    if differing:
+        raise ValueError(
+            f"Runs of {which} are not seeds of one configuration, they differ in\n{differing}\n"
+            "Name such keys with --split to compare them as variants."
+        )
+    for seed, same in runs.groupby("seed"):
+        if len(same) > 1:
+            folders = ", ".join(map(str, same.folder))
+            raise ValueError(f"Seed {seed} of {which} is there {len(same)} times: {folders}.")
+    seeds: dict[tuple, int] = {}
+    for run in runs.itertuples():
+        # a game without chance may well give two seeds the same evaluations, but not the same losses
+        _, returns = run.returns
+        other = seeds.setdefault((*returns, run.losses), run.seed)
+        if other != run.seed and len(returns) > 1:
+            raise ValueError(f"Seeds {other} and {run.seed} of {which} have the same curve.")
+
+
+def _is_shared(key: str) -> bool:
+    """Whether a setting must be equal on a task; how many copies of it are stepped at once belongs to the method."""
+    shared = ("total_frames", "evaluation.interval", "evaluation.episodes")
+    return key in shared or (key.startswith("env.") and key not in ("env.num_envs", "env.compile"))
+
+
+def _settings(runs: DataFrame) -> DataFrame:
+    """Settings as text, a row for each run and a column for each key; NaN where a run does not state it."""
+    from pandas import DataFrame
+
+    return DataFrame([{key: str(value) for key, value in config.items()} for config in runs.config], runs.index)
+
+
+def _differences(runs: DataFrame, which: Callable[[str], bool]) -> str:
+    """Return a line for each setting that is not the same in all runs: the values, and a run that has each."""
+    settings = _settings(runs).fillna("(default)")
+    lines = []
+    for key in sorted(filter(which, settings)):
+        examples = settings[key].drop_duplicates()
+        if len(examples) > 1:
+            found = [f"{value} in {runs.folder[run].name} of {runs.method[run]}" for run, value in examples.items()]
+            lines.append(f"  {key}: {', '.join(found)}")
+    return "\n".join(lines)
+
+
+def write_comparison(
+    runs: DataFrame,
     output: Path,
     *,
     baseline: str | None = None,
-    split: Sequence[str] = (),
-    metrics: Sequence[str] = (),
+    metrics: Mapping[str, Sequence[Curve]] | None = None,
+    unfinished: Sequence[Path] = (),
     command: str = "",
 ) -> None:
-    """Write a page that compares runs: ``README.md`` with pictures, ``page.html``, ``evaluations.json``.
+    """Write a page that compares runs: ``README.md`` with pictures, and ``page.html``.
 
     Args:
-        roots: folders at or below which the runs lie.
+        runs: a row for each run; see :func:`check_comparable`.
         output: folder for the page.
         baseline: method over which the probability of improvement is given; ``None`` leaves that part out.
-        split: configuration keys whose values tell variants of one method apart.
-        metrics: what else runs log and the page draws, such as ``train/agents/min_ratio``.
+        metrics: what else the page draws: of each metric the curves of all runs, in the order of the rows.
+        unfinished: folders of runs to state as left out.
         command: what was called, for the page to state.
 
     Raises:
-        ValueError: if runs cannot be compared, there are none, none is of the baseline, or one did not log a metric.
+        ValueError: if no run is of the baseline.
         ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
     """
-    runs, left_out = read_runs(roots, split=split)
-    unfinished = ["/".join(folder.parts[-3:]) for folder in left_out]
-    check_comparable(runs)
-    groups = group_runs(runs)
-    methods = sorted({run.method for run in runs})
+    groups: Groups = dict(iter(runs.groupby(["task", "method"], sort=False)))
+    tasks, methods = list(dict.fromkeys(runs.task)), sorted(set(runs.method))
     if baseline is not None and baseline not in methods:
         raise ValueError(f"No run is of the baseline {baseline!r}; there are {', '.join(methods)}.")
-    blocks: list[Block] = [
-        Paragraph(_overview(runs)),
-        *([Paragraph(_warning(groups))] if _fewest_seeds(groups) < 10 else []),
-        Heading("Learning curves"),
-        Picture(_curves(groups), "curves", "Evaluation return over frames: IQM over seeds with its 95 % interval."),
-        *_logged(groups, metrics),
-        Heading("Returns"),
-        _returns(groups),
-        *_aggregates(groups),
-        *([] if baseline is None else _improvements(groups, baseline)),
-        Heading("Settings in which the methods differ"),
-        _settings(groups),
-        Heading("Runs"),
-        _runs(runs),
-        *([Paragraph(f"Left out, for they are not finished: {_listed(unfinished)}.")] if unfinished else []),
-        Heading("How to read this page"),
-        Paragraph(_LEGEND),
-        *([Code(command)] if command else []),
-    ]
-    write_page(output, title=f"{_counted(methods, 'methods')} on {_counted(list(groups), 'tasks')}", blocks=blocks)
-    records = [(run.folder / "evaluations.json", run.method) for run in runs]
-    if all(record.exists() for record, _ in records):
-        with replacing(output / "evaluations.json") as path:
-            path.write_text(json.dumps(merge_records(records)) + "\n")
+    page = Page(output, title=f"{_counted(methods, 'methods')} on {_counted(tasks, 'tasks')}")
+    seeds = sorted(len(members) for members in groups.values())
+    episodes = sorted({config["evaluation.episodes"] for config in runs.config})
+    page.paragraph(
+        f"{len(runs)} runs: {' to '.join(map(str, sorted({seeds[0], seeds[-1]})))} seeds for each method and task. "
+        f"Every evaluation is the mean return of {' or '.join(map(str, episodes))} episodes with deterministic actions "
+        "on environments of their own; the absolute metric is that of the best parameters on "
+        f"{' or '.join(str(10 * number) for number in episodes)} other episodes."
+    )
+    if seeds[0] < 10:
+        page.paragraph(
+            f"With {seeds[0]} seeds this page shows what was learnt; it does not rank methods. Bootstrap intervals of "
+            "fewer than ten runs are too narrow: those of 95 % from three runs of one task hold the true value in "
+            "about 75 % of studies."
+        )
+    page.heading("Learning curves")
+    interval = "over frames: IQM over seeds with its 95 % interval."
+    page.figure(_draw(groups, runs.returns, "evaluation return"), "curves", f"Evaluation return {interval}")
+    if metrics:
+        page.heading("While they train")
+    for metric, curves in (metrics or {}).items():
+        page.figure(_draw_logged(groups, curves, metric), metric.replace("/", "_"), f"{metric} {interval}")
+    page.heading("Returns")
+    _returns(page, groups)
+    page.heading("Over tasks")
+    _aggregate(page, groups, tasks, methods)
+    if baseline is not None:
+        _improvements(page, groups, tasks, methods, baseline)
+    page.heading("Settings in which the methods differ")
+    _differing_settings(page, runs, methods)
+    page.heading("Runs")
+    _sessions(page, runs)
+    if unfinished:
+        left_out = _listed(["/".join(folder.parts[-3:]) for folder in unfinished])
+        page.paragraph(f"Left out, for they are not finished: {left_out}.")
+    page.heading("How to read this page")
+    page.paragraph(_LEGEND)
+    if command:
+        page.code(command)
+    page.write()
 
 
-def _scores(runs: Sequence[FinishedRun]) -> NDArray[np.float64]:
-    """Absolute metrics, ``[runs]``."""
-    return np.array([run.summary["absolute"] for run in runs])
-
-
-def _returns_of(run: FinishedRun) -> Curve:
-    return run.frames, run.returns
-
-
-def _common_curves(runs: Sequence[FinishedRun], curve: Callable[[FinishedRun], Curve] = _returns_of) -> Curve:
+def _common_curves(curves: Iterable[Curve]) -> Curve:
     """Return the frames that all runs were evaluated at (an interrupted one has more) and ``[runs, evaluations]``."""
-    curves = [curve(run) for run in runs]
+    curves = list(curves)
     frames = reduce(np.intersect1d, [frames for frames, _ in curves])
     return frames, np.stack([values[np.isin(own, frames)] for own, values in curves])
 
 
-def _curves(
-    groups: RunGroups, curve: Callable[[FinishedRun], Curve] = _returns_of, ylabel: str = "evaluation return"
-) -> Any:
+def _draw(groups: Groups, curves: Sequence[Curve], ylabel: str) -> Figure:
+    """Draw a metric of every run, ``curves`` by the rows of the table of runs."""
     bands: dict[str, dict[str, Band]] = defaultdict(dict)
-    for task, methods in groups.items():
-        for method, runs in methods.items():
-            frames, values = _common_curves(runs, curve)
-            bands[task][method] = Band(frames, *_estimate(values[:, None], sample_efficiency))
+    for (task, method), runs in groups.items():
+        frames, values = _common_curves(curves[run] for run in runs.index)
+        bands[task][method] = Band(frames, *_estimate(values[:, None], sample_efficiency))
     return draw_curves(bands, ylabel=ylabel)
 
 
-def _logged(groups: RunGroups, metrics: Sequence[str]) -> list[Block]:
-    """Draw what runs log while they train, a figure for each metric; what spans a decade gets a logarithmic axis."""
-    blocks: list[Block] = [Heading("While they train")] if metrics else []
-    for metric in metrics:
-        figure = _curves(groups, partial(read_metric, metric=metric), metric)
-        for axes in figure.axes:
-            values = np.concatenate([line.get_ydata() for line in axes.lines])
-            axes.set_yscale("log" if 0 < 10 * values.min() < values.max() else "linear")
-        text = f"{metric} over frames: IQM over seeds with its 95 % interval."
-        blocks.append(Picture(figure, metric.replace("/", "_"), text))
-    return blocks
+def _draw_logged(groups: Groups, curves: Sequence[Curve], metric: str) -> Figure:
+    """Draw what runs log while they train; what spans a decade gets a logarithmic axis."""
+    figure = _draw(groups, curves, metric)
+    for axes in figure.axes:
+        values = np.concatenate([line.get_ydata() for line in axes.lines])
+        axes.set_yscale("log" if 0 < 10 * values.min() < values.max() else "linear")
+    return figure
 
 
 def _estimate(scores: Any, statistic: Callable[..., Any]) -> tuple[Any, Any, Any]:
@@ -147,45 +210,42 @@ def _estimate(scores: Any, statistic: Callable[..., Any]) -> tuple[Any, Any, Any
     return (center, *stratified_bootstrap_interval(scores, statistic))
 
 
-def _returns(groups: RunGroups) -> Table:
-    header = ["task", "method", "seeds", "final return", "last fifth", "absolute metric", "frames", "frames/s"]
+def _returns(page: Page, groups: Groups) -> None:
     rows = []
-    for task, methods in groups.items():
-        low, high = _bounds(methods.values())
+    for (task, method), runs in groups.items():
+        low, high = _bounds(groups, task)
         decimals = max(2, 2 - math.floor(math.log10(high - low))) if high > low else 2
-        for method, runs in methods.items():
-            values = [np.array([run.summary[name] for run in runs]) for name in ("final", "last_fifth", "absolute")]
-            frames = f"{runs[0].summary['frames']:,}"
-            speed = f"{np.mean([run.summary['frames_per_second'] for run in runs]):,.0f}"
-            written = [_written(_estimate(value, iqm), decimals) for value in values]
-            rows.append([task, method, _seeds(runs), *written, frames, speed])
-    return Table(header, rows, text_columns=3)
+        scores = [_written(_estimate(runs[name], iqm), decimals) for name in ("final", "last_fifth", "absolute")]
+        frames, speed = f"{runs.frames.iloc[0]:,}", f"{runs.frames_per_second.mean():,.0f}"
+        rows.append((task, method, _seeds(runs.seed.tolist()), *scores, frames, speed))
+    header = ["task", "method", "seeds", "final return", "last fifth", "absolute metric", "frames", "frames/s"]
+    page.table(header, rows, text_columns=3)
 
 
-def _seeds(runs: Sequence[FinishedRun]) -> str:
-    seeds = [run.seed for run in runs]
-    consecutive = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds)))
-    return f"{seeds[0]} to {seeds[-1]}" if consecutive else ", ".join(map(str, seeds))
+def _bounds(groups: Groups, task: str) -> tuple[float, float]:
+    """Lowest and highest mean return of any evaluation of any run on a task."""
+    members = [runs for (own, _), runs in groups.items() if own == task]
+    values = np.concatenate([part for runs in members for part in (runs.absolute, *(y for _, y in runs.returns))])
+    return values.min(), values.max()
 
 
-def _written(estimate: tuple[float, float, float], decimals: int = 2) -> str:
-    center, low, high = (f"{value:.{decimals}f}" for value in estimate)
-    return center if low == "nan" else f"{center} [{low}, {high}]"
-
-
-def _aggregates(groups: RunGroups) -> list[Block]:
-    """Tables and figures over the tasks that every method has played with as many runs on each."""
-    methods = sorted({method for of_task in groups.values() for method in of_task})
-    bounds = {task: _bounds(of_task.values()) for task, of_task in groups.items()}
-    tasks = [task for task in groups if set(groups[task]) == set(methods) and bounds[task][0] < bounds[task][1]]
-    uneven = [method for method in methods if len({len(groups[task][method]) for task in tasks}) > 1]
+def _aggregate(page: Page, groups: Groups, tasks: Sequence[str], methods: Sequence[str]) -> None:
+    """Add tables and figures over the tasks that every method has played with as many runs on each."""
+    bounds = {task: _bounds(groups, task) for task in tasks}
+    tasks = [
+        task
+        for task, (low, high) in bounds.items()
+        if low < high and all((task, method) in groups for method in methods)
+    ]
+    uneven = [method for method in methods if len({len(groups[task, method]) for task in tasks}) > 1]
     if not tasks or uneven:
         why = "no task was played by all methods, or nothing was learnt"
         why = f"{_listed(uneven)} with a different number of runs on each task" if uneven else why
-        return [Heading("Over tasks"), Paragraph(f"No scores over tasks: {why}.")]
+        page.paragraph(f"No scores over tasks: {why}.")
+        return
     low, high = np.array([bounds[task] for task in tasks]).T
-    scores = {method: min_max_normalize(_score_matrix(groups, method, tasks), low, high) for method in methods}
-    curves = {method: min_max_normalize(_curve_matrix(groups, method, tasks), low, high) for method in methods}
+    scores = {method: min_max_normalize(_scores(groups, method, tasks), low, high) for method in methods}
+    curves = {method: min_max_normalize(_curves(groups, method, tasks), low, high) for method in methods}
     curves = {method: np.moveaxis(curve, -1, 1) for method, curve in curves.items()}  # tasks are strata: second
     thresholds = np.linspace(0, 1, 101)
 
@@ -197,128 +257,96 @@ def _aggregates(groups: RunGroups) -> list[Block]:
         {method: Band(thresholds, *_estimate(scores[method], profile)) for method in methods},
     )
     scale = "; ".join(f"{task}: 0 is {bounds[task][0]:.2f}, 1 is {bounds[task][1]:.2f}" for task in tasks)
-    return [
-        Heading("Over tasks"),
-        _aggregate_table(scores, [groups[task][methods[0]][0].environment for task in tasks]),
-        Picture(figure, "aggregates", "Sample efficiency and performance profiles over tasks, with 95 % intervals."),
-        Paragraph(
-            f"Scores on {_listed(tasks)}, normalised by the lowest and highest mean return of any run ({scale}). Table "
-            "and profiles: absolute metric; a smaller optimality gap is better."
-        ),
-    ]
+    _aggregate_table(page, scores, [groups[task, methods[0]].environment.iloc[0] for task in tasks])
+    text = "Sample efficiency and performance profiles over tasks, with 95 % intervals."
+    page.figure(figure, "aggregates", text)
+    page.paragraph(
+        f"Scores on {_listed(tasks)}, normalised by the lowest and highest mean return of any run ({scale}). Table "
+        "and profiles: absolute metric; a smaller optimality gap is better."
+    )
 
 
-def _aggregate_table(scores: Mapping[str, NDArray[np.float64]], environments: Sequence[str]) -> Table:
+def _aggregate_table(page: Page, scores: Mapping[str, NDArray[np.float64]], environments: Sequence[str]) -> None:
     """Aggregate normalised scores ``[runs, tasks]`` of each method over the tasks of each environment, and over all."""
-    columns = {
-        name: [task for task, of in enumerate(environments) if of == name] for name in dict.fromkeys(environments)
-    }
-    if len(columns) > 1:
-        columns["all"] = list(range(len(environments)))
+    parts = {name: [task for task, of in enumerate(environments) if of == name] for name in dict.fromkeys(environments)}
+    if len(parts) > 1:
+        parts["all"] = list(range(len(environments)))
     rows = []
-    for name, tasks in columns.items():
+    for name, tasks in parts.items():
         for method, of_method in scores.items():
             estimates = [_estimate(of_method[:, tasks], statistic) for statistic in (iqm, np.mean, optimality_gap)]
-            rows.append([name, str(len(tasks)), method, str(len(of_method)), *map(_written, estimates)])
-    return Table(["environment", "tasks", "method", "runs", "IQM", "mean", "optimality gap"], rows, text_columns=3)
+            rows.append((name, str(len(tasks)), method, str(len(of_method)), *map(_written, estimates)))
+    page.table(["environment", "tasks", "method", "runs", "IQM", "mean", "optimality gap"], rows, text_columns=3)
 
 
-def _score_matrix(groups: RunGroups, method: str, tasks: Sequence[str]) -> NDArray[np.float64]:
+def _scores(groups: Groups, method: str, tasks: Sequence[str]) -> NDArray[np.float64]:
     """Return absolute metrics, ``[runs, tasks]``."""
-    return np.stack([_scores(groups[task][method]) for task in tasks], -1)
+    return np.stack([groups[task, method].absolute for task in tasks], -1)
 
 
-def _curve_matrix(groups: RunGroups, method: str, tasks: Sequence[str]) -> NDArray[np.float64]:
+def _curves(groups: Groups, method: str, tasks: Sequence[str]) -> NDArray[np.float64]:
     """Return curves at every percent of the budget, ``[runs, percent, tasks]``."""
     of_tasks = []
     for task in tasks:
-        frames, returns = _common_curves(groups[task][method])
+        frames, returns = _common_curves(groups[task, method].returns)
         of_tasks.append([np.interp(_PERCENT, 100 * frames / frames[-1], curve) for curve in returns])
-    return np.moveaxis(np.array(of_tasks), 0, -1)
+    return np.stack(of_tasks, -1)
 
 
-def _bounds(methods: Iterable[Sequence[FinishedRun]]) -> tuple[float, float]:
-    """Lowest and highest mean return of any evaluation of any run on a task."""
-    runs = [run for members in methods for run in members]
-    values = np.concatenate([*(run.returns for run in runs), _scores(runs)])
-    return values.min(), values.max()
-
-
-def _improvements(groups: RunGroups, baseline: str) -> list[Block]:
-    played = {task: methods for task, methods in groups.items() if baseline in methods and len(methods) > 1}
+def _improvements(page: Page, groups: Groups, tasks: Sequence[str], methods: Sequence[str], baseline: str) -> None:
+    """Add the probability that a run of a method beats one of the baseline, on each task and on all tasks of both."""
     rows: dict[str, dict[str, tuple[float, float, float]]] = defaultdict(dict)
-    for task, methods in played.items():
-        for method in sorted(set(methods) - {baseline}):
-            pair = _scores(methods[method]), _scores(methods[baseline])
-            rows[task][method] = _estimate(pair, probability_of_improvement)
-    for method in sorted({method for row in rows.values() for method in row} if len(rows) > 1 else ()):
-        tasks = [task for task in played if method in played[task]]
-        even = all(len({len(played[task][name]) for task in tasks}) == 1 for name in (method, baseline))
-        if len(tasks) > 1 and even:
-            pair = _score_matrix(played, method, tasks), _score_matrix(played, baseline, tasks)
-            rows[f"{len(tasks)} tasks together"][method] = _estimate(pair, probability_of_improvement)
+    for among in [*([task] for task in tasks), tasks]:
+        for method in (method for method in methods if method != baseline):
+            played = [task for task in among if {(task, method), (task, baseline)} <= groups.keys()]
+            if len({(len(groups[task, method]), len(groups[task, baseline])) for task in played}) == 1:
+                title = played[0] if len(played) == 1 else f"{len(played)} tasks together"
+                pair = _scores(groups, method, played), _scores(groups, baseline, played)
+                rows[title][method] = _estimate(pair, probability_of_improvement)
     if not rows:
-        return []
+        return
+    page.heading(f"Probability of improvement over {baseline}")
     text = f"Probability that a run scores higher than one of {baseline} (absolute metric), with 95 % intervals."
-    cells = [[title, method, _written(values)] for title, row in rows.items() for method, values in row.items()]
-    return [
-        Heading(f"Probability of improvement over {baseline}"),
-        Picture(draw_improvements(rows, baseline=baseline), "improvements", text),
-        Table(["task", "method", "probability"], cells, text_columns=2),
-    ]
+    page.figure(draw_improvements(rows, baseline=baseline), "improvements", text)
+    cells = [(title, method, _written(values)) for title, row in rows.items() for method, values in row.items()]
+    page.table(["task", "method", "probability"], cells, text_columns=2)
 
 
-def _settings(groups: RunGroups) -> Table:
-    methods = sorted({method for of_task in groups.values() for method in of_task})
+def _differing_settings(page: Page, runs: DataFrame, methods: Sequence[str]) -> None:
+    """Add the settings in which the methods on a task differ, with the tasks on which they do so."""
     tasks: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for task, of_task in groups.items():
-        configs = {method: without_seed(runs[0].config) for method, runs in of_task.items()}
-        for key in sorted({key for config in configs.values() for key in config} - {"method"}):
-            values = [str(config.get(key, "-")) for config in configs.values()]
-            if len(set(values)) > 1:
-                tasks[(key, *(str(configs.get(method, {}).get(key, "-")) for method in methods))].append(task)
-    rows = [[*row, "all" if len(where) == len(groups) else ", ".join(where)] for row, where in sorted(tasks.items())]
-    return Table(["setting", *methods, "tasks"], rows, text_columns=2 + len(methods))
+    for task, of_task in runs.groupby("task", sort=False):
+        first = of_task.drop_duplicates("method").set_index("method")
+        settings = _settings(first).drop(columns="method").fillna("-")
+        for key in settings.columns[settings.nunique() > 1]:
+            tasks[(key, *settings[key].reindex(methods, fill_value="-"))].append(str(task))
+    num_tasks = runs.task.nunique()
+    rows = [(*row, "all" if len(where) == num_tasks else ", ".join(where)) for row, where in sorted(tasks.items())]
+    page.table(["setting", *methods, "tasks"], rows, text_columns=2 + len(methods))
 
 
-def _runs(runs: Sequence[FinishedRun]) -> Table:
+def _sessions(page: Page, runs: DataFrame) -> None:
+    """Add the command and the commit of every session that took part in a run."""
     rows = []
-    for run in sorted(runs, key=lambda run: (run.task, run.method, run.seed)):
-        unrecorded = [{"command": "not recorded", "git_commit": run.summary["git_commit"]}]
-        for session in run.summary.get("sessions", unrecorded):
+    for run in runs.sort_values(["task", "method", "seed"]).itertuples():
+        for session in run.sessions:
             commit, _, dirty = session["git_commit"].partition("-")
-            rows.append(
-                [run.task, run.method, str(run.seed), commit[:12] + ("-dirty" if dirty else ""), session["command"]]
-            )
-    return Table(["task", "method", "seed", "commit", "command"], rows, text_columns=5)
+            commit = commit[:12] + ("-dirty" if dirty else "")
+            rows.append((run.task, run.method, str(run.seed), commit, session["command"]))
+    page.table(["task", "method", "seed", "commit", "command"], rows, text_columns=5)
 
 
-def _overview(runs: Sequence[FinishedRun]) -> str:
-    groups = group_runs(runs)
-    seeds = sorted({len(members) for methods in groups.values() for members in methods.values()})
-    episodes = sorted({run.config["evaluation.episodes"] for run in runs})
-    count = " to ".join(str(number) for number in sorted({seeds[0], seeds[-1]}))
-    played = " or ".join(map(str, episodes))
-    return (
-        f"{len(runs)} runs: {count} seeds for each method and task. Every evaluation is the mean return of {played} "
-        f"episodes with deterministic actions on environments of their own; the absolute metric is that of the best "
-        f"parameters on {' or '.join(str(10 * number) for number in episodes)} other episodes."
-    )
+def _seeds(seeds: Sequence[int]) -> str:
+    consecutive = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[0] + len(seeds)))
+    return f"{seeds[0]} to {seeds[-1]}" if consecutive else ", ".join(map(str, seeds))
 
 
-def _fewest_seeds(groups: RunGroups) -> int:
-    return min(len(runs) for methods in groups.values() for runs in methods.values())
+def _written(estimate: tuple[float, float, float], decimals: int = 2) -> str:
+    center, low, high = (f"{value:.{decimals}f}" for value in estimate)
+    return center if low == "nan" else f"{center} [{low}, {high}]"
 
 
-def _warning(groups: RunGroups) -> str:
-    return (
-        f"With {_fewest_seeds(groups)} seeds this page shows what was learnt; it does not rank methods. Bootstrap "
-        "intervals of fewer than ten runs are too narrow: those of 95 % from three runs of one task hold the true "
-        "value in about 75 % of studies."
-    )
-
-
-def _listed(names: Iterable[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
 

@@ -1,4 +1,4 @@
-"""Figures that compare methods, legible in print: one colour a method on every page, intervals shaded."""
+"""Figures of curves, legible in print: one colour a method on every page, intervals shaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Band", "draw_aggregates", "draw_curves", "draw_improvements", "method_styles"]
+__all__ = ["Band", "draw_aggregates", "draw_curves", "draw_improvements", "frames_axis", "method_styles", "subplots"]
 
 # Distinct also for readers who do not see all colours; many are those of Okabe and Ito.
 _COLORS = {
@@ -59,7 +59,7 @@ def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
         True
     """
     palette, variants, styles = list(_COLORS.values()), dict[str, int](), {}
-    families = {method: method.split()[0].split("_")[0] for method in sorted(methods)}
+    families = {method: method.lower().split()[0].split("_")[0] for method in sorted(methods)}
     alone = len(set(families.values())) == 1
     for method, family in families.items():
         color = _COLORS.get(family) or palette[zlib.crc32(family.encode()) % len(palette)]
@@ -85,13 +85,13 @@ def draw_curves(tasks: Mapping[str, Mapping[str, Band]], *, ylabel: str) -> Figu
     """
     columns = 2 if len(tasks) == 4 else min(3, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure, panels = _subplots(_WIDTH if columns > 1 else 0.6 * _WIDTH, 2.35 * rows + 0.3, rows, columns)
+    figure, panels = subplots(_WIDTH if columns > 1 else 0.6 * _WIDTH, 2.35 * rows + 0.3, rows, columns)
     styles = method_styles({method for curves in tasks.values() for method in curves})
     for axes, (task, curves) in zip(panels, tasks.items(), strict=False):
         for method, band in sorted(curves.items()):
             _draw_band(axes, band, method, styles)
         axes.set_title(_plain(task), **_TITLE)
-        _frames_axis(axes, max(np.max(band.x) for band in curves.values()))
+        frames_axis(axes, max(np.max(band.x) for band in curves.values()))
     for axes in panels[len(tasks) :]:
         axes.remove()
     for axes in panels[: len(tasks) : columns]:
@@ -113,7 +113,7 @@ def draw_aggregates(efficiency: Mapping[str, Band], profiles: Mapping[str, Band]
     Raises:
         ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
     """
-    figure, (left, right) = _subplots(_WIDTH, 2.75, 1, 2)
+    figure, (left, right) = subplots(_WIDTH, 2.75, 1, 2)
     styles = method_styles(efficiency)
     for method in sorted(efficiency):
         _draw_band(left, efficiency[method], method, styles)
@@ -146,7 +146,7 @@ def draw_improvements(panels: Mapping[str, Mapping[str, tuple[float, float, floa
     height = rows * (0.21 * len(methods) + 0.55) + 0.35
     labels = [_plain(method) for method in methods]
     names = max(0.35 * _WIDTH, 0.07 * max(map(len, methods)))
-    figure, axes_of = _subplots(names + 0.65 * columns / 3 * _WIDTH, height, rows, columns)
+    figure, axes_of = subplots(names + 0.65 * columns / 3 * _WIDTH, height, rows, columns)
     for index, (axes, (title, panel)) in enumerate(zip(axes_of, panels.items(), strict=False)):
         axes.axvline(0.5, color="0.45", linewidth=0.9, zorder=0)
         for method, (center, low, high) in panel.items():
@@ -172,17 +172,18 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _subplots(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def subplots(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure of so many inches and its panels, row by row; ``options`` are those of ``Figure.subplots``."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    panels = list(figure.subplots(rows, columns, squeeze=False, **options).ravel())
     for axes in panels:
         axes.grid(color="0.9", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set(color="0.35", linewidth=0.8)
-        axes.tick_params(color="0.35", labelcolor="0.15", labelsize=8.5)
+        axes.tick_params(which="both", color="0.35", labelcolor="0.15", labelsize=8.5)
         for label in (axes.xaxis.label, axes.yaxis.label):
             label.set_fontsize(9)
     return figure, panels
@@ -193,7 +194,8 @@ def _draw_band(axes: Axes, band: Band, method: str, styles: Mapping[str, Mapping
     axes.fill_between(band.x, band.low, band.high, color=styles[method]["color"], alpha=0.16, linewidth=0)
 
 
-def _frames_axis(axes: Axes, most: float) -> None:
+def frames_axis(axes: Axes, most: float) -> None:
+    """Label an axis of up to ``most`` frames in thousands or millions."""
     unit, name = (1e6, "millions") if most >= 1e6 else (1e3, "thousands")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / unit:g}")
     axes.set_xlabel(f"frames ({name})")

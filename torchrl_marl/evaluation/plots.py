@@ -1,21 +1,25 @@
-"""Pictures of runs."""
+"""Pictures of one run."""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from torchrl_marl.evaluation.figures import frames_axis, subplots
 from torchrl_marl.files import replacing
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["plot_kl_interval", "plot_learning_curve", "plot_method", "plot_reuse_matrix"]
+
+Metrics = Mapping[str, tuple[ArrayLike, ArrayLike]]
+"""Frames and values of what a run has logged, by the name of the metric."""
 
 
 def plot_learning_curve(evaluations: Sequence[tuple[int, float]], path: Path, *, title: str) -> Path:
@@ -32,118 +36,100 @@ def plot_learning_curve(evaluations: Sequence[tuple[int, float]], path: Path, *,
     Raises:
         ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
     """
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    figure = Figure(figsize=(6, 3.6), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = subplots(6, 3.6)
     frames, returns = zip(*evaluations, strict=True)
-    axes.plot(frames, returns, color="#2a6f97", linewidth=1.8, marker="o", markersize=3)
-    axes.set(xlabel="frames", ylabel="evaluation return", title=title)
-    _tidy(axes)
+    axes.plot(frames, returns, color="#0072b2", linewidth=1.7, marker="o", markersize=3)
+    axes.set(ylabel="evaluation return", title=title)
+    frames_axis(axes, frames[-1])
     return _save(figure, path)
 
 
-def plot_method(run: Path) -> list[Path]:
+def plot_method(metrics: Metrics, folder: Path) -> list[Path]:
     """Draw what a method logs of itself: the picture of each metric that the run has, and that has one.
 
     Args:
-        run: folder of a run.
+        metrics: of a run.
+        folder: where the pictures go.
 
     Returns:
         The PNG files.
     """
     pictures = {"kl_interval_low": plot_kl_interval, "reuse_0_0": plot_reuse_matrix}
-    files = [file for name in pictures for file in (run / "scalars" / "train").glob(f"*/{name}.csv")]
-    return [pictures[file.stem](run, file.parent.name) for file in sorted(files)]
+    parts = [name.split("/") for name in metrics]
+    return [pictures[own[-1]](metrics, folder, own[1]) for own in parts if own[0] == "train" and own[-1] in pictures]
 
 
-def plot_kl_interval(run: Path, group: str = "agents") -> Path:
+def plot_kl_interval(metrics: Metrics, folder: Path, group: str = "agents") -> Path:
     """Draw MARPO's ratio interval over training, above the divergence that it follows.
 
     Args:
-        run: folder of a run of :class:`~torchrl_marl.objectives.MARPOLoss`, with its metrics.
+        metrics: of a run of :class:`~torchrl_marl.objectives.MARPOLoss`.
+        folder: where the picture goes.
         group: name of the agents' group.
 
     Returns:
-        The PNG file, ``kl_interval.png`` in the run's folder.
+        The PNG file, ``kl_interval.png``.
 
     Raises:
-        FileNotFoundError: if the run has no such metrics.
+        KeyError: if the run has no such metrics.
         ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
     """
-    from matplotlib.figure import Figure
-
-    metric = partial(_metric, run, group)
-    figure = Figure(figsize=(6, 5), dpi=150, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    frames, low = metric("kl_interval_low")
-    above.fill_between(frames, low, metric("kl_interval_high")[1], color="#2a6f97", alpha=0.25, label="KL interval")
+    figure, (above, below) = subplots(6, 5, 2, 1, sharex=True, height_ratios=(3, 2))
+    frames, low = metrics[f"train/{group}/kl_interval_low"]
+    high = metrics[f"train/{group}/kl_interval_high"][1]
+    above.fill_between(frames, low, high, color="#0072b2", alpha=0.16, linewidth=0, label="KL interval")
     for name, style in (("max_ratio", "-"), ("min_ratio", "--")):
-        above.plot(*metric(name), color="#bc4b51", linewidth=1, linestyle=style, label=name.replace("_", " "))
-    above.axhline(1, color="black", linewidth=0.6)
+        label = name.replace("_", " ")
+        above.plot(*metrics[f"train/{group}/{name}"], color="#d55e00", linewidth=1, linestyle=style, label=label)
+    above.axhline(1, color="0.45", linewidth=0.9)
     above.set_yscale("log", base=2)
     above.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     above.set(ylabel="probability ratio", title="The interval of ratios and the divergence that it follows")
     for name, label, style in (("kl_target", "KL target", "-"), ("kl", "KL(old ‖ new)", "--")):
-        below.plot(*metric(name), color="#2a6f97", linewidth=1.4, linestyle=style, label=label)
-    below.set(xlabel="frames", ylabel="nats", yscale="log")
+        below.plot(*metrics[f"train/{group}/{name}"], color="#0072b2", linewidth=1.4, linestyle=style, label=label)
+    below.set(ylabel="nats", yscale="log")
+    frames_axis(below, np.max(frames))
     for axes in (above, below):
         axes.legend(frameon=False, fontsize=8)
-        _tidy(axes)
-    return _save(figure, run / "kl_interval.png")
+    return _save(figure, folder / "kl_interval.png")
 
 
-def plot_reuse_matrix(run: Path, group: str = "agents") -> Path:
+def plot_reuse_matrix(metrics: Metrics, folder: Path, group: str = "agents") -> Path:
     """Draw whose experience the agents of an off-agent method used over training: one stripe a learner and source.
 
     Args:
-        run: folder of a run of :class:`~torchrl_marl.objectives.OAPPOLoss` or one of its kind, with its metrics.
+        metrics: of a run of :class:`~torchrl_marl.objectives.OAPPOLoss` or one of its kind.
+        folder: where the picture goes.
         group: name of the agents' group.
 
     Returns:
-        The PNG file, ``reuse_matrix.png`` in the run's folder.
+        The PNG file, ``reuse_matrix.png``.
 
     Raises:
-        FileNotFoundError: if the run has no such metrics.
+        KeyError: if the run has no such metrics.
         ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
-    files = list((run / "scalars" / "train" / group).glob("reuse_*_*.csv"))
-    if not files:
-        raise FileNotFoundError(f"{run} has no metrics train/{group}/reuse_*.")
-    agents, norm = math.isqrt(len(files)), Normalize(0, 1)
-    figure = Figure(figsize=(6, 0.6 + 0.25 * len(files)), dpi=150, layout="constrained")
-    axes = figure.subplots(agents, 1, sharex=True, squeeze=False)[:, 0]
-    for learner, stripes in enumerate(axes):
-        series = [_metric(run, group, f"reuse_{learner}_{source}") for source in range(agents)]
-        frames, weights = series[0][0], [values for _, values in series]
-        extent = (0, frames[-1], agents - 0.5, -0.5)
-        stripes.imshow(weights, norm=norm, cmap="Blues", aspect="auto", extent=extent, interpolation="nearest")
-        stripes.set(ylabel=f"agent {learner}", yticks=range(agents))
-        _tidy(stripes)
-        stripes.grid(False)
-    axes[0].set_title("Share of each agent's experience in what an agent learns from")
-    axes[-1].set_xlabel("frames")
-    figure.colorbar(ScalarMappable(norm, "Blues"), ax=list(axes))
-    return _save(figure, run / "reuse_matrix.png")
-
-
-def _metric(run: Path, group: str, name: str) -> tuple[list[float], list[float]]:
-    with (run / "scalars" / "train" / group / f"{name}.csv").open() as file:
-        frames, values = zip(*((float(row[0]), float(row[1])) for row in csv.reader(file)), strict=True)
-    return list(frames), list(values)
+    prefix = f"train/{group}/reuse"
+    size, norm = sum(name.startswith(f"{prefix}_") for name in metrics), Normalize(0, 1)
+    agents = range(math.isqrt(size))
+    last = np.max(metrics[f"{prefix}_0_0"][0])
+    figure, panels = subplots(6, 0.6 + 0.25 * size, len(agents), 1, sharex=True)
+    for learner, axes in enumerate(panels):
+        weights = np.stack([metrics[f"{prefix}_{learner}_{source}"][1] for source in agents])
+        extent = (0, last, len(agents) - 0.5, -0.5)
+        axes.imshow(weights, norm=norm, cmap="Blues", aspect="auto", extent=extent, interpolation="nearest")
+        axes.set(ylabel=f"agent {learner}", yticks=agents)
+        axes.grid(False)
+    panels[0].set_title("Share of each agent's experience in what an agent learns from")
+    frames_axis(panels[-1], last)
+    figure.colorbar(ScalarMappable(norm, "Blues"), ax=panels)
+    return _save(figure, folder / "reuse_matrix.png")
 
 
 def _save(figure: Figure, path: Path) -> Path:
     with replacing(path) as picture:
-        figure.savefig(picture)
+        figure.savefig(picture, dpi=150)
     return path
-
-
-def _tidy(axes: Axes) -> None:
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)

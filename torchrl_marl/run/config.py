@@ -26,9 +26,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import get_type_hints
 
-from torchrl_marl.loggers import MetricLog
 from torchrl_marl.objectives.minibatches import check_chunks
 from torchrl_marl.run.checkpoints import check_resumable, find_checkpoint, read_metadata
+from torchrl_marl.run.logger import MetricLog
 from torchrl_marl.trust import foreign_code
 
 __all__ = ["Recipe", "end_if_refused", "recipe"]

@@ -33,11 +33,11 @@ from torchrl_marl.distributed import any_process, broadcast_from_main, rank, wor
 from torchrl_marl.envs import RandomState, preserve_random_state, render_episode, reseed
 from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve, plot_method
 from torchrl_marl.evaluation.episodes import ended_episode_returns
-from torchrl_marl.evaluation.records import EvaluationRecord
 from torchrl_marl.files import replacing
-from torchrl_marl.loggers import ABSOLUTE, LAST_FIFTH, MetricLog, git_commit, run_group
 from torchrl_marl.modules import GroupSpec
 from torchrl_marl.run.checkpoints import CheckpointFolder, actor_record, load_policy
+from torchrl_marl.run.logger import ABSOLUTE, LAST_FIFTH, MetricLog, git_commit, run_group
+from torchrl_marl.run.records import EvaluationRecord, metric_files, read_metric
 
 __all__ = ["Run", "progress_bar", "reduce_records", "stop_signals"]
 
@@ -369,7 +369,8 @@ class Run:
     def _draw(self) -> None:
         """Write the learning curve and a video of the best policy; a missing renderer must not fail a finished run."""
         with _as_warning("picture of its method"):
-            plot_method(self.folder)
+            metrics = {name: read_metric(self.folder, name) for name in metric_files(self.folder)}
+            plot_method(metrics, self.folder)
         title = f"{self.cfg.method} on {self.cfg.env.scenario}, seed {self.cfg.seed}"
         with _as_warning("learning curve"):
             plot_learning_curve(self._progress["evaluations"], self.folder / "learning_curve.png", title=title)

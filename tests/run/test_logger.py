@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchrl_marl.loggers import MetricLog, git_commit, run_group
+from torchrl_marl.run.logger import MetricLog, git_commit, run_group
 
 
 def new_log(folder: Path, **options: object) -> MetricLog:
@@ -108,7 +108,7 @@ def test_wandb_goes_offline_without_asking(failure: str, tmp_path: Path, monkeyp
 
 
 def test_the_commit_is_that_of_the_source_tree() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode:
         pytest.skip("not a git checkout")

@@ -16,8 +16,9 @@ from torchrl.record import CSVLogger, TensorboardLogger
 
 import torchrl_marl
 from torchrl_marl.files import replacing
+from torchrl_marl.run.records import metric_files, read_metric, without_seed
 
-__all__ = ["ABSOLUTE", "LAST_FIFTH", "MetricLog", "git_commit", "run_group", "without_seed"]
+__all__ = ["ABSOLUTE", "LAST_FIFTH", "MetricLog", "git_commit", "run_group"]
 
 ABSOLUTE = "eval/absolute/episode_reward"
 """Metrics that a finished run logs, with the endings ``_mean``, ``_std``, ...: returns of its best parameters."""
@@ -66,7 +67,7 @@ class MetricLog:
         tensorboard: bool = False,
     ) -> None:
         if resumed_at is not None:
-            _drop_rows_beyond(resumed_at, folder / "scalars")
+            _drop_rows_beyond(resumed_at, folder)
             _set_aside(folder, folder.glob("summary.json"))
         self._folder = folder
         self._csv = CSVLogger(exp_name="", log_dir=str(folder))
@@ -119,10 +120,8 @@ class MetricLog:
     def _repeat(self, older: Sequence[Path]) -> None:
         """Log what the CSV files hold, and put aside the W&B folders that hold it, too."""
         rows: dict[int, dict[str, float]] = {}
-        for path in (self._folder / "scalars").rglob("*.csv"):
-            name = path.relative_to(self._folder / "scalars").with_suffix("").as_posix()
-            for row in path.read_text().splitlines():
-                frames, value = row.split(",")
+        for name in metric_files(self._folder):
+            for frames, value in zip(*read_metric(self._folder, name), strict=True):
                 rows.setdefault(int(frames), {})[name] = float(value)
         for frames, metrics in sorted(rows.items()):
             self._wandb.log({**metrics, _FRAMES: frames})
@@ -138,12 +137,6 @@ def run_group(method: str, task: str, config: Mapping[str, Any]) -> str:
     """
     digest = hashlib.sha1(json.dumps(without_seed(config), sort_keys=True).encode()).hexdigest()
     return f"{method}_{task}_{digest[:8]}"
-
-
-def without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a configuration, nested or flat, the seeds of one experiment share: not where and how they ran."""
-    own = ("seed", "resume", "folder", "device", "logger")
-    return {key: value for key, value in config.items() if key.partition(".")[0] not in own}
 
 
 def git_commit() -> str:
@@ -171,10 +164,10 @@ def _start_wandb(mode: str | None, **run: Any) -> Any:
         return wandb.init(mode="offline", settings=settings, **run)
 
 
-def _drop_rows_beyond(frames: int, scalars: Path) -> None:
+def _drop_rows_beyond(frames: int, folder: Path) -> None:
     """Forget what a run measured after the checkpoint that it resumes from, or at its end; it will do so again."""
-    for path in scalars.rglob("*.csv"):
-        if path.relative_to(scalars).as_posix().startswith((ABSOLUTE, LAST_FIFTH)):
+    for name, path in metric_files(folder).items():
+        if name.startswith((ABSOLUTE, LAST_FIFTH)):
             path.unlink()
             continue
         rows = path.read_text().splitlines(keepends=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.recipes.runs import run_folders, run_recipe
-from torchrl_marl.evaluation.records import EvaluationRecord, merge_records
+from torchrl_marl.run.records import EvaluationRecord, merge_records
 
 
 def new_record(path: Path, **options: object) -> EvaluationRecord:

@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-envs test-football test-scale check results size clean
+.PHONY: train test test-wheel test-envs test-football test-scale check results size clean
 
 train: .venv/train
 	$(BIN)/python recipes/mars_vmas.py $(ARGS)
@@ -14,6 +14,9 @@ test: .venv/test
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-wheel: # what `pip install` gives, in an environment and a folder of its own: train, copy, edit, export
+	tests/wheel.sh $(PYTHON)
 
 test-envs: .venv/test-envs # the wrappers of other packages' environments, which `make test` skips
 	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/jax \

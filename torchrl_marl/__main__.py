@@ -1,8 +1,9 @@
-"""The command line: ``python -m torchrl_marl evaluate|export RUN``, and ``check my_module:make_env``."""
+"""The command line, ``torchrl-marl`` or ``python -m torchrl_marl``: recipes from anywhere, and what follows a run."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+import torchrl_marl
 from torchrl_marl.envs import check_env, make_custom, render_episode
 from torchrl_marl.evaluation import evaluate, stratified_bootstrap_interval
 from torchrl_marl.export import export_policy
 from torchrl_marl.run.checkpoints import best_checkpoint, load_policy, read_metadata
 from torchrl_marl.run.config import check_device
+from torchrl_marl.shelf import copy_recipe, print_recipes, run_recipe
 from torchrl_marl.trust import foreign_code, reason
+
+_SCRIPTS = {"train": "mars_vmas", "compare": "compare", "tune": "tune"}  # commands that are short for a recipe
 
 
 def evaluate_run(
@@ -91,10 +96,17 @@ def _environment(checkpoint: Path, config: dict[str, Any], factory: str | None) 
     return env
 
 
-def main() -> None:
-    """Read the command line and do what it asks; end with one line where that is impossible."""
-    parser = argparse.ArgumentParser(prog="python -m torchrl_marl", description=__doc__)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="torchrl-marl", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"torchrl_marl {torchrl_marl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("ls", help="list recipes, methods, environments and experiments")
+    copied = commands.add_parser("cp", help="copy a recipe with its configuration, to edit it")
+    copied.add_argument("recipe")
+    copied.add_argument("folder", type=Path, nargs="?", default=Path())
+    commands.add_parser("run", help="run a recipe: run RECIPE overrides...")
+    for command, recipe in _SCRIPTS.items():
+        commands.add_parser(command, help=f"short for run {recipe}")
     run = argparse.ArgumentParser(add_help=False)
     run.add_argument("run", metavar="RUN", type=Path, help="folder of a run (its best checkpoint), or a checkpoint")
     played = commands.add_parser("evaluate", parents=[run], help="play episodes, print the return, film one")
@@ -111,18 +123,36 @@ def main() -> None:
     exported.add_argument("--output", type=Path, metavar="FILE", help="by default policy.onnx or .pt2 in the run")
     checked = commands.add_parser("check", help="explain an environment of your own, and what it lacks")
     checked.add_argument("factory", metavar="MODULE:CALLABLE", help="what env.factory=... of the recipes gets")
-    args = parser.parse_args()
-    try:
-        if args.command == "evaluate":
-            check_device(args.device)
-            options = {"video": args.video, "seed": args.seed, "device": args.device, "sampled": args.sampled}
-            evaluate_run(args.run, episodes=args.episodes, factory=args.factory, **options)
-        elif args.command == "check":
-            check_env(make_custom(args.factory, num_envs=2))
-        else:
-            export_policy(args.run, format=args.format, path=args.output, group=args.group, agent=args.agent)
-    except (ImportError, InstantiationException, OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"torchrl_marl {args.command}: {reason(error)}") from error
+    return parser
+
+
+def _follow(args: argparse.Namespace) -> None:
+    """Do what a command line asks about runs, recipes and environments that exist."""
+    if args.command == "ls":
+        print_recipes()
+    elif args.command == "cp":
+        print(*copy_recipe(args.recipe, args.folder), sep="\n")
+    elif args.command == "evaluate":
+        check_device(args.device)
+        options = {"video": args.video, "seed": args.seed, "device": args.device, "sampled": args.sampled}
+        evaluate_run(args.run, episodes=args.episodes, factory=args.factory, **options)
+    elif args.command == "check":
+        check_env(make_custom(args.factory, num_envs=2))
+    else:
+        export_policy(args.run, format=args.format, path=args.output, group=args.group, agent=args.agent)
+
+
+def main() -> None:
+    """Read the command line and do what it asks; end with one line where that is impossible."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command == "run" and arguments:
+        command, *arguments = arguments
+    elif command not in _SCRIPTS:
+        try:
+            return _follow(_parser().parse_args([command, *arguments]))
+        except (ImportError, InstantiationException, OSError, RuntimeError, ValueError) as error:
+            raise SystemExit(f"torchrl_marl {command}: {reason(error)}") from error
+    return run_recipe(_SCRIPTS.get(command, command), arguments)
 
 
 if __name__ == "__main__":

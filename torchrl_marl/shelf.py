@@ -1,0 +1,86 @@
+"""The recipes that come with the package: listed, copied and run from anywhere."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import runpy
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["copy_recipe", "print_recipes", "recipes_folder", "run_recipe"]
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the recipes: inside an installed package, beside it in a clone."""
+    package = Path(__file__).parent
+    return next(path for path in (package / "recipes", package.parent / "recipes") if path.is_dir())
+
+
+def print_recipes() -> None:
+    """Print every recipe with what its first line says, and the choices of each configuration group."""
+    for path in _scripts():
+        print(f"{path.stem:14}{(ast.get_docstring(ast.parse(path.read_text())) or '').splitlines()[0]}")
+    for group in sorted(path for path in (recipes_folder() / "config").iterdir() if path.is_dir()):
+        choices = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+        if choices:
+            print(f"\n{group.name}=  {choices}")
+
+
+def copy_recipe(name: str, destination: Path) -> list[Path]:
+    """Copy a recipe, what it imports from its folder, and the configuration, to be edited.
+
+    Args:
+        name: of the recipe, such as a name that :func:`print_recipes` lists.
+        destination: folder; made if need be.
+
+    Returns:
+        The copied scripts.
+
+    Raises:
+        FileExistsError: if a file of that name is there; nothing is written then.
+        ValueError: if there is no such recipe.
+    """
+    scripts, waiting = [], [_script(name)]
+    while waiting:
+        scripts.append(script := waiting.pop())
+        imported = {node.module for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)}
+        waiting += [path for path in _scripts() if path.stem in imported and path not in scripts]
+    targets = [destination / script.name for script in scripts]
+    for target in (*targets, destination / "config"):
+        if target.exists():
+            raise FileExistsError(f"{target} is there already: name another folder, or move it away.")
+    destination.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(recipes_folder() / "config", destination / "config")
+    for script, target in zip(scripts, targets, strict=True):
+        shutil.copyfile(script, target)
+    return targets
+
+
+def run_recipe(name: str, arguments: Sequence[str]) -> None:
+    """Run a recipe in this process, as ``python NAME.py ARGUMENTS`` does; modules of the current folder can be named.
+
+    Raises:
+        SystemExit: if there is no such recipe, with the nearest.
+    """
+    try:
+        script = _script(name)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    sys.path[:0] = [str(script.parent), str(Path.cwd())]
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _scripts() -> list[Path]:
+    return sorted(path for path in recipes_folder().glob("*.py") if not path.stem.startswith("_"))
+
+
+def _script(name: str) -> Path:
+    known = {path.stem: path for path in _scripts()}
+    if (stem := name.removesuffix(".py")) not in known:
+        nearest = difflib.get_close_matches(stem, known, n=3, cutoff=0.4) or sorted(known)
+        raise ValueError(f"There is no recipe {name}; nearest: {', '.join(nearest)}.")
+    return known[stem]

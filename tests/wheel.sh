@@ -15,10 +15,10 @@ rm -r "$folder/source"
 mkdir "$folder/work" && cd "$folder/work"
 short=(env.num_envs=6 total_frames=1200 frames_per_batch=600 minibatch_size=600 evaluation.interval=1200 evaluation.episodes=2 evaluation.video=false)
 "$bin/torchrl-marl" --version
-"$bin/torchrl-marl" ls | grep -q mars_vmas
+"$bin/torchrl-marl" ls | grep mars_vmas
 "$bin/torchrl-marl" train "${short[@]}"
 "$bin/torchrl-marl" cp marpo_vmas mine
-sed -i.before 's/^lr: .*//; s/^gamma: .*/gamma: 0.9/' mine/config/mars_vmas.yaml
+sed -i.before 's/^gamma: .*/gamma: 0.9/' mine/config/mars_vmas.yaml
 "$bin/python" mine/marpo_vmas.py "${short[@]}"
 grep -q "gamma: 0.9$" runs/marpo_vmas/*/*/*/config.yaml
 "$bin/torchrl-marl" export runs/mars_vmas/*/*/* --output policy.onnx

@@ -46,7 +46,7 @@ $(BIN)/python:
 	touch $@
 
 .venv/test: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable ".[vmas,wandb,plot,seps,sweep,export,video,dev]"
+	$(PIP) --editable ".[vmas,wandb,plot,seps,tune,export,video,dev]"
 	touch $@
 
 .venv/test-envs: pyproject.toml constraints.txt | $(BIN)/python

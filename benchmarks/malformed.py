@@ -60,7 +60,7 @@ optimizer.betas=5 optimizer=5 optimizer._target_=torch.optim.Nothing optimizer._
 logger.tensorboard=maybe logger.wandb_mode=maybe logger.wandb_tags=5 logger=5 logger=null logger.foo=1
 logger.wandb_project=5 total_frame=5 lossy=mars foo=1 foo.bar=1 env..x=1 =5 seed seed= loss=nowhere loss= loss=null
 collector=nowhere collector.foo=1 collector=null actor=nowhere actor=null loss=[ seed=[1 seed=${nowhere}
-frames_per_batch=99999999999999999999 hydra.foo=1 setting=nowhere +seed=1 sweep=nowhere loss=mars,mappo
+frames_per_batch=99999999999999999999 hydra.foo=1 setting=nowhere +seed=1 loss=mars,mappo
 total_frames=${oc.env:NOWHERE} loss._target_=os.system loss._target_=null env._target_=nowhere.make
 """.split()
 _NETWORKS = """

@@ -3,7 +3,7 @@
 A study is a table of the recipes' commands, each for several seeds. Stop it whenever you like: the same command skips
 finished runs and goes on with begun ones. In the end each part gets a page by recipes/compare.py, FOLDER/PART/page/.
 `papers` has the scale of the papers, 20 M frames and 10 seeds, at the recipes' settings or, on CoordSum, those that
-MAGPO's authors publish; tune first where that matters (`sweep=METHOD`), and put what you find into the table.
+MAGPO's authors publish; tune first where that matters (`recipes/tune.py`), and put what you find into the table.
 Where the table has a list of commands, the one that does best on tuning seeds is run; see FOLDER/PART/tuning.json.
 """
 

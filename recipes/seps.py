@@ -29,7 +29,7 @@ _UNREAD = (
     "loss",
     "critic",
 )
-_UNREAD += ("collector", "optimizer", "evaluation", "logger", "resume", "compile", "sweep")
+_UNREAD += ("collector", "optimizer", "evaluation", "logger", "resume", "compile")
 
 
 @recipe(Path(__file__).parent / "config", "seps", unread=_UNREAD)

@@ -86,7 +86,7 @@ def test_the_table_of_methods_is_the_folder_of_choices() -> None:
 
 def test_the_extras_that_are_promised_exist() -> None:
     pyproject = (ROOT / "pyproject.toml").read_text()
-    for extra in ("vmas", "wandb", "plot", "jax", "sweep", "export", "video", "scale", "dev"):
+    for extra in ("vmas", "wandb", "plot", "jax", "tune", "export", "video", "scale", "dev"):
         assert re.search(rf"^{extra} = \[", pyproject, flags=re.MULTILINE), extra
 
 

@@ -68,12 +68,17 @@ def test_cuda_is_refused_where_there_is_none(tmp_path: Path, monkeypatch: pytest
         run_recipe(monkeypatch, tmp_path, "device=cuda:1")
 
 
-@pytest.mark.parametrize(("override", "extra"), [("hydra/launcher=submitit_slurm", "scale"), ("sweep=mars", "sweep")])
-def test_a_missing_extra_is_named(override: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "optuna.distributions", None)
+@pytest.mark.parametrize(
+    ("recipe", "words", "extra"),
+    [("mars_vmas", ["-m", "hydra/launcher=submitit_slurm"], "scale"), ("tune", ["mars_vmas"], "tune")],
+)
+def test_a_missing_extra_is_named(
+    recipe: str, words: list[str], extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.setattr("torchrl_marl.run.config.find_spec", lambda _: None)
     with pytest.raises(SystemExit, match=rf'needs .*: pip install "torchrl_marl\[{extra}\]"'):
-        run_recipe(monkeypatch, tmp_path, "-m", override)
+        run_recipe(monkeypatch, tmp_path, *words, recipe=recipe)
 
 
 def test_a_recipe_with_a_scenario_of_its_own_takes_other_environments(

@@ -1,6 +1,8 @@
 """Studies choose by TPE, take the mean over seeds, prune between them and survive a kill."""
 
 import json
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,11 +11,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.recipes.runs import run_folders, run_recipe
+from tests.recipes.runs import RECIPES, TINY, run_folders
+from torchrl_marl.run import Run
 
 optuna = pytest.importorskip("optuna")
 
-from torchrl_marl.tuning import num_finished, open_study, run_trial, study_record  # noqa: E402
+from recipes.tune import num_finished, open_study, run_trial, study_record  # noqa: E402
 
 SPACE = {
     "x": optuna.distributions.FloatDistribution(0, 1),
@@ -98,7 +101,7 @@ def test_a_killed_process_leaves_a_study_that_another_goes_on_with(tmp_path: Pat
     script = f"""
 import os, signal
 from pathlib import Path
-from tests.test_tuning import finish, score
+from tests.recipes.test_tune import finish, score
 calls = []
 def run(params, seed):
     calls.append(seed)
@@ -107,7 +110,7 @@ def run(params, seed):
     return score(params, seed)
 finish(Path({str(tmp_path / "study.db")!r}), run)
 """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     killed = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert finish(tmp_path / "study.db") == whole
@@ -126,15 +129,28 @@ def test_more_trials_of_the_same_command_go_on_where_it_ended(tmp_path: Path, wh
     assert finish(tmp_path / "study.db") == whole
 
 
+def tune(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, seeds: str = "3", trials: int = 1) -> None:
+    """Run recipes/tune.py within this process."""
+    options = ["--seeds", *seeds.split(), "--trials", str(trials)]
+    monkeypatch.setattr(sys, "argv", ["tune.py", *overrides, *TINY, "total_frames=80", f"folder={folder}", *options])
+    monkeypatch.syspath_prepend(str(RECIPES))  # as Python does for a script
+    runpy.run_path(str(RECIPES / "tune.py"), run_name="__main__")
+
+
+def trials_of(folder: Path) -> list[dict]:
+    (path,) = (folder / "tuning").glob("*.db")
+    with open_study(path) as study:
+        return study_record(study)
+
+
 def test_the_recipe_tunes_and_prints_the_command_of_the_best_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    groups = "actor=mlp collector=default critic=mlp env=vmas loss=mars "
-    options = ["total_frames=80", "minibatch_size=choice(20,40)", "hydra.sweeper.seeds=[3,4]", "env.scenario=balance"]
-    run_recipe(monkeypatch, tmp_path, "sweep=mars", *options, "hydra.sweeper.num_trials=2")
+    monkeypatch.setattr("tests.recipes.test_tune.TINY", [word for word in TINY if "minibatch_size" not in word])
+    options = ["mars_vmas", "loss=mars", "minibatch_size=choice(20,40)", "env.scenario=balance"]
+    tune(monkeypatch, tmp_path, *options, seeds="3 4", trials=2)
     printed = capsys.readouterr().out
-    (record,) = (tmp_path / "tuning").glob("mars_balance_*.json")
-    trials = json.loads(record.read_text())
+    trials = trials_of(tmp_path)
     assert [trial["state"] for trial in trials] == ["complete"] * 2
     configs = [OmegaConf.load(folder / "config.yaml") for folder in run_folders(tmp_path)]
     assert [config.seed for config in configs] == [3, 4, 3, 4]
@@ -156,26 +172,76 @@ def test_the_recipe_tunes_and_prints_the_command_of_the_best_trial(
         summary = json.loads((run_folders(tmp_path)[index] / "summary.json").read_text())
         assert returns[index % 2] == pytest.approx(summary["last_fifth"])
         (session,) = summary["sessions"]
-        assert session["command"].startswith(f"python recipes/mars_vmas.py {groups}")
-        assert "sweep=" not in session["command"]
+        recorded = shlex.split(session["command"])
+        assert recorded[:2] == ["python", "recipes/mars_vmas.py"]
+        assert {f"{key}={value}" for key, value in params.items()} < set(recorded)
     best = max(trials, key=lambda trial: trial["objective"])["params"]
-    command = printed.split("Best of 2 trials: ")[1].splitlines()[1]
-    assert command.startswith(f"python recipes/mars_vmas.py -m {groups}")
-    assert all(f"{key}={value}" in command for key, value in best.items())
-    assert "seed=0,1,2" in command
-    assert "evaluation.video=False" in command  # asked for on the command line
-    run_recipe(monkeypatch, tmp_path, "sweep=mars", *options, "hydra.sweeper.num_trials=2")  # nothing is left to do
+    (command,) = printed.split("Best of 2 trials: ")[1].splitlines()[1:]
+    words = shlex.split(command)
+    assert words[:4] == ["python", "recipes/mars_vmas.py", "-m", "loss=mars"]
+    assert {f"{key}={value}" for key, value in best.items()} < set(words)
+    assert words[-1].startswith("seed=0,1,2")
+    assert "evaluation.video=false" in words  # asked for on the command line
+    assert f"| {trials[0]['objective']:.4g} | 2 | complete |" in printed
+    tune(monkeypatch, tmp_path, *options, seeds="3 4", trials=2)  # nothing is left to do
     assert len(run_folders(tmp_path)) == 4
 
 
-def test_the_method_is_that_of_the_search_space_not_the_recipes_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ["sweep=rpo", "total_frames=80", "hydra.sweeper.seeds=[3]", "hydra.sweeper.num_trials=1"]
-    run_recipe(monkeypatch, tmp_path, *options, recipe="marpo_vmas")
+def test_the_search_space_is_that_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune(monkeypatch, tmp_path, "marpo_vmas", "loss=rpo")
     (folder,) = run_folders(tmp_path)
     config = OmegaConf.load(folder / "config.yaml")
     assert (config.method, config.loss.layout) == ("rpo", "rpo")
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(ValueError, match="loss=mappo is not the method of this search space, rpo"):
-        run_recipe(monkeypatch, tmp_path, *options, "loss=mappo", recipe="marpo_vmas")
+    (trial,) = trials_of(tmp_path)
+    assert {"loss.reflection_coeff", "loss.clip_epsilon"} < set(trial["params"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_search_that_a_signal_has_ended_goes_on_with_the_same_command(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(monkeypatch, tmp_path / "whole", "mars_vmas", trials=2)
+    record = Run.record
+
+    def stop_and_record(run: Run, metrics: dict) -> None:
+        if "trial1" in run.folder.parts:
+            signal.raise_signal(number)
+            monkeypatch.setattr(Run, "record", record)
+        record(run, metrics)
+
+    monkeypatch.setattr(Run, "record", stop_and_record)
+    with pytest.raises(SystemExit, match="ends here"):
+        tune(monkeypatch, tmp_path / "stopped", "mars_vmas", trials=2)
+    assert len(trials_of(tmp_path / "stopped")) == 1
+    tune(monkeypatch, tmp_path / "stopped", "mars_vmas", trials=2)
+    assert trials_of(tmp_path / "stopped") == trials_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["epohcs=8"], r"^epohcs is not a key of the configuration; nearest: epochs"),
+        (["loss=marz"], r"^loss=marz is not a choice; nearest: loss=mars"),
+        (["loss.foo=interval(0, 1)"], r"^loss\.foo is not an argument of .*MARSLoss; nearest: "),
+        (["loss.target_ratios.0=-1"], r"^loss: .*-1"),  # what only the constructor refuses
+        (["seed=3"], r"^seed=3 has no effect: trials begin anew, each with all of --seeds\."),
+        (["loss=magpo"], r"^mars_vmas does not train MAGPOLoss"),
+    ],
+)
+def test_what_the_recipe_refuses_ends_the_search_with_the_same_line(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=message) as refused:
+        tune(monkeypatch, tmp_path, "mars_vmas", *words)
+    assert "\n" not in str(refused.value)
+    assert not run_folders(tmp_path)
+
+
+def test_a_study_is_continued_by_its_own_search_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = f"--study={tmp_path / 'mine.db'}"
+    tune(monkeypatch, tmp_path, "mars_vmas", study)
+    with pytest.raises(SystemExit, match=r"mine\.db belongs to another search, mars_navigation_"):
+        tune(monkeypatch, tmp_path, "mars_vmas", study, "gamma=0.9", trials=2)
+    with open_study(tmp_path / "mine.db"), pytest.raises(SystemExit, match=r"^Another process is tuning"):
+        tune(monkeypatch, tmp_path, "mars_vmas", study)
+    assert len(run_folders(tmp_path)) == 1

@@ -1,4 +1,4 @@
-"""Every method has a search space, for `sweep=METHOD` and for W&B."""
+"""Every method has a search space, for recipes/tune.py and for W&B."""
 
 import json
 from pathlib import Path
@@ -17,6 +17,10 @@ from torchrl_marl.modules import GroupSpec
 from torchrl_marl.run.config import check_keys
 from torchrl_marl.run.logger import LAST_FIFTH
 
+pytest.importorskip("optuna")
+
+from recipes.tune import SPACES, main
+
 CONFIG = RECIPES / "config"
 
 
@@ -26,19 +30,31 @@ def composed(method: str, *overrides: str) -> DictConfig:
 
 
 def space_of(method: str) -> list[Override]:
-    params = composed(method, f"sweep={method}").hydra.sweeper.params
+    params = {**SPACES["shared"], **SPACES["methods"][method]}
     return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
 
 
+def printed_sweep(method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> dict:
+    recipe = RECIPE_OF.get(method, "mars_vmas")
+    monkeypatch.setattr("sys.argv", ["tune.py", recipe, f"loss={method}", "env.scenario=balance", "--wandb"])
+    monkeypatch.syspath_prepend(str(RECIPES))
+    main()
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_every_method_has_a_space_and_no_other_has() -> None:
+    assert sorted(SPACES["methods"]) == METHODS
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_can_be_tuned_with_equal_budget(method: str) -> None:
-    config = composed(method, f"sweep={method}")
-    assert config.hydra.sweeper.method == method
+def test_every_method_can_be_tuned_with_equal_budget(
+    method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = [override for override in space_of(method) if override.is_interval_sweep()]
     assert own
-    assert config.hydra.sweeper.num_trials == 40 * len(own)
-    assert len(set(config.hydra.sweeper.seeds)) == 5
-    assert not set(config.hydra.sweeper.seeds) & set(range(100))  # those that results are reported on
+    assert printed_sweep(method, capsys, monkeypatch)["run_cap"] == 40 * len(own)
+    assert len(set(SPACES["seeds"])) == 5
+    assert not set(SPACES["seeds"]) & set(range(100))  # those that results are reported on
 
 
 @pytest.mark.parametrize("end", ["start", "end"])
@@ -65,12 +81,15 @@ def test_both_ends_of_every_space_are_arguments_that_the_loss_takes(method: str,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_sweep_of_wandb_searches_the_same_space_for_a_metric_that_runs_log(
-    method: str,
+    method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = yaml.safe_load((RECIPES / "wandb_sweeps" / f"{method}.yaml").read_text())
+    sweep = printed_sweep(method, capsys, monkeypatch)
+    assert set(sweep) == {"program", "command", "method", "run_cap", "metric", "parameters"}
+    assert sweep["method"] == "bayes"
     assert sweep["metric"] == {"name": LAST_FIFTH, "goal": "maximize"}
-    assert sweep["run_cap"] == composed(method, f"sweep={method}").hydra.sweeper.num_trials
-    assert f"loss={method}" in sweep["command"]
+    command = ["${env}", "python", "${program}", f"loss={method}", "env.scenario=balance"]
+    assert set(command) | {"evaluation.video=False", "seed=1000"} <= set(sweep["command"])
+    assert [sweep["command"][index] for index in (0, 1, 2, -1)] == [*command[:3], "${args_no_hyphens}"]
     assert sweep["program"] == f"recipes/{RECIPE_OF.get(method, 'mars_vmas')}.py"
     written = {}
     for key, value in sweep["parameters"].items():

@@ -1,0 +1,277 @@
+"""Tune a recipe's method: Optuna's TPE, the mean over five seeds one after another, pruning in between.
+
+    python recipes/tune.py mars_vmas loss=maspo env.scenario=balance --trials 20
+    python recipes/tune.py marpo_vmas epochs=4 "optimizer.lr=tag(log, interval(1e-4, 1e-2))"
+    python recipes/tune.py mars_vmas loss=mappo --wandb > sweep.yaml
+
+The overrides are those of the recipe's own command. They fix, widen or add to what spaces.yaml searches for the method
+that loss= names, in its words. Ctrl-C or a kill ends the study, and the same command goes on with it, bit for bit.
+"""
+
+import argparse
+import logging
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
+from omegaconf import OmegaConf
+
+from torchrl_marl.run.logger import LAST_FIFTH, run_group
+from torchrl_marl.run.config import Recipe, end_if_refused
+
+try:
+    from filelock import FileLock, Timeout
+    from optuna import Study, create_study
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.pruners import MedianPruner
+    from optuna.samplers import TPESampler
+    from optuna.trial import FrozenTrial, TrialState
+except ModuleNotFoundError as error:
+    raise SystemExit(f'recipes/tune.py needs more packages ({error}): pip install "torchrl_marl[tune]"') from error
+
+FOLDER = Path(__file__).parent
+SPACES = yaml.safe_load((FOLDER / "spaces.yaml").read_text())
+_RETURNS = "returns"
+
+
+def main() -> None:
+    """Read the command line; tune, or print a W&B sweep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=sorted(path.stem for path in FOLDER.glob("*_vmas.py")))
+    parser.add_argument("overrides", nargs="*", help="of the recipe; what is searched is written as in spaces.yaml")
+    parser.add_argument("--trials", type=int, help="in all, with those of before; default: what spaces.yaml says")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SPACES["seeds"], help="of every trial")
+    parser.add_argument("--study", type=Path, help="SQLite file; default FOLDER/tuning/NAME.db, a NAME for each search")
+    parser.add_argument("--wandb", action="store_true", help="print a W&B sweep over the same space instead")
+    arguments = parser.parse_intermixed_args()
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notices would break the progress bars
+    recipe = import_module(arguments.recipe).main
+    try:
+        tune(recipe, arguments)
+    except StudyInUseError as error:
+        raise SystemExit(str(error)) from error
+    except Exception as error:
+        end_if_refused(error, recipe.train.__module__)
+        raise
+
+
+def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Run trials until there are enough; print all of them and the command that runs the best on other seeds."""
+    name, seeds, asked = arguments.recipe, arguments.seeds, _parsed(arguments.overrides)
+    for key in asked.keys() & {"seed", "resume"}:
+        raise SystemExit(f"{asked[key].input_line} has no effect: trials begin anew, each with all of --seeds.")
+    recipe.compose(_lines(asked[key] for key in ("experiment", "loss") if key in asked), name)
+    method = HydraConfig.get().runtime.choices["loss"]
+    if method not in SPACES["methods"]:
+        raise SystemExit(f"spaces.yaml has no loss={method}; it has {', '.join(SPACES['methods'])}.")
+    own = SPACES["methods"][method]
+    overrides = _parsed(_assignments({**SPACES["shared"], **own})) | asked
+    space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
+    fixed = _lines(override for key, override in overrides.items() if key not in space)
+    cfg = recipe.compose([*fixed, *_assignments({key: _first(each) for key, each in space.items()})], name)
+    num_trials = arguments.trials or SPACES["trials_per_parameter"] * sum(key in space for key in own)
+    if arguments.wandb:
+        print(yaml.safe_dump(wandb_sweep(name, [*fixed, f"seed={seeds[0]}"], space, num_trials), sort_keys=False))
+        return
+
+    identity = {"config": OmegaConf.to_container(cfg), "space": {k: str(v) for k, v in space.items()}, "seeds": seeds}
+    search = run_group(cfg.method, cfg.env.scenario, identity)
+    path = arguments.study or Path(cfg.folder) / "tuning" / f"{search}.db"
+    with open_study(path) as study:
+        if study.user_attrs.setdefault("search", search) != search:
+            raise SystemExit(f"--study {path} belongs to another search, {study.user_attrs['search']}.")
+        study.set_user_attr("search", search)
+        print(f"{path}: {num_finished(study)} of {num_trials} trials. Stop when you like: the same command goes on.")
+
+        def run(params: Mapping[str, Any], seed: int) -> float:
+            words = [
+                *fixed,
+                *_assignments(params),
+                f"seed={seed}",
+                "hydra.mode=MULTIRUN",
+            ]  # Ctrl-C ends more than a run
+            trial_cfg = recipe.compose(words, name)
+            trial_cfg.folder = str(Path(cfg.folder) / "tuning" / path.stem / f"trial{num_finished(study)}")
+            return recipe.train(trial_cfg)
+
+        while num_finished(study) < num_trials:
+            trial = run_trial(study, run, space, seeds=seeds)
+            done = f"Trial {num_finished(study)} of {num_trials} {trial.state.name.lower()}"
+            print(f"{done}, {trial.params}: {trial.user_attrs.get(_RETURNS, 'diverged')}")
+        print(table(study))
+        complete = study.get_trials(states=(TrialState.COMPLETE,))
+        if not complete:
+            raise SystemExit("No trial has come to its end: each diverged.")
+        wanted = _lines(override for key, override in asked.items() if key not in space)
+        best = shlex.join(["python", f"recipes/{name}.py", "-m", *wanted, *_assignments(study.best_params)])
+        print(f"Best of {num_finished(study)} trials: {study.best_value:.4g}\n{best} seed=0,1,2,3,4,5,6,7,8,9")
+
+
+def _parsed(lines: Sequence[str]) -> dict[str, Override]:
+    return {override.key_or_group: override for override in OverridesParser.create().parse_overrides(list(lines))}
+
+
+def _lines(overrides: Iterable[Override]) -> list[str]:
+    return [str(override.input_line) for override in overrides]
+
+
+def _assignments(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def _first(distribution: BaseDistribution) -> Any:
+    return getattr(distribution, "choices", [getattr(distribution, "low", None)])[0]
+
+
+def distribution(override: Override) -> BaseDistribution:
+    """Return what an override that chooses says, as Optuna's distribution."""
+    if override.is_discrete_sweep():
+        return CategoricalDistribution([*override.sweep_iterator(Transformer.encode)])
+    sweep: Any = override.value()
+    whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
+    return (IntDistribution if whole else FloatDistribution)(sweep.start, sweep.end, log="log" in sweep.tags)
+
+
+def wandb_sweep(
+    recipe: str, fixed: Sequence[str], space: Mapping[str, BaseDistribution], num_trials: int
+) -> dict[str, Any]:
+    """Return the configuration of a W&B sweep, whose trials are of one seed: `wandb sweep FILE`."""
+    parameters: dict[str, Any] = {}
+    for key, each in space.items():
+        if isinstance(each, CategoricalDistribution):
+            parameters[key] = {"values": list(each.choices)}
+        elif isinstance(each, FloatDistribution | IntDistribution):
+            scale = {"distribution": "log_uniform_values"} if each.log else {}
+            parameters[key] = {**scale, "min": each.low, "max": each.high}
+    return {
+        "program": f"recipes/{recipe}.py",
+        "command": ["${env}", "python", "${program}", *fixed, "${args_no_hyphens}"],
+        "method": "bayes",
+        "run_cap": num_trials,
+        "metric": {"name": LAST_FIFTH, "goal": "maximize"},
+        "parameters": parameters,
+    }
+
+
+class StudyInUseError(RuntimeError):
+    """Another process has the study open."""
+
+
+@contextmanager
+def open_study(path: Path) -> Iterator[Study]:
+    """Open a study that maximises, new or begun, for this process alone.
+
+    A trial that a killed process left behind is queued again with the returns of the seeds that it had finished.
+
+    Args:
+        path: SQLite file of the study; made if need be.
+
+    Yields:
+        The study, which stores every result at once. It prunes by the median of earlier trials.
+
+    Raises:
+        StudyInUseError: if another process has it open.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"))  # the system frees it when the process dies
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StudyInUseError(f"Another process is tuning {path}.") from error
+    with lock:
+        study = create_study(
+            storage=f"sqlite:///{path}",
+            study_name="torchrl_marl",
+            pruner=MedianPruner(),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params, user_attrs={_RETURNS: trial.user_attrs.get(_RETURNS, [])})
+        yield study
+
+
+def run_trial(
+    study: Study,
+    run: Callable[[Mapping[str, Any], int], float],
+    space: Mapping[str, BaseDistribution],
+    *,
+    seeds: Sequence[int],
+    sampler_seed: int = 0,
+) -> FrozenTrial:
+    """Propose parameters by TPE and run them with one seed after another, as long as they are promising.
+
+    The objective is the mean over seeds. After each seed but the last, the mean so far decides whether the trial is
+    pruned. Proposals depend on nothing but the trials before and ``sampler_seed``, so that a study which was killed
+    and goes on equals one that was not.
+
+    Args:
+        study: as :func:`open_study` gives it.
+        run: ``run(parameters, seed)`` trains and returns what to maximise; ``FloatingPointError`` says that training
+            diverged and ends the trial like a pruned one.
+        space: distribution of each parameter.
+        seeds: the same for every trial, and none of those that results are reported on.
+        sampler_seed: of the proposals.
+
+    Returns:
+        The finished trial.
+    """
+    state = np.random.SeedSequence([sampler_seed, num_finished(study)]).generate_state(1)
+    study.sampler = TPESampler(seed=int(state[0]))
+    trial = study.ask(dict(space))
+    returns = list(trial.user_attrs.get(_RETURNS, []))
+    mean = float("nan")
+    for step, seed in enumerate(seeds):
+        if step == len(returns):
+            try:
+                returns.append(run(trial.params, seed))
+            except FloatingPointError as error:
+                trial.set_user_attr("diverged", str(error))
+                return study.tell(trial, state=TrialState.PRUNED)
+            trial.set_user_attr(_RETURNS, returns)
+        mean = sum(returns[: step + 1]) / (step + 1)
+        trial.report(mean, step)
+        if step + 1 < len(seeds) and trial.should_prune():
+            return study.tell(trial, state=TrialState.PRUNED)
+    return study.tell(trial, mean)
+
+
+def num_finished(study: Study) -> int:
+    """Return the number of trials that ran to their end or were pruned; one that was killed does not count."""
+    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
+
+
+def study_record(study: Study) -> list[dict[str, Any]]:
+    """Return of every finished trial the parameters, the return of each seed, the state and the objective."""
+    trials = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return [
+        {"params": trial.params, "state": trial.state.name.lower(), "objective": trial.value, **trial.user_attrs}
+        for trial in trials
+    ]
+
+
+def table(study: Study) -> str:
+    """Return the finished trials as a Markdown table, the best first."""
+    trials = study_record(study)
+    names = dict.fromkeys(name for trial in trials for name in trial["params"])
+    rows = [["return", "seeds", "state", *names], ["---"] * (3 + len(names))]
+    for trial in sorted(trials, key=lambda trial: (trial["state"], -(trial["objective"] or 0))):
+        score = "" if trial["objective"] is None else f"{trial['objective']:.4g}"
+        params = [
+            f"{value:.4g}" if isinstance(value, float) else str(value) for value in map(trial["params"].get, names)
+        ]
+        rows.append([score, str(len(trial.get(_RETURNS, []))), trial["state"], *params])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

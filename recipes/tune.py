@@ -24,8 +24,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
 from omegaconf import OmegaConf
 
-from torchrl_marl.run.logger import LAST_FIFTH, run_group
 from torchrl_marl.run.config import Recipe, end_if_refused
+from torchrl_marl.run.logger import LAST_FIFTH, run_group
 
 try:
     from filelock import FileLock, Timeout

@@ -53,7 +53,7 @@ COORDSUM = (  # as config/setting/paper_*.yaml
     "env=coordsum env.num_envs=128 frames_per_batch=16384"
 )
 PPO_COORDSUM = f"{COORDSUM} actor=gru critic=gru chunk_length=128 epochs=8"
-GAMES = "seeds.py --config-name=mars_vmas"
+GAMES = "mars_vmas.py"
 
 
 def mazes(frames: int) -> list[Part]:
@@ -63,7 +63,7 @@ def mazes(frames: int) -> list[Part]:
             "black_red",
             grid(
                 [
-                    "seeds.py --config-name=mappo_maze",
+                    "mars_vmas.py --config-name=mappo_maze",
                     "oappo_vmas.py --config-name=oappo_maze loss=happo",
                     *grid(["oatrpo_vmas.py --config-name=oatrpo_maze"], ["loss=hatrpo", "loss=oatrpo"]),
                     *grid(
@@ -82,7 +82,7 @@ def mazes(frames: int) -> list[Part]:
             "black_blue_red",
             grid(
                 [
-                    "seeds.py --config-name=mappo_maze",
+                    "mars_vmas.py --config-name=mappo_maze",
                     *grid(
                         ["oappo_vmas.py --config-name=oappo_maze"],
                         ["loss.kl_threshold=0.1"]
@@ -254,7 +254,10 @@ STUDIES = {
         Part(  # nothing but the penalty and where the targets lie: in all, the upper one is six times the lower
             "mars_ablations",
             grid(
-                ["seeds.py env=aerocombat frames_per_batch=14400 minibatch_size=3600"],
+                [
+                    "mars_vmas.py env=aerocombat frames_per_batch=14400 minibatch_size=3600 "
+                    "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]"
+                ],
                 [
                     "loss=mars loss.target_ratios=[0.5,3]",
                     "loss=mars_multiplicative loss.target_ratios.ratio=2.449",
@@ -313,7 +316,7 @@ STUDIES = {
         Part(
             "mazes",
             grid(
-                ["seeds.py --config-name=mappo_maze", "oappo_vmas.py --config-name=oappo_maze loss=happo"],
+                ["mars_vmas.py --config-name=mappo_maze", "oappo_vmas.py --config-name=oappo_maze loss=happo"],
                 [MAZES.format(192_000, 64_000)],
             ),
             num_seeds=3,
@@ -321,7 +324,11 @@ STUDIES = {
         ),
         Part(
             "coordsum",
-            grid(["seeds.py"], ["loss=mars", "loss=maspo", "loss=mappo"], ["total_frames=120000"]),
+            grid(
+                ["mars_vmas.py env=coordsum actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]"],
+                ["loss=mars", "loss=maspo", "loss=mappo"],
+                ["total_frames=120000"],
+            ),
             num_seeds=5,
             baseline="mappo",
         ),
@@ -409,10 +416,8 @@ def missing(command: str, seeds: Iterable[int], folder: Path) -> list[list[str]]
     runs = [run for run in runs if any((run / "checkpoints").glob("checkpoint-*"))]
     begun = {OmegaConf.load(run / "config.yaml").seed: run for run in runs}
     fresh = [seed for seed in seeds if seed not in begun]
-    alone = "mars_vmas.py" if recipe == "seeds.py" else recipe
-    left = [[alone, f"resume={run}"] for run in begun.values() if not (run / "summary.json").exists()]
-    groups = [str(fresh).replace(" ", "")] if recipe == "seeds.py" and fresh else fresh
-    return left + [[recipe, *overrides, f"folder={folder}", f"seed={group}"] for group in groups]
+    left = [[recipe, f"resume={run}"] for run in begun.values() if not (run / "summary.json").exists()]
+    return left + [[recipe, *overrides, f"folder={folder}", f"seed={seed}"] for seed in fresh]
 
 
 def run_part(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> None:

@@ -42,7 +42,6 @@ COMMANDS = {
     "ctds": "magpo_vmas.py loss=ctds",
     "magpo coordsum": "magpo_coordsum.py",
     "groups": "groups_vmas.py",
-    "seeds": 'seeds.py "seed=[0,1]"',
 }
 
 

@@ -68,7 +68,7 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
     name, seeds, asked = arguments.recipe, arguments.seeds, _parsed(arguments.overrides)
     for key in asked.keys() & {"seed", "resume"}:
         raise SystemExit(f"{asked[key].input_line} has no effect: trials begin anew, each with all of --seeds.")
-    recipe.compose(_lines(asked[key] for key in ("experiment", "loss") if key in asked), name)
+    recipe.compose(_lines(asked[key] for key in ("experiment", "loss") if key in asked))
     method = HydraConfig.get().runtime.choices["loss"]
     if method not in SPACES["methods"]:
         raise SystemExit(f"spaces.yaml has no loss={method}; it has {', '.join(SPACES['methods'])}.")
@@ -76,7 +76,7 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
     overrides = _parsed(_assignments({**SPACES["shared"], **own})) | asked
     space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
     fixed = _lines(override for key, override in overrides.items() if key not in space)
-    cfg = recipe.compose([*fixed, *_assignments({key: _first(each) for key, each in space.items()})], name)
+    cfg = recipe.compose([*fixed, *_assignments({key: _first(each) for key, each in space.items()})])
     num_trials = arguments.trials or SPACES["trials_per_parameter"] * sum(key in space for key in own)
     if arguments.wandb:
         print(yaml.safe_dump(wandb_sweep(name, [*fixed, f"seed={seeds[0]}"], space, num_trials), sort_keys=False))
@@ -98,7 +98,7 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
                 f"seed={seed}",
                 "hydra.mode=MULTIRUN",
             ]  # Ctrl-C ends more than a run
-            trial_cfg = recipe.compose(words, name)
+            trial_cfg = recipe.compose(words)
             trial_cfg.folder = str(Path(cfg.folder) / "tuning" / path.stem / f"trial{num_finished(study)}")
             return recipe.train(trial_cfg)
 

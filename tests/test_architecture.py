@@ -11,7 +11,7 @@ LEVELS = [
     {"modules", "envs"},
     {"objectives", "evaluation"},
     {"collectors"},
-    {"run", "checkpoints", "export", "seeds", "__main__", "__init__"},
+    {"run", "checkpoints", "export", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -88,7 +88,7 @@ def test_the_losses_take_every_value_that_a_study_chooses_from(name: str) -> Non
 )
 def test_a_misspelt_override_of_a_study_is_noticed(mistake: str) -> None:
     with pytest.raises(SystemExit, match="nearest"):
-        composed(f"seeds.py --config-name=mappo_maze {mistake}")
+        composed(f"mars_vmas.py --config-name=mappo_maze {mistake}")
 
 
 def test_commands_of_a_study_are_distinct() -> None:
@@ -121,16 +121,6 @@ def test_finished_runs_are_skipped_and_begun_ones_go_on(tmp_path: Path) -> None:
     left = STUDY["missing"]("oappo_vmas.py loss=happo", range(4), tmp_path)
     new = ["oappo_vmas.py", "loss=happo", f"folder={tmp_path}"]
     assert left == [["oappo_vmas.py", f"resume={begun}"], [*new, "seed=2"], [*new, "seed=3"]]
-
-
-def test_the_seeds_that_a_group_lacks_train_together_and_begun_ones_alone(tmp_path: Path) -> None:
-    begun = make_run(tmp_path, 1, checkpoint=True, finished=False)
-    left = STUDY["missing"]("seeds.py loss=mars", range(3), tmp_path)
-    assert left == [["mars_vmas.py", f"resume={begun}"], ["seeds.py", "loss=mars", f"folder={tmp_path}", "seed=[0,2]"]]
-    make_run(tmp_path, 0, checkpoint=True, finished=True)
-    make_run(tmp_path, 2, checkpoint=True, finished=True)
-    (begun / "summary.json").touch()
-    assert STUDY["missing"]("seeds.py loss=mars", range(3), tmp_path) == []
 
 
 def run_with_scores(part: object, scores: dict[str, float], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -91,17 +91,16 @@ class Recipe:
         finally:
             del os.environ[_FULL_ERROR]
 
-    def compose(self, overrides: Sequence[str], config_name: str | None = None) -> DictConfig:
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
         """Return what the command line with these overrides, none of which is a grid, would train.
 
         Raises:
             SystemExit: in the words of the command line, if it would refuse them.
         """
-        name = config_name or self._name
-        words = [_checked_override(word, self._folder, name, self._unread) for word in overrides]
-        with hydra.initialize_config_dir(str(self._folder), job_name=name, version_base=None):
+        words = [_checked_override(word, self._folder, self._name, self._unread) for word in overrides]
+        with hydra.initialize_config_dir(str(self._folder), job_name=self._name, version_base=None):
             try:
-                composed = hydra.compose(name, words, return_hydra_config=True)
+                composed = hydra.compose(self._name, words, return_hydra_config=True)
             except CompactHydraException as error:
                 raise SystemExit(_in_one_line(error)) from error
         HydraConfig.instance().set_config(composed)  # what the run then knows of its command line

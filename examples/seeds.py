@@ -1,22 +1,28 @@
 """Seeds of one configuration, trained together: their networks side by side, their environments in one batch.
 
-With small networks and batches most of the time goes into the overhead of operations, not into arithmetic; on a GPU
-networks of any usual size are small. Then several seeds cost little more than one. A seed learns in a group what it
-learns alone, to the precision of floating point: initial weights, random streams, noise, the order of minibatches,
-statistics and the norm of gradients are its own.
+    python -m examples.seeds "seed=[0,1,2]" env=coordsum loss=mappo "actor.hidden_sizes=[64,64]"
+    python -m examples.seeds resume=RUN  # of any of the seeds; all of them go on, bit for bit
+
+MARS, MASPO, MAPPO and IPPO in this library's own games, with the overrides of recipes/mars_vmas.py. With small networks
+and batches most of the time goes into the overhead of operations, not into arithmetic; on a GPU networks of any usual
+size are small. Then several seeds cost little more than one. A seed leaves the folder of a run and learns in a group
+what it learns alone, to the precision of floating point: initial weights, random streams, noise, the order of
+minibatches, statistics and the norm of gradients are its own.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
@@ -29,6 +35,8 @@ from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor
 from tqdm import tqdm
 
+from recipes.mars_vmas import main as recipe
+from torchrl_marl.collectors import split_into_chunks
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.games.streams import random_streams
 from torchrl_marl.evaluation import evaluate
@@ -36,10 +44,9 @@ from torchrl_marl.modules import GroupSpec, collection_policy, with_recurrent_st
 from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, standardize
 from torchrl_marl.objectives.ratio import RatioLoss
-from torchrl_marl.run.checkpoints import check_resumable, read_metadata
+from torchrl_marl.run.checkpoints import find_checkpoint, read_metadata
+from torchrl_marl.run.config import end_if_refused
 from torchrl_marl.run.run import Run, progress_bar, reduce_records, stop_signals
-
-__all__ = ["Seed", "SeedGroup", "seed_configs"]
 
 _LOSSES = (MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss)  # their forward changes nothing
 _OPTIMIZERS = (Adam, AdamW, RMSprop, SGD)  # they treat every element alike
@@ -47,35 +54,80 @@ _DISTRIBUTIONS = (InversionCategorical, InversionMaskedCategorical, CensoredTanh
 _DRAWS = (torch.randint_like, torch.Tensor.normal_)  # what these draw with
 
 
-def seed_configs(cfg: DictConfig) -> list[DictConfig]:
-    """Return a configuration for each seed that trains: those of ``cfg.seed``, or those of a group to resume.
+def train(overrides: Sequence[str]) -> float:
+    """Train the seeds together; return the mean over them of the mean of the last fifth of the evaluations."""
+    seeds = []
+    for words in words_of_seeds(overrides):
+        cfg = recipe.compose(words)
+        torch.set_num_threads(cfg.num_threads)
+        make_env = partial(instantiate, cfg.env, device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        seeds.append(build_seed(cfg, make_env))
+    group = SeedGroup(seeds, make_env=make_env)
+    optimizer = instantiate(cfg.optimizer, group.parameters())
+    collector = Collector(
+        group.env,
+        group.policy,
+        frames_per_batch=len(group) * cfg.frames_per_batch,
+        total_frames=-1,
+        auto_register_policy_transforms=False,
+    )
 
-    Args:
-        cfg: ``resume``, if it is not ``None``, is a checkpoint of any seed of the group. All go on from the newest one
-            that they have in common, of at most its frames: a kill may come when some have saved and others have not.
+    for batch in group.batches(collector, optimizer):
+        group.estimate_advantages(batch)
+        rows = split_into_chunks(batch.select(*group.in_keys, strict=False), cfg.chunk_length)
+        rows = rows.reshape(len(group), -1, *rows.shape[1:])
+        for minibatch in group.minibatches(rows, cfg.minibatch_size, epochs=cfg.epochs):
+            losses = group.losses_of(minibatch)
+            total = losses["loss_objective"] + losses["loss_entropy"] + losses["loss_critic"]
+            total.sum().backward()
+            grad_norm = group.clip_grad_norm_(cfg.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            group.record({**losses, "grad_norm": grad_norm})
+    return group.finish()
+
+
+def words_of_seeds(overrides: Sequence[str]) -> list[list[str]]:
+    """Return what each seed would be trained with alone: one of ``seed=[...]``, or ``resume=`` for each of a group.
+
+    All seeds of a group go on from the newest checkpoint that they have in common, of at most the frames of the one
+    that is named: a kill may come when some have saved and others have not.
 
     Raises:
-        ValueError: if that run was not trained in a group, or the runs of the others are not beside it, or one of them
-            holds a link out of its folder.
+        ValueError: if the run to resume was not trained in a group, or the runs of the others are not beside it.
     """
-    if cfg.resume is None:
-        seeds = cfg.seed if isinstance(cfg.seed, ListConfig) else [cfg.seed]
-        return [DictConfig({**cfg, "seed": seed}) for seed in seeds]
-    newest = Path(cfg.resume).resolve()
+    values = {word.partition("=")[0]: word.partition("=")[2] for word in overrides}
+    others = [word for word in overrides if word.partition("=")[0] not in ("seed", "resume")]
+    if "resume" not in values:
+        seeds = OmegaConf.create(f"seeds: {values.get('seed', '[0, 1, 2, 3, 4]')}").seeds
+        numbers = list(seeds) if isinstance(seeds, ListConfig) else [seeds]
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"Seeds that train together must be distinct, and at least one; got {numbers}.")
+        return [[*others, f"seed={number}"] for number in numbers]
+    newest = find_checkpoint(values["resume"]).resolve()
     names = read_metadata(newest).get("trained_with", [])
     folders = [newest.parents[2] / Path(str(name)).name / "checkpoints" for name in names]  # beside it, nowhere else
     alone = "One alone goes on with python recipes/mars_vmas.py resume=RUN, equal up to rounding."
     if not folders:
-        raise ValueError(f"resume={newest} was not written by a group of seeds, or before groups went on. {alone}")
+        raise ValueError(f"resume={newest} was not written by a group of seeds. {alone}")
     saved = [{path.name for path in folder.glob("*.torchrl") if path.name <= newest.name} for folder in folders]
     if not (common := set.intersection(*saved)):
         without = ", ".join(str(folder) for folder, own in zip(folders, saved, strict=True) if newest.name not in own)
         raise ValueError(f"Seeds that trained together go on together, but {without} hold no {newest.name}. {alone}")
-    resumed = [folder / max(common) for folder in folders]
-    for path in resumed:
-        check_resumable(path)
-    own = [{"seed": read_metadata(path)["config"]["seed"], "resume": str(path)} for path in resumed]
-    return [DictConfig({**cfg, **each}) for each in own]
+    return [[*others, f"resume={folder / max(common)}"] for folder in folders]
+
+
+def build_seed(cfg: DictConfig, make_env: partial) -> Seed:
+    """Build what one seed has of its own, as mars_vmas.py does."""
+    torch.manual_seed(cfg.seed)
+    env = make_env(seed=cfg.seed)
+    shape = GroupSpec.from_env(env)
+    actor = instantiate(cfg.actor, shape, device=env.device)
+    critic = instantiate(cfg.critic, shape, device=env.device)
+    loss = instantiate(cfg.loss, actor, critic)
+    loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
+    optimizer = instantiate(cfg.optimizer, loss.parameters())
+    return Seed(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
 
 
 class Seed:
@@ -126,21 +178,15 @@ class SeedGroup:
 
     Data have a leading dimension of seeds, and so have the parameters, which one optimiser moves: the gradient of the
     sum of all seeds' losses is each seed's own. Every seed keeps the folder of a run; only the seconds in its logs are
-    the group's. From their checkpoints (:func:`seed_configs`) all go on together, bit for bit, or one alone, up to
-    rounding. The loop is in ``recipes/seeds.py``.
+    the group's. From their checkpoints all go on together, bit for bit, or one alone, up to
+    rounding.
 
     Args:
         seeds: alike in all but what the seed decides.
         make_env: ``make_env(num_envs=..., seed=...)``.
-
-    Raises:
-        ValueError: if there is no seed, or one is there twice.
     """
 
     def __init__(self, seeds: Sequence[Seed], *, make_env: Callable[..., TensorEnv]) -> None:
-        numbers = [seed.run.cfg.seed for seed in seeds]
-        if not numbers or len(set(numbers)) < len(numbers):
-            raise ValueError(f"Seeds that train together must be distinct, and at least one; got {numbers}.")
         self.seeds = list(seeds)
         losses, first = [seed.loss for seed in seeds], seeds[0]
         self._members = [dict(loss.named_parameters()) for loss in losses]
@@ -405,30 +451,31 @@ def _draw_apart(
 
 def _stackable(cfg: DictConfig, env: EnvBase, loss: RatioLoss, optimizer: Optimizer) -> TensorEnv:
     """Return the game, or refuse what cannot be trained in a group."""
-    if cfg.compile:
-        _refuse("compile=false", "compile=true")
-    if cfg.collector._target_ != "torchrl.collectors.Collector":
-        _refuse("collector=default", cfg.collector._target_)
-    if not isinstance(env, TensorEnv):
-        _refuse(
-            "games with a random stream for each copy (env=coordsum, maze, paxmen, aerocombat)",
-            f"env={cfg.environment}",
-        )
-    if type(loss) not in _LOSSES:
-        _refuse(f"the losses {_names(_LOSSES)}", type(loss).__name__)
-    if loss.functional or loss.reduction != "mean":
-        _refuse("functional=False and reduction='mean'", f"{loss.functional} and {loss.reduction!r}")
     distribution: Any = loss.actor_network[-1].distribution_class
-    if distribution not in _DISTRIBUTIONS:
-        _refuse(f"policies {_names(_DISTRIBUTIONS)}", distribution.__name__)
-    if type(optimizer) not in _OPTIMIZERS:
-        _refuse(f"the optimisers {_names(_OPTIMIZERS)}", type(optimizer).__name__)
-    return env
-
-
-def _refuse(allowed: str, found: str, instead: str = "python recipes/mars_vmas.py -m seed=0,1,2") -> NoReturn:
-    raise ValueError(f"Seeds train together with {allowed}; got {found}. One at a time: {instead}")
+    games = "games with a random stream for each copy (env=coordsum, maze, paxmen, aerocombat)"
+    for is_met, allowed, found in (
+        (not cfg.compile, "compile=false", "compile=true"),
+        (cfg.collector._target_ == "torchrl.collectors.Collector", "collector=default", cfg.collector._target_),
+        (isinstance(env, TensorEnv), games, f"env={cfg.environment}"),
+        (type(loss) in _LOSSES, f"the losses {_names(_LOSSES)}", type(loss).__name__),
+        (not loss.functional, "functional=False", True),
+        (loss.reduction == "mean", "reduction='mean'", repr(loss.reduction)),
+        (distribution in _DISTRIBUTIONS, f"policies {_names(_DISTRIBUTIONS)}", distribution.__name__),
+        (type(optimizer) in _OPTIMIZERS, f"the optimisers {_names(_OPTIMIZERS)}", type(optimizer).__name__),
+    ):
+        if not is_met:
+            alone = "python recipes/mars_vmas.py -m seed=0,1,2"
+            raise ValueError(f"Seeds train together with {allowed}; got {found}. One at a time: {alone}")
+    return cast("TensorEnv", env)
 
 
 def _names(classes: Sequence[type]) -> str:
     return ", ".join(allowed.__name__ for allowed in classes)
+
+
+if __name__ == "__main__":
+    try:
+        train(sys.argv[1:])
+    except Exception as error:
+        end_if_refused(error, __name__)
+        raise

@@ -134,7 +134,8 @@ def _first(distribution: BaseDistribution) -> Any:
 def distribution(override: Override) -> BaseDistribution:
     """Return what an override that chooses says, as Optuna's distribution."""
     if override.is_discrete_sweep():
-        return CategoricalDistribution([*override.sweep_iterator(Transformer.encode)])
+        choices: Any = [*override.sweep_iterator(Transformer.encode)]
+        return CategoricalDistribution(choices)
     sweep: Any = override.value()
     whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
     return (IntDistribution if whole else FloatDistribution)(sweep.start, sweep.end, log="log" in sweep.tags)

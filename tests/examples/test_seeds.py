@@ -91,7 +91,8 @@ def test_the_seeds_of_a_group_are_compared_as_separate_runs(tmp_path: Path, monk
     assert not unfinished
     for sessions in runs.sessions:
         command = sessions[0]["command"]
-        assert command.startswith("python recipes/mars_vmas.py env=maze ")  # what this one can be trained with alone
+        assert command.startswith("python recipes/mars_vmas.py ")  # what this seed can be trained with alone
+        assert " env=maze loss=mappo " in command
         assert re.search(r" seed=[256]$", command)
 
 

@@ -4,7 +4,7 @@
     python recipes/tune.py marpo_vmas epochs=4 "optimizer.lr=tag(log, interval(1e-4, 1e-2))"
     python recipes/tune.py mars_vmas loss=mappo --wandb > sweep.yaml
 
-The overrides are those of the recipe's own command. They fix, widen or add to what spaces.yaml searches for the method
+The overrides are those of the recipe's own command. They fix, widen or add to what config/spaces.yaml searches for the method
 that loss= names, in its words. Ctrl-C or a kill ends the study, and the same command goes on with it, bit for bit.
 """
 
@@ -38,7 +38,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f'recipes/tune.py needs more packages ({error}): pip install "torchrl_marl[tune]"') from error
 
 FOLDER = Path(__file__).parent
-SPACES = yaml.safe_load((FOLDER / "spaces.yaml").read_text())
+SPACES = yaml.safe_load((FOLDER / "config" / "spaces.yaml").read_text())
 _RETURNS = "returns"
 
 
@@ -71,7 +71,7 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
     recipe.compose(_lines(asked[key] for key in ("experiment", "loss") if key in asked))
     method = HydraConfig.get().runtime.choices["loss"]
     if method not in SPACES["methods"]:
-        raise SystemExit(f"spaces.yaml has no loss={method}; it has {', '.join(SPACES['methods'])}.")
+        raise SystemExit(f"config/spaces.yaml has no loss={method}; it has {', '.join(SPACES['methods'])}.")
     own = SPACES["methods"][method]
     overrides = _parsed(_assignments({**SPACES["shared"], **own})) | asked
     space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}

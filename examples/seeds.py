@@ -44,7 +44,7 @@ from torchrl_marl.modules import GroupSpec, collection_policy, with_recurrent_st
 from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss, standardize
 from torchrl_marl.objectives.ratio import RatioLoss
-from torchrl_marl.run.checkpoints import find_checkpoint, read_metadata
+from torchrl_marl.run.checkpoints import check_resumable, find_checkpoint, read_metadata
 from torchrl_marl.run.config import end_if_refused
 from torchrl_marl.run.run import Run, progress_bar, reduce_records, stop_signals
 
@@ -94,7 +94,8 @@ def words_of_seeds(overrides: Sequence[str]) -> list[list[str]]:
     that is named: a kill may come when some have saved and others have not.
 
     Raises:
-        ValueError: if the run to resume was not trained in a group, or the runs of the others are not beside it.
+        ValueError: if the run to resume was not trained in a group, the runs of the others are not beside it, or one of them
+            holds a link out of its folder.
     """
     values = {word.partition("=")[0]: word.partition("=")[2] for word in overrides}
     others = [word for word in overrides if word.partition("=")[0] not in ("seed", "resume")]
@@ -114,7 +115,10 @@ def words_of_seeds(overrides: Sequence[str]) -> list[list[str]]:
     if not (common := set.intersection(*saved)):
         without = ", ".join(str(folder) for folder, own in zip(folders, saved, strict=True) if newest.name not in own)
         raise ValueError(f"Seeds that trained together go on together, but {without} hold no {newest.name}. {alone}")
-    return [[*others, f"resume={folder / max(common)}"] for folder in folders]
+    resumed = [folder / max(common) for folder in folders]
+    for path in resumed:
+        check_resumable(path)
+    return [[*others, f"resume={path}"] for path in resumed]
 
 
 def build_seed(cfg: DictConfig, make_env: partial) -> Seed:

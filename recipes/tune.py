@@ -4,8 +4,8 @@
     python recipes/tune.py marpo_vmas epochs=4 "optimizer.lr=tag(log, interval(1e-4, 1e-2))"
     python recipes/tune.py mars_vmas loss=mappo --wandb > sweep.yaml
 
-The overrides are those of the recipe's own command. They fix, widen or add to what config/spaces.yaml searches for the method
-that loss= names, in its words. Ctrl-C or a kill ends the study, and the same command goes on with it, bit for bit.
+The overrides are those of the recipe's own command. They fix, widen or add to what config/spaces.yaml searches for the
+method that loss= names, in its words. Ctrl-C or a kill ends the study; the same command goes on with it, bit for bit.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from tensordict import NonTensorData, TensorDict
 
+from examples.seeds import words_of_seeds
 from tests.recipes.runs import RECIPES, run_folders, run_recipe
 from tests.run.test_checkpoints import Malice, component_member, rewrite
 from torchrl_marl.__main__ import main
@@ -26,7 +27,6 @@ from torchrl_marl.run.checkpoints import find_checkpoint, load_policy, read_meta
 from torchrl_marl.run.config import _stored_config
 from torchrl_marl.run.logger import MetricLog
 from torchrl_marl.run.records import EvaluationRecord
-from torchrl_marl.seeds import seed_configs
 from torchrl_marl.trust import foreign_code
 
 MKDIR = {"_target_": "os.mkdir"}
@@ -308,12 +308,12 @@ def test_seeds_do_not_go_on_together_through_a_link(run: Path, tmp_path: Path) -
     manifest["metadata"]["trained_with"] = [run.name, "other"]
     rewrite(newest, {"manifest.json": json.dumps(manifest).encode()})
     other = shutil.copytree(run, run.parent / "other")
-    cfg = OmegaConf.create({"resume": str(newest), "seed": 0})
-    assert len(seed_configs(cfg)) == 2
+    again = [f"resume={newest}"]
+    assert len(words_of_seeds(again)) == 2
     (other / "summary.json").unlink()
     (other / "summary.json").symlink_to(tmp_path / "mine")
     with pytest.raises(ValueError, match=r"summary\.json is a link out of the run's folder"):
-        seed_configs(cfg)
+        words_of_seeds(again)
 
 
 @pytest.mark.parametrize("row", ["frames,1.0\n", "<b>\n"])

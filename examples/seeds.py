@@ -94,8 +94,8 @@ def words_of_seeds(overrides: Sequence[str]) -> list[list[str]]:
     that is named: a kill may come when some have saved and others have not.
 
     Raises:
-        ValueError: if the run to resume was not trained in a group, the runs of the others are not beside it, or one of them
-            holds a link out of its folder.
+        ValueError: if the run to resume was not trained in a group, the runs of the others are not beside it, or one of
+            them holds a link out of its folder.
     """
     values = {word.partition("=")[0]: word.partition("=")[2] for word in overrides}
     others = [word for word in overrides if word.partition("=")[0] not in ("seed", "resume")]

@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-wheel test-envs test-football test-scale check results size clean
+.PHONY: train test test-wheel test-envs test-football test-scale check results docs size clean
 
 train: .venv/train
 	$(BIN)/python recipes/mars_vmas.py $(ARGS)
@@ -31,6 +31,9 @@ test-scale: .venv/test-scale # Ray, torchrun, jobs, and what survives which kill
 results: .venv/train # a small part of results/ again; pages in runs/study_small/*/page, finished runs are skipped
 	$(BIN)/python benchmarks/study.py small $(ARGS)
 
+docs: .venv/docs # the site, at http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
+
 size: # lines of package code, without and with documentation
 	$(PYTHON) benchmarks/size.py torchrl_marl recipes
 
@@ -47,6 +50,10 @@ $(BIN)/python:
 
 .venv/test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable ".[vmas,wandb,plot,seps,tune,export,video,dev]"
+	touch $@
+
+.venv/docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable ".[docs]"
 	touch $@
 
 .venv/test-envs: pyproject.toml constraints.txt | $(BIN)/python

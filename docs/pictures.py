@@ -88,7 +88,9 @@ def oappo() -> Figure:
     axis = figure.subplots()
     axis.imshow(weights, cmap="Blues", vmin=0, vmax=1)
     for (learner, source), weight in np.ndenumerate(weights.numpy()):
-        axis.text(source, learner, f"{weight:.1f}", ha="center", va="center", color="white" if weight > 0.5 else "black")
+        axis.text(
+            source, learner, f"{weight:.1f}", ha="center", va="center", color="white" if weight > 0.5 else "black"
+        )
     axis.set(xlabel="source", ylabel="learner", xticks=range(4), yticks=range(4))
     return figure
 

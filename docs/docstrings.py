@@ -7,7 +7,7 @@ import griffe
 
 
 def to_markdown(docstring: str) -> str:
-    """Turn roles into links, tables of ``=`` signs and indented equations into blocks, and name the section of examples."""
+    """Turn roles into links, tables of ``=`` signs into blocks, and name the section of examples."""
     text = re.sub(r":(?:class|func|meth|mod|attr|obj):`~?([\w.]+)`", _link, docstring)
     text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
     return re.sub(r"(?:^ *=+(?: +=+)+\n(?:.+\n)+?)+(?=\n|\Z)", _block, text + "\n", flags=re.MULTILINE)

@@ -22,6 +22,7 @@ RATIO = torch.linspace(0.05, 3.0, 400)
 
 
 def gains() -> Figure:
+    """Trust regions with the same bounds."""
     figure = Figure(figsize=(9, 3.4), dpi=150, layout="constrained")
     for axis, sign in zip(figure.subplots(1, 2), (1.0, -1.0), strict=True):
         advantage = torch.full_like(RATIO, sign)
@@ -42,6 +43,7 @@ def gains() -> Figure:
 
 
 def marpo() -> Figure:
+    """The reflective gain, and the interval of a divergence."""
     figure = Figure(figsize=(9, 3.4), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
     low, high = kl_interval(torch.tensor(0.088))
@@ -61,6 +63,7 @@ def marpo() -> Figure:
 
 
 def magpo() -> Figure:
+    """The double clip."""
     figure = Figure(figsize=(9, 3.4), dpi=150, layout="constrained")
     for axis, sign in zip(figure.subplots(1, 2), (1.0, -1.0), strict=True):
         for learner in (0.5, 1.0, 2.0):  # pi / mu_old
@@ -79,6 +82,7 @@ def magpo() -> Figure:
 
 
 def oappo() -> Figure:
+    """Whose experience four agents use, two pairs of whom are alike."""
     divergence = torch.full((4, 4), 2.0)
     for one, other in ((0, 3), (1, 2)):
         divergence[one, other] = divergence[other, one] = 0.02

@@ -32,6 +32,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
         kind = "tree" if target.is_dir() else "blob"
         return f"{match[1]}{repository}/{kind}/main/{target.relative_to(ROOT)}{'#' + anchor if anchor else ''})"
 
+    depth = "../" * page.file.src_path.count("/")
+    markdown = re.sub(r"\]\((?:\.\./)+results/([\w]+\.(?:gif|png))\)", rf"]({depth}films/\1)", markdown)
     return re.sub(r"((?<!!)\[[^\]]*\]\()([^)\s]+)\)", absolute, markdown)
 
 

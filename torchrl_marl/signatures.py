@@ -15,6 +15,7 @@ def hands_on_to(target: Callable[..., Any]) -> Callable[[Function], Function]:
     """Show a function's ``**options: Unpack[Options]`` in ``inspect.signature`` as those arguments of ``target``.
 
     So an option and its default are stated in ``target`` alone, and configurations can be checked against signatures.
+    ``**options: Any`` stands for all keyword-only arguments of ``target``.
 
     Example:
         >>> from typing_extensions import TypedDict, Unpack
@@ -31,8 +32,10 @@ def hands_on_to(target: Callable[..., Any]) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
         *own, options = signature.parameters.values()
-        names = get_type_hints(get_type_hints(function)[options.name].__args__[0])
         theirs = inspect.signature(target).parameters
+        kind = get_type_hints(function)[options.name]
+        keyword_only = [name for name, value in theirs.items() if value.kind is value.KEYWORD_ONLY]
+        names = keyword_only if kind is Any else get_type_hints(kind.__args__[0])
         handed_on = [theirs[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
         setattr(function, "__signature__", signature.replace(parameters=[*own, *handed_on]))  # noqa: B010
         return function

@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 from torchrl.data import Bounded
-from typing_extensions import Unpack
 
-from torchrl_marl.envs.base import BatchOptions
 from torchrl_marl.envs.games.aerocombat_picture import draw_combat
-from torchrl_marl.envs.games.flight import (
-    JET,
-    Aircraft,
-    Angles,
-    Flight,
-    Frame,
-    Vector,
-    air_density,
-    axes,
-    dot,
-    flight_at,
-    fly,
-    minus,
-)
+from torchrl_marl.envs.games.flight import JET, Aircraft, Angles, Flight, air_density, axes, flight_at, fly
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.sensors import SENSORS, Sensors, look, of_observers
 from torchrl_marl.envs.games.streams import draw_uniform
-from torchrl_marl.envs.games.tensor_env import GameOptions, TensorEnv
+from torchrl_marl.envs.games.tensor_env import GameEnv
+from torchrl_marl.envs.games.vectors import Frame, Vector, dot, minus
 from torchrl_marl.signatures import hands_on_to
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = ["AeroCombatEnv", "AeroCombatRules", "make_aerocombat"]
 
@@ -49,7 +33,7 @@ _TRAIL = 12  # steps, for pictures
 _VECTORS = ("position", "direction", "lift_axis")  # of a flight, entries of the state
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@dataclass(eq=False, repr=False)
 class AeroCombatRules(Rules):
     """The rules of :class:`AeroCombatEnv`, whose arguments these are.
 
@@ -59,21 +43,28 @@ class AeroCombatRules(Rules):
     Within a step, aircraft come first and the batch last, ``[2N, ..., B]`` and ``[2N, 2N, B]`` for pairs.
     """
 
-    aircraft: Aircraft
-    sensors: Sensors
+    num_agents: int = 2
+    _: KW_ONLY
+    aircraft: Aircraft = JET
+    sensors: Sensors = SENSORS
+    max_steps: int = 240
+    time_limit: TimeLimit = "truncate"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         opponent = torch.arange(2 * self.num_agents) >= self.num_agents
         lane = _LANE * (torch.arange(self.num_agents) - (self.num_agents - 1) / 2)
         self._register_tables(
-            {
-                "oneself": torch.eye(2 * self.num_agents, dtype=torch.bool),
-                "enemies": opponent != opponent.unsqueeze(-1),
-                "side": 1.0 - 2.0 * opponent,  # 1 agents, -1 opponents
-                "lane": lane.repeat(2),
-            }
+            oneself=torch.eye(2 * self.num_agents, dtype=torch.bool),
+            enemies=opponent != opponent.unsqueeze(-1),
+            side=1.0 - 2.0 * opponent,  # 1 agents, -1 opponents
+            lane=lane.repeat(2),
         )
+
+    @property
+    def action_spec(self) -> Bounded:
+        """Ailerons, elevator and throttle of each agent."""
+        return Bounded(-1, 1, torch.Size([self.num_agents, 3]), dtype=torch.float32)
 
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
         """Line the teams up abreast and face to face, in level flight, with some disorder and eyes closed."""
@@ -106,21 +97,14 @@ class AeroCombatRules(Rules):
         aileron, elevator, throttle = controls.unbind(1)
         position, direction, lift_axis = (_vector(_batch_last(state[name], size, 3), 1) for name in _VECTORS)
         speed, attack, before = (_batch_last(state[name], size) for name in ("speed", "attack", "health"))
-        flight = fly(
-            Flight(position, direction, lift_axis, speed, attack),
-            aileron,
-            elevator,
-            (throttle + 1) / 2,
-            duration=_STEP * (before > 0),  # for the dead time stands still
-            aircraft=self.aircraft,
-        )
+        flight, duration = Flight(position, direction, lift_axis, speed, attack), _STEP * (before > 0)  # 0 for the dead
+        flight = fly(flight, aileron, elevator, (throttle + 1) / 2, duration=duration, aircraft=self.aircraft)
         step = state["step"] + 1
         stream, drawn = draw_uniform(state["random"], size * (size + 1))
         detection, hit = _batch_last(drawn, size + 1, size).split([size, 1])
         health = before * (flight.position[2] > 0)
-        health, target, observation = self._encounter(
-            flight, health, (step / self.max_steps).reshape(-1), detection, hit.squeeze(0)
-        )
+        clock = (step / self.max_steps).reshape(-1)
+        health, target, observation = self._encounter(flight, health, clock, detection, hit.squeeze(0))
         changes = {
             "random": stream,
             **_motion(flight, batch),
@@ -238,7 +222,7 @@ class AeroCombatRules(Rules):
         elevator = (up.clamp(0, aircraft.stall_angle) - attack) / (aircraft.attack_rate * _STEP)
         return torch.stack([aileron.clamp(-1, 1), elevator.clamp(-1, 1), torch.ones_like(aileron)], -1)
 
-    def draw(self, state: State) -> Image:
+    def draw(self, state: State) -> np.ndarray:
         """Draw everybody from above and from the side, with cones, trails, hits and health."""
         position, direction, lift_axis = (_vector(state[name], -1) for name in _VECTORS)
         frame = axes(Flight(position, direction, lift_axis, state["speed"], state["attack"]))
@@ -246,7 +230,7 @@ class AeroCombatRules(Rules):
         return draw_combat(state, frames, self.sensors, seconds=_STEP * float(state["step"]))
 
 
-class AeroCombatEnv(TensorEnv):
+class AeroCombatEnv(GameEnv):
     """Air combat of two teams of jets, N against N, the opponents flown by a pursuit policy.
 
     Each agent moves ailerons (rate of roll), elevator (rate of the angle of attack) and throttle (thrust) four times a
@@ -297,7 +281,7 @@ class AeroCombatEnv(TensorEnv):
         sensors: what they see, hit and report.
         max_steps: time limit of an episode, a quarter of a second each.
         time_limit: how it is reported, see :class:`~torchrl_marl.envs.games.rules.Rules`.
-        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
+        num_envs, seed, device: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -312,22 +296,7 @@ class AeroCombatEnv(TensorEnv):
         (torch.Size([3, 2, 36]), tensor(True))
     """
 
-    @hands_on_to(TensorEnv.__init__)
-    def __init__(
-        self,
-        num_agents: int = 2,
-        *,
-        aircraft: Aircraft = JET,
-        sensors: Sensors = SENSORS,
-        max_steps: int = 240,
-        time_limit: TimeLimit = "truncate",
-        **batch: Unpack[BatchOptions],
-    ) -> None:
-        rules = AeroCombatRules(
-            num_agents=num_agents, aircraft=aircraft, sensors=sensors, max_steps=max_steps, time_limit=time_limit
-        )
-        action_spec = Bounded(-1, 1, torch.Size([num_agents, 3]), dtype=torch.float32)
-        super().__init__(rules, action_spec=action_spec, **batch)
+    rules_type = AeroCombatRules
 
 
 def _batch_last(value: Tensor, *shape: int) -> Tensor:
@@ -357,8 +326,8 @@ def _live(health: Tensor) -> tuple[Tensor, Tensor]:
     return agents, opponents
 
 
-@hands_on_to(AeroCombatEnv.__init__)
-def make_aerocombat(scenario: str = "AeroCombat-2v2", **options: Unpack[GameOptions]) -> AeroCombatEnv:
+@hands_on_to(AeroCombatEnv)
+def make_aerocombat(scenario: str = "AeroCombat-2v2", **options: Any) -> AeroCombatEnv:
     """Build AeroCombat by its name, ``AeroCombat-NvN``, such as AeroCombat-2v2 or AeroCombat-16v16.
 
     Args:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_marl.envs.games.pictures import AGENT_COLORS, FAINT, INK, Canvas
+from torchrl_marl.envs.games.pictures import AGENT_COLORS, FAINT, INK, Canvas, Point, Scene
 from torchrl_marl.envs.games.rules import State
 from torchrl_marl.envs.games.sensors import Cone, Sensors
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 __all__ = ["draw_combat"]
-
-Points = list[tuple[float, float]]
 
 _WIDTH, _HEADER, _ABOVE, _SIDE, _MARGIN, _FLOOR = 480, 24, 300, 136, 34, 10  # pixels
 _SMALLEST, _CEILING = 2500.0, 5000.0  # m, that at least are seen across the view from above, and up from the ground
@@ -31,25 +25,7 @@ _COLORS, _TRAILS = (AGENT_COLORS[0], "#c1384f"), ("#9dbbd6", "#dfa3ac")
 _VIEWS, _WEAPONS = ("#eff5fb", "#fdf3f4"), ("#cbdff1", "#f6d5da")
 
 
-class _Scene:
-    """A canvas and the projection onto it: a matrix ``[2, 3]`` in pixels per metre, and the place of the origin."""
-
-    def __init__(self, height: int, background: str, matrix: list[list[float]], origin: tuple[float, float]) -> None:
-        self.canvas = Canvas(_WIDTH, height, background)
-        self._matrix, self._origin = torch.tensor(matrix), torch.tensor(origin)
-
-    def points(self, places: Tensor) -> Points:
-        """Project places, ``[P, 3]``."""
-        return [(x, y) for x, y in (places @ self._matrix.T + self._origin).tolist()]
-
-    def outline(self, place: Tensor, frame: Tensor, model: Tensor) -> Points:
-        """Project a shape in an aircraft's own axes, which is drawn in pixels, not to scale."""
-        ((center_x, center_y),) = self.points(place[None])
-        turned = (model @ frame) @ self._matrix.sign().T * _SIZE
-        return [(center_x + x, center_y + y) for x, y in turned.tolist()]
-
-
-def draw_combat(state: State, frames: Tensor, sensors: Sensors, *, seconds: float) -> Image:
+def draw_combat(state: State, frames: Tensor, sensors: Sensors, *, seconds: float) -> np.ndarray:
     """Draw the aircraft from above and from the side.
 
     Args:
@@ -61,29 +37,24 @@ def draw_combat(state: State, frames: Tensor, sensors: Sensors, *, seconds: floa
     Returns:
         The picture.
     """
-    from PIL import Image
-
     alive = state["health"] > 0
     scenes = above, side = _scenes(state["position"], alive)
     for scene in scenes:
         for cone, reach, shades in (sensors.view, _SHOWN, _VIEWS), (sensors.weapons, sensors.weapons.range, _WEAPONS):
             for index in alive.nonzero().flatten().tolist():
                 corners = state["position"][index] + reach * _directions(cone) @ frames[index]
-                scene.canvas.polygon(_hull(scene.points(corners)), shades[_team(state, index)])
+                scene.polygon(_hull(scene.points(corners)), shades[_team(state, index)])
     _draw_grid(above, side)
     for scene in scenes:
         _draw_aircraft(scene, state, frames)
-    picture = Image.new("RGB", (_WIDTH, _HEADER + _ABOVE + _SIDE))
-    for canvas, top in (_header(alive, seconds), 0), (above.canvas, _HEADER), (side.canvas, _HEADER + _ABOVE):
-        picture.paste(canvas.image(), (0, top))
-    return picture
+    return np.concatenate([canvas.pixels() for canvas in (_header(alive, seconds), above, side)])
 
 
 def _team(state: State, index: int) -> int:
     return int(2 * index >= len(state["health"]))
 
 
-def _scenes(places: Tensor, alive: Tensor) -> tuple[_Scene, _Scene]:
+def _scenes(places: Tensor, alive: Tensor) -> tuple[Scene, Scene]:
     """The views from above and from the side, which keep everybody alive in the picture, or all if nobody is."""
     places = places[alive] if alive.any() else places
     low, high = places.amin(0), places.amax(0)
@@ -91,49 +62,50 @@ def _scenes(places: Tensor, alive: Tensor) -> tuple[_Scene, _Scene]:
     scale = 1 / max(wide / (_WIDTH - 2 * _MARGIN), deep / (_ABOVE - 2 * _MARGIN), _SMALLEST / _WIDTH)
     rise = (_SIDE - 2 * _FLOOR) / max(_CEILING, high[2].item())
     left = _WIDTH / 2 - scale * north
-    above = _Scene(_ABOVE, "white", [[0, scale, 0], [scale, 0, 0]], (left, _ABOVE / 2 - scale * east))
-    return above, _Scene(_SIDE, _SKY, [[0, scale, 0], [0, 0, -rise]], (left, _SIDE - _FLOOR))
+    above = Scene(_WIDTH, _ABOVE, [[0, scale, 0], [scale, 0, 0]], (left, _ABOVE / 2 - scale * east))
+    return above, Scene(_WIDTH, _SIDE, [[0, scale, 0], [0, 0, -rise]], (left, _SIDE - _FLOOR), _SKY)
 
 
-def _draw_grid(above: _Scene, side: _Scene) -> None:
+def _draw_grid(above: Scene, side: Scene) -> None:
     """Lines a kilometre apart, over the cones; the ground and the altitudes."""
     kilometres = torch.arange(-100.0, 101).unsqueeze(-1) * 1000
     for x, y in above.points(kilometres.expand(-1, 3)):
         if 0 <= x < _WIDTH:
-            above.canvas.path([(x, 0), (x, _ABOVE)], _GRID, 0.7)
-            side.canvas.path([(x, 0), (x, _SIDE)], _GRID, 0.7)
+            above.path([(x, 0), (x, _ABOVE)], _GRID, 0.7)
+            side.path([(x, 0), (x, _SIDE)], _GRID, 0.7)
         if 0 <= y < _ABOVE:
-            above.canvas.path([(0, y), (_WIDTH, y)], _GRID, 0.7)
-    side.canvas.rectangle((0, _SIDE - _FLOOR), (_WIDTH, _FLOOR), _GROUND)
-    above.canvas.path([(0, _ABOVE), (_WIDTH, _ABOVE)], FAINT, 1)
-    above.canvas.text((8, 10), "from above, lines 1 km apart, north to the right", 10, FAINT, "lm")
-    side.canvas.text((8, 10), "from the side", 10, FAINT, "lm")
+            above.path([(0, y), (_WIDTH, y)], _GRID, 0.7)
+    side.rectangle((0, _SIDE - _FLOOR), (_WIDTH, _FLOOR), _GROUND)
+    above.path([(0, _ABOVE), (_WIDTH, _ABOVE)], FAINT, 1)
+    above.text((8, 10), "from above, lines 1 km apart, north to the right", 10, FAINT, "lm")
+    side.text((8, 10), "from the side", 10, FAINT, "lm")
     for altitude, (_, y) in enumerate(side.points(kilometres[101:].expand(-1, 3)), 1):
         if y > 16:
-            side.canvas.path([(0, y), (_WIDTH, y)], _GRID, 0.7)
-            side.canvas.text((_WIDTH - 6, y), f"{altitude} km", 9, FAINT, "rm")
+            side.path([(0, y), (_WIDTH, y)], _GRID, 0.7)
+            side.text((_WIDTH - 6, y), f"{altitude} km", 9, FAINT, "rm")
 
 
-def _draw_aircraft(scene: _Scene, state: State, frames: Tensor) -> None:
+def _draw_aircraft(scene: Scene, state: State, frames: Tensor) -> None:
     """Trails, shots, the aircraft with a fin to show which way is up, and health bars; the dead below the others."""
     places, healths, targets = state["position"], state["health"].tolist(), state["target"].tolist()
     order = sorted(range(len(healths)), key=lambda index: healths[index] > 0)
     for index in order:
         if healths[index] > 0:
             trail = torch.cat([state["trail"][:, index], places[index, None]])
-            scene.canvas.path(scene.points(trail), _TRAILS[_team(state, index)], 1.4)
+            scene.path(scene.points(trail), _TRAILS[_team(state, index)], 1.4)
     for index, target in enumerate(targets):
         if target >= 0:
-            scene.canvas.path(scene.points(places[[index, target]]), _COLORS[_team(state, index)], 2)
+            scene.path(scene.points(places[[index, target]]), _COLORS[_team(state, index)], 2)
     for index in order:
         alive = healths[index] > 0
         color = _COLORS[_team(state, index)] if alive else _DEAD
-        scene.canvas.polygon(scene.outline(places[index], frames[index], _BODY), color)
-        scene.canvas.polygon(scene.outline(places[index], frames[index], _FIN), INK if alive else FAINT)
+        ((x, y),) = scene.points(places[index, None])
+        for model, fill in (_BODY, color), (_FIN, INK if alive else FAINT):  # in pixels, not to scale
+            turned = (model @ frames[index]) @ torch.tensor(scene.projection).T.sign() * _SIZE
+            scene.polygon([(x + right, y + down) for right, down in turned.tolist()], fill)
         if alive:
-            ((x, y),) = scene.points(places[index, None])
-            scene.canvas.rectangle((x - 9, y + 12), (18, 3), "white", edge=color, width=0.5)
-            scene.canvas.rectangle((x - 9, y + 12), (18 * healths[index], 3), color)
+            scene.rectangle((x - 9, y + 12), (18, 3), "white", edge=color, width=0.5)
+            scene.rectangle((x - 9, y + 12), (18 * healths[index], 3), color)
 
 
 def _header(alive: Tensor, seconds: float) -> Canvas:
@@ -156,11 +128,11 @@ def _directions(cone: Cone) -> Tensor:
     return torch.cat([torch.zeros(1, 3), far])
 
 
-def _hull(points: Points) -> Points:
+def _hull(points: list[Point]) -> list[Point]:
     """The convex hull (Andrew's monotone chain)."""
 
-    def chain(ordered: Points) -> Points:
-        kept: Points = []
+    def chain(ordered: list[Point]) -> list[Point]:
+        kept: list[Point] = []
         for x, y in ordered:
             while len(kept) > 1:
                 (x0, y0), (x1, y1) = kept[-2:]

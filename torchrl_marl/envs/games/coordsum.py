@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrl.data import Categorical
-from typing_extensions import Unpack
 
-from torchrl_marl.envs.base import BatchOptions, check_positive
+from torchrl_marl.envs.base import check_positive
 from torchrl_marl.envs.games.pictures import AGENT_COLORS, FAINT, INK, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.streams import draw_below
-from torchrl_marl.envs.games.tensor_env import GameOptions, TensorEnv
+from torchrl_marl.envs.games.tensor_env import GameEnv
 from torchrl_marl.signatures import hands_on_to
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = ["CoordSumEnv", "CoordSumRules", "make_coordsum"]
 
@@ -29,7 +26,7 @@ _GOOD, _FAIR, _POOR = "#228833", "#e0862c", "#c1384f"
 _SHADES = ("#f0f3f8", "#d3e0ef", "#b0cae4", "#8bb2d8", "#6699c9", "#4477aa")
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@dataclass(eq=False, repr=False)
 class CoordSumRules(Rules):
     """The rules of :class:`CoordSumEnv`, whose arguments these are.
 
@@ -39,18 +36,29 @@ class CoordSumRules(Rules):
     and a step costs the same for any number of targets and actions.
     """
 
-    num_actions: int
-    num_targets: int
-    num_rows: int
-    observe_step: bool
+    num_agents: int = 3
+    num_actions: int = 10
+    _: KW_ONLY
+    num_targets: int = None  # pyright: ignore[reportAssignmentType] (num_actions)
+    num_rows: int = None  # pyright: ignore[reportAssignmentType] (num_targets)
+    observe_step: bool = True
+    max_steps: int = 100
+    time_limit: TimeLimit = "terminate"
     fixed_length = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.num_targets = self.num_actions if self.num_targets is None else self.num_targets
+        self.num_rows = self.num_targets if self.num_rows is None else self.num_rows
         check_positive(num_actions=self.num_actions, num_targets=self.num_targets, num_rows=self.num_rows)
         largest = self.num_actions * max(self.num_rows, self.max_steps + 1)
         self._memory_dtype = torch.int16 if largest < 2**15 else torch.int32
-        self._register_tables({"actions": torch.arange(self.num_actions)})
+        self._register_tables(actions=torch.arange(self.num_actions))
+
+    @property
+    def action_spec(self) -> Categorical:
+        """A number of each agent."""
+        return Categorical(self.num_actions, shape=torch.Size([self.num_agents]))
 
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
         """Draw the first target; the opponent remembers nothing."""
@@ -106,15 +114,15 @@ class CoordSumRules(Rules):
     def _row(self, target: Tensor) -> Tensor:
         return target.clamp(max=self.num_rows - 1).unsqueeze(-1)
 
-    def draw(self, state: State) -> Image:
+    def draw(self, state: State) -> np.ndarray:
         """Draw the round just played and, below it, what the opponent remembers."""
         canvas = Canvas(_WIDTH, _HEIGHT)
         _draw_round(canvas, self, state)
         _draw_memory(canvas, self, state)
-        return canvas.image()
+        return canvas.pixels()
 
 
-class CoordSumEnv(TensorEnv):
+class CoordSumEnv(GameEnv):
     """Numbers that add up to a target, hidden from an opponent who remembers.
 
     Each round all agents see the same target and choose a number of ``0..num_actions - 1``, without communicating. If
@@ -149,7 +157,7 @@ class CoordSumEnv(TensorEnv):
         observe_step: whether the observation holds the share of rounds played.
         max_steps: rounds of an episode.
         time_limit: how its end is reported, see above.
-        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
+        num_envs, seed, device: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -163,34 +171,11 @@ class CoordSumEnv(TensorEnv):
         tensor([1., 1., 1., 1.])
     """
 
-    @hands_on_to(TensorEnv.__init__)
-    def __init__(
-        self,
-        num_agents: int = 3,
-        num_actions: int = 10,
-        *,
-        num_targets: int | None = None,
-        num_rows: int | None = None,
-        observe_step: bool = True,
-        max_steps: int = 100,
-        time_limit: TimeLimit = "terminate",
-        **batch: Unpack[BatchOptions],
-    ) -> None:
-        num_targets = num_actions if num_targets is None else num_targets
-        rules = CoordSumRules(
-            num_agents=num_agents,
-            num_actions=num_actions,
-            num_targets=num_targets,
-            num_rows=num_targets if num_rows is None else num_rows,
-            observe_step=observe_step,
-            max_steps=max_steps,
-            time_limit=time_limit,
-        )
-        super().__init__(rules, action_spec=Categorical(num_actions, shape=torch.Size([num_agents])), **batch)
+    rules_type = CoordSumRules
 
 
-@hands_on_to(CoordSumEnv.__init__)
-def make_coordsum(scenario: str = "CoordSum-3x10", **options: Unpack[GameOptions]) -> CoordSumEnv:
+@hands_on_to(CoordSumEnv)
+def make_coordsum(scenario: str = "CoordSum-3x10", **options: Any) -> CoordSumEnv:
     """Build a CoordSum task by its name.
 
     ``CoordSum-NxK``: ``N`` agents and ``K`` actions by the paper's rules, with targets ``0..K - 1``. The paper reports
@@ -223,10 +208,9 @@ def make_coordsum(scenario: str = "CoordSum-3x10", **options: Unpack[GameOptions
             f"such as CoordSum-3x10 or CoordSum-3x10-30; got {scenario!r}"
         )
     num_agents, num_actions = int(match[1]), int(match[2])
-    if match[3] is None:
-        return CoordSumEnv(num_agents, num_actions, **options)
-    released: Any = {"num_targets": int(match[3]), "num_rows": num_actions, "observe_step": False}
-    return CoordSumEnv(num_agents, num_actions, **released, **options)
+    if match[3] is not None:
+        options = {"num_targets": int(match[3]), "num_rows": num_actions, "observe_step": False, **options}
+    return CoordSumEnv(num_agents, num_actions, **options)
 
 
 def _draw_round(canvas: Canvas, rules: CoordSumRules, state: State) -> None:
@@ -241,9 +225,8 @@ def _draw_round(canvas: Canvas, rules: CoordSumRules, state: State) -> None:
     for agent, action in enumerate(actions):
         color, left = AGENT_COLORS[agent % len(AGENT_COLORS)], _MARGIN + agent * (side + 6)
         canvas.rectangle((left, top), (side, side), color if played else "white", edge=color, radius=6)
-        canvas.text(
-            (left + side / 2, middle), str(action) if played else "?", round(side / 2), "white" if played else color
-        )
+        shown, ink = (str(action), "white") if played else ("?", color)
+        canvas.text((left + side / 2, middle), shown, round(side / 2), ink)
     left = _MARGIN + rules.num_agents * (side + 6) + 12
     canvas.text((left, middle), "=", 22)
     if played and not correct:

@@ -27,28 +27,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "GRAVITY",
-    "JET",
-    "Aircraft",
-    "Angles",
-    "Flight",
-    "Frame",
-    "Vector",
-    "air_density",
-    "angles",
-    "axes",
-    "cross",
-    "dot",
-    "flight_at",
-    "fly",
-    "minus",
-]
+from torchrl_marl.envs.games.vectors import Frame, Vector, cross, dot, plus, scaled, turned
 
-# East, north and up (or forward, right and up), each of the same shape: plain tensors are quicker than a last axis.
-Vector = tuple[Tensor, Tensor, Tensor]
-# Unit vectors along the nose, to the right wing and out of the cockpit's roof.
-Frame = tuple[Vector, Vector, Vector]
+__all__ = ["GRAVITY", "JET", "Aircraft", "Angles", "Flight", "air_density", "angles", "axes", "flight_at", "fly"]
 
 GRAVITY = 9.80665  # m/s^2, standard gravity
 
@@ -204,16 +185,16 @@ def fly(
 
 def _fall(flight: Flight, duration: Tensor | float) -> Flight:
     """Free fall; the lift axis follows the direction by parallel transport."""
-    east, north, up = before = _scaled(flight.speed, flight.direction)
+    east, north, up = before = scaled(flight.speed, flight.direction)
     after = (east, north, up - GRAVITY * duration)
     speed = dot(after, after).sqrt().clamp(min=1e-3)
-    direction = _scaled(1 / speed, after)
+    direction = scaled(1 / speed, after)
     # The rotation that takes the direction u to w takes l, at right angles to u, to l - (l.w) (u + w) / (1 + u.w).
     turn = dot(flight.lift_axis, direction) / (1 + dot(flight.direction, direction)).clamp(min=1e-6)
     return Flight(
-        position=_plus(flight.position, _scaled(duration / 2, _plus(before, after))),
+        position=plus(flight.position, scaled(duration / 2, plus(before, after))),
         direction=direction,
-        lift_axis=_plus(flight.lift_axis, _scaled(-turn, _plus(flight.direction, direction))),
+        lift_axis=plus(flight.lift_axis, scaled(-turn, plus(flight.direction, direction))),
         speed=speed,
         attack=flight.attack,
     )
@@ -239,9 +220,9 @@ def _steer(
     roll = aircraft.roll_rate * duration / 2 * aileron
     cos_roll, sin_roll, cos_turn, sin_turn = roll.cos(), roll.sin(), turn.cos(), turn.sin()
     right = cross(flight.direction, flight.lift_axis)
-    lift_axis, right = _turned(flight.lift_axis, right, cos_roll, sin_roll)
-    direction, lift_axis = _turned(flight.direction, lift_axis, cos_turn, sin_turn)
-    lift_axis, _ = _turned(lift_axis, right, cos_roll, sin_roll)
+    lift_axis, right = turned(flight.lift_axis, right, cos_roll, sin_roll)
+    direction, lift_axis = turned(flight.direction, lift_axis, cos_turn, sin_turn)
+    lift_axis, _ = turned(lift_axis, right, cos_roll, sin_roll)
     attack = (flight.attack + 2 * change).maximum(low).minimum(high)
     return Flight(flight.position, direction, lift_axis, speed, attack)
 
@@ -253,7 +234,7 @@ def _decelerated(speed: Tensor, push: Tensor, drag: Tensor, duration: Tensor | f
 
 def axes(flight: Flight) -> Frame:
     """Return an aircraft's own axes."""
-    nose, roof = _turned(flight.direction, flight.lift_axis, flight.attack.cos(), flight.attack.sin())
+    nose, roof = turned(flight.direction, flight.lift_axis, flight.attack.cos(), flight.attack.sin())
     return nose, cross(flight.direction, flight.lift_axis), roof
 
 
@@ -276,35 +257,6 @@ def flight_at(position: Vector, speed: Tensor, attack: Tensor, angles: Angles) -
     (heading, climb, roll), zero = angles, torch.zeros_like(speed)
     forward = (heading.sin(), heading.cos(), zero)
     right = (heading.cos(), -heading.sin(), zero)
-    direction, lift_axis = _turned(forward, (zero, zero, zero + 1), climb.cos(), climb.sin())
-    lift_axis, _ = _turned(lift_axis, right, roll.cos(), roll.sin())
+    direction, lift_axis = turned(forward, (zero, zero, zero + 1), climb.cos(), climb.sin())
+    lift_axis, _ = turned(lift_axis, right, roll.cos(), roll.sin())
     return Flight(position, direction, lift_axis, speed, attack)
-
-
-def dot(one: Vector, other: Vector) -> Tensor:
-    """Return the scalar product."""
-    return one[0] * other[0] + one[1] * other[1] + one[2] * other[2]
-
-
-def cross(one: Vector, other: Vector) -> Vector:
-    """Return the vector product."""
-    (a, b, c), (x, y, z) = one, other
-    return b * z - c * y, c * x - a * z, a * y - b * x
-
-
-def minus(one: Vector, other: Vector) -> Vector:
-    """Return the difference."""
-    return one[0] - other[0], one[1] - other[1], one[2] - other[2]
-
-
-def _scaled(factor: Tensor | float, vector: Vector) -> Vector:
-    return factor * vector[0], factor * vector[1], factor * vector[2]
-
-
-def _plus(one: Vector, other: Vector) -> Vector:
-    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
-
-
-def _turned(first: Vector, second: Vector, cos: Tensor, sin: Tensor) -> tuple[Vector, Vector]:
-    """Turn two vectors at right angles in their plane, the first one towards the second."""
-    return _plus(_scaled(cos, first), _scaled(sin, second)), _plus(_scaled(cos, second), _scaled(-sin, first))

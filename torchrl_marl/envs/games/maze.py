@@ -3,69 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, one_hot
 from torchrl.data import Categorical
-from typing_extensions import Unpack
 
-from torchrl_marl.envs.base import BatchOptions
 from torchrl_marl.envs.games.grid import MOVES, successors, windows
 from torchrl_marl.envs.games.pictures import FAINT, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
-from torchrl_marl.envs.games.tensor_env import GameOptions, TensorEnv
+from torchrl_marl.envs.games.tensor_env import GameEnv
 from torchrl_marl.signatures import hands_on_to
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = ["MazeEnv", "MazeRules", "make_maze"]
 
 
-@dataclass(frozen=True)
-class _Maze:
-    layout: str  # "#" wall, "." open, "R", "B" red and black grids, "T" blue trap, "S" start, "*" goal
-    agents: tuple[str, ...]
-
-    @property
-    def letters(self) -> str:
-        """All cells, row by row."""
-        return "".join(self.layout.split())
-
-
-_MAZES = {
-    "black_red": _Maze(
-        """
-        ####S####
-        ####.####
-        #.......#
-        #.#R#B#.#
-        #.#R#B#.#
-        #.#R#B#.#
-        #.......#
-        ####.####
-        ####*####
-        """,
-        ("red", "black"),
-    ),
-    "black_blue_red": _Maze(
-        """
-        ####S####
-        ####.####
-        #.......#
-        #.#R#B.##
-        #.#R#T.##
-        #.#R#B.##
-        #.......#
-        ####.####
-        ####*####
-        """,
-        ("red", "black", "blue"),
-    ),
-}
+_AGENTS = {"black_red": ("red", "black"), "black_blue_red": ("red", "black", "blue")}
+_LAYOUTS = """
+    ####S####  ####S####
+    ####.####  ####.####
+    #.......#  #.......#
+    #.#R#B#.#  #.#R#B.##
+    #.#R#B#.#  #.#R#T.##
+    #.#R#B#.#  #.#R#B.##
+    #.......#  #.......#
+    ####.####  ####.####
+    ####*####  ####*####
+"""  # "#" wall, "." open, "R", "B" red and black grids, "T" blue trap, "S" start, "*" goal
+_CELLS = dict(zip(_AGENTS, map("".join, zip(*map(str.split, _LAYOUTS.split("\n")[1:-1]), strict=True)), strict=True))
 _SIZE = 9
 _CODES = {"#": 0, ".": 1, "S": 1, "R": 2, "B": 3, "T": 4, "*": 5}
 _FORBIDDEN = {"red": "#B", "black": "#R", "blue": "#RBT"}
@@ -74,16 +42,23 @@ _CELL_COLORS = {"#": "#4c566a", "R": "#f2b8b5", "B": "#a9afbc", "T": "#b3d4ee"}
 _AGENT_COLORS = {"red": "#d1353f", "black": "#23262e", "blue": "#2f74c0"}
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@dataclass(eq=False, repr=False)
 class MazeRules(Rules):
     """The rules of :class:`MazeEnv`, whose arguments these are: tables of the cells, and a lookup in each per step."""
 
-    maze: str
-    step_cost: float
+    maze: str = "black_red"
+    _: KW_ONLY
+    step_cost: float = 0.02
+    max_steps: int = 100
+    time_limit: TimeLimit = "truncate"
+    num_agents: int = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.maze not in _AGENTS:
+            raise ValueError(f"maze must be one of {', '.join(_AGENTS)}; got {self.maze!r}")
+        letters, colors = _CELLS[self.maze], _AGENTS[self.maze]
+        self.num_agents = len(colors)
         super().__post_init__()
-        letters, colors = _MAZES[self.maze].letters, _MAZES[self.maze].agents
         self.start, self.goal = letters.index("S"), letters.index("*")
         codes, cells = torch.tensor([_CODES[letter] for letter in letters]), torch.arange(len(letters))
         blocked = torch.tensor([[letter in _FORBIDDEN[color] for letter in letters] for color in colors])
@@ -93,13 +68,16 @@ class MazeRules(Rules):
         parts = [one_hot(around, len(set(_CODES.values()))).flatten(1)]
         parts += [one_hot(cells // _SIZE, _SIZE), one_hot(cells % _SIZE, _SIZE)]
         self._register_tables(
-            {
-                "codes": codes / max(_CODES.values()),
-                "successor": successor.flatten(),
-                "agent_offset": torch.arange(self.num_agents) * len(letters) * len(MOVES),
-                "view": torch.cat(parts, -1).float(),
-            }
+            codes=codes / max(_CODES.values()),
+            successor=successor.flatten(),
+            agent_offset=torch.arange(self.num_agents) * len(letters) * len(MOVES),
+            view=torch.cat(parts, -1).float(),
         )
+
+    @property
+    def action_spec(self) -> Categorical:
+        """A move of each agent."""
+        return Categorical(len(MOVES), shape=torch.Size([self.num_agents]))
 
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
         """Put all agents at the start."""
@@ -125,22 +103,22 @@ class MazeRules(Rules):
         agents = {"observation": observation, "mask": state["cell"] != self.goal}
         return agents, {"state": torch.cat([codes, places], -1)}
 
-    def draw(self, state: State) -> Image:
+    def draw(self, state: State) -> np.ndarray:
         """Draw the maze and the way that each agent has gone."""
         canvas = Canvas(2 * _MARGIN + _SIZE * _CELL, 2 * _MARGIN + _SIZE * _CELL)
-        for cell, letter in enumerate(_MAZES[self.maze].letters):
+        for cell, letter in enumerate(_CELLS[self.maze]):
             _draw_cell(canvas, cell, letter)
-        colors = [_AGENT_COLORS[color] for color in _MAZES[self.maze].agents]
+        colors = [_AGENT_COLORS[color] for color in _AGENTS[self.maze]]
         shifts = [7 * (agent - (self.num_agents - 1) / 2) for agent in range(self.num_agents)]  # side by side
         length = min(int(state["step"]), self.max_steps) + 1
         for path, color, shift in zip(state["path"].tolist(), colors, shifts, strict=True):
             canvas.path([_center(cell, shift) for cell in path[:length]], color, 3)
         for cell, color, shift in zip(state["cell"].tolist(), colors, shifts, strict=True):
             canvas.disc(_center(cell, shift), 9, color, edge="white", width=2)
-        return canvas.image()
+        return canvas.pixels()
 
 
-class MazeEnv(TensorEnv):
+class MazeEnv(GameEnv):
     """Agents of different colours find their ways to the same star, past grids that only some of them may enter.
 
     In ``"black_red"`` a red agent may enter red grids and a black one black grids; each has its own shortest way of 10
@@ -176,7 +154,7 @@ class MazeEnv(TensorEnv):
         step_cost: cost of a step.
         max_steps: time limit of an episode.
         time_limit: how the limit is reported: ``"truncate"`` or ``"terminate"``.
-        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`; the seed is taken for uniformity with other games.
+        num_envs, seed, device: see :class:`~torchrl_marl.envs.base.BatchOptions`; the seed is taken for uniformity.
 
     Raises:
         ValueError: if there is no such maze or an argument is out of its range.
@@ -191,33 +169,11 @@ class MazeEnv(TensorEnv):
         (tensor([[True]]), tensor([0.8000, 0.8000]))
     """
 
-    @hands_on_to(TensorEnv.__init__)
-    def __init__(
-        self,
-        maze: str = "black_red",
-        *,
-        step_cost: float = 0.02,
-        max_steps: int = 100,
-        time_limit: TimeLimit = "truncate",
-        **batch: Unpack[BatchOptions],
-    ) -> None:
-        if maze not in _MAZES:
-            raise ValueError(f"maze must be one of {', '.join(_MAZES)}; got {maze!r}")
-        num_agents = len(_MAZES[maze].agents)
-        rules = MazeRules(
-            num_agents=num_agents, maze=maze, step_cost=step_cost, max_steps=max_steps, time_limit=time_limit
-        )
-        super().__init__(rules, action_spec=Categorical(len(MOVES), shape=torch.Size([num_agents])), **batch)
+    rules_type = MazeRules
 
 
-class MazeOptions(GameOptions, total=False):
-    """What ``make_maze`` hands on."""
-
-    step_cost: float
-
-
-@hands_on_to(MazeEnv.__init__)
-def make_maze(scenario: str = "black_red", **options: Unpack[MazeOptions]) -> MazeEnv:
+@hands_on_to(MazeEnv)
+def make_maze(scenario: str = "black_red", **options: Any) -> MazeEnv:
     """Build a maze; the arguments are those of :class:`MazeEnv`, whose ``maze`` is called ``scenario`` here.
 
     Example:

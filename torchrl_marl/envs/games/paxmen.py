@@ -4,82 +4,43 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 from torchrl.data import Categorical
-from typing_extensions import Unpack
 
-from torchrl_marl.envs.base import BatchOptions, check_positive
+from torchrl_marl.envs.base import check_positive
 from torchrl_marl.envs.games.grid import MOVES, successors, windows
 from torchrl_marl.envs.games.pictures import AGENT_COLORS, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.streams import draw_below
-from torchrl_marl.envs.games.tensor_env import GameOptions, TensorEnv
+from torchrl_marl.envs.games.tensor_env import GameEnv
 from torchrl_marl.signatures import hands_on_to
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = ["PaxMenEnv", "PaxMenRules", "make_paxmen"]
 
 # "#" wall, "." corridor, "o" corridor with a dot, digits where the agents start, in their order.
-_MAZES = (
-    """
-    ###############
-    ###ooo...ooo###
-    #######.#######
-    #o#####.#######
-    #o#####.###ooo#
-    #o...##.###.###
-    ####.#405##.###
-    ##....3.1...###
-    ##.###726##.###
-    ##o####.###.###
-    ##o####..o#ooo#
-    ##o####.#o#####
-    #######.#o#####
-    ##ooo...#######
-    ###############
-    """,
-    """
-    ###############
-    ###oo...#######
-    ###o###.##o##o#
-    ##o####..oo##o#
-    ##o####.#####o#
-    ##o####.#####.#
-    ##.###405####.#
-    ##....3.1.....#
-    ####.#726#.####
-    #o...##.##ooo##
-    #o#####.#######
-    #o#####.#######
-    #######.#######
-    ###ooo...ooo###
-    ###############
-    """,
-    """
-    ###############
-    #######...ooo##
-    #####o#.#######
-    #####o#.####oo#
-    #####o..#####o#
-    ##ooo##.#####.#
-    ####.#405####.#
-    #.....3.1.....#
-    #.####726##.###
-    #.#####.###o###
-    #o#####.###oo##
-    #o##o.....o####
-    #o##o#####o####
-    ####o#####o####
-    ###############
-    """,
-)
+_MAZES = """
+    ###############  ###############  ###############
+    ###ooo...ooo###  ###oo...#######  #######...ooo##
+    #######.#######  ###o###.##o##o#  #####o#.#######
+    #o#####.#######  ##o####..oo##o#  #####o#.####oo#
+    #o#####.###ooo#  ##o####.#####o#  #####o..#####o#
+    #o...##.###.###  ##o####.#####.#  ##ooo##.#####.#
+    ####.#405##.###  ##.###405####.#  ####.#405####.#
+    ##....3.1...###  ##....3.1.....#  #.....3.1.....#
+    ##.###726##.###  ####.#726#.####  #.####726##.###
+    ##o####.###.###  #o...##.##ooo##  #.#####.###o###
+    ##o####..o#ooo#  #o#####.#######  #o#####.###oo##
+    ##o####.#o#####  #o#####.#######  #o##o.....o####
+    #######.#o#####  #######.#######  #o##o#####o####
+    ##ooo...#######  ###ooo...ooo###  ####o#####o####
+    ###############  ###############  ###############
+"""
 _SIZE = 15
 _NUM_CELLS = _SIZE * _SIZE
 _NUM_DOTS = 24
@@ -91,7 +52,7 @@ _CELL = 24  # of the picture, in pixels
 _BACKGROUND, _BLOCK, _FLOOR_COLOR, _LIT, _DOT = "#10142b", "#28357a", "#10142b", "#2b3050", "#ffd86b"
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@dataclass(eq=False, repr=False)
 class PaxMenRules(Rules):
     """The rules of :class:`PaxMenEnv`, whose arguments these are.
 
@@ -100,8 +61,12 @@ class PaxMenRules(Rules):
     that it sees.
     """
 
-    view_radius: int
-    step_cost: float
+    num_agents: int = 4
+    _: KW_ONLY
+    view_radius: int = 2
+    step_cost: float = 0.025
+    max_steps: int = 200
+    time_limit: TimeLimit = "truncate"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,21 +75,25 @@ class PaxMenRules(Rules):
             raise ValueError(f"num_agents must be at most {_MAX_AGENTS}, the places in the hub; got {self.num_agents}")
         kinds = _layouts()
         self.num_layouts = len(kinds)
-        hub = "".join(_MAZES[0].split())
+        hub = _mazes()[0]
         cells = torch.arange(_NUM_CELLS)
-        tables = {
-            "successor": successors(kinds == _WALL, _SIZE).flatten(),
-            "kind": kinds.flatten(),
-            "view": windows(kinds, _SIZE, radius=self.view_radius, outside=_WALL).flatten(0, 1),
-            "offset": _offsets(self.view_radius).flatten(),
-            "layout_code": torch.eye(self.num_layouts),
-            "place": torch.stack([cells // _SIZE, cells % _SIZE], -1) / (_SIZE - 1),
-            "start": torch.tensor([hub.index(str(agent)) for agent in range(self.num_agents)]),
+        self._register_tables(
+            successor=successors(kinds == _WALL, _SIZE).flatten(),
+            kind=kinds.flatten(),
+            view=windows(kinds, _SIZE, radius=self.view_radius, outside=_WALL).flatten(0, 1),
+            offset=_offsets(self.view_radius).flatten(),
+            layout_code=torch.eye(self.num_layouts),
+            place=torch.stack([cells // _SIZE, cells % _SIZE], -1) / (_SIZE - 1),
+            start=torch.tensor([hub.index(str(agent)) for agent in range(self.num_agents)]),
             # Numbers, not truth values, which compiled scattering is slow with.
-            "all_dots": (torch.arange(_NUM_DOTS + 2) < _NUM_DOTS).float(),
-            "self_pairs": torch.eye(self.num_agents, dtype=torch.bool),
-        }
-        self._register_tables(tables)
+            all_dots=(torch.arange(_NUM_DOTS + 2) < _NUM_DOTS).float(),
+            self_pairs=torch.eye(self.num_agents, dtype=torch.bool),
+        )
+
+    @property
+    def action_spec(self) -> Categorical:
+        """A move of each agent, the last of which is to eat."""
+        return Categorical(len(MOVES), shape=torch.Size([self.num_agents]))
 
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
         """Draw a layout; the agents stand in the hub, and no dot is eaten."""
@@ -164,7 +133,7 @@ class PaxMenRules(Rules):
     def _index(self, state: State) -> Tensor:
         return state["layout"].unsqueeze(-1) * _NUM_CELLS + state["cell"]
 
-    def draw(self, state: State) -> Image:
+    def draw(self, state: State) -> np.ndarray:
         """Draw the maze, the dots and the agents; what they see is lit."""
         canvas = Canvas(_SIZE * _CELL, _SIZE * _CELL, _BACKGROUND)
         layout, cells = int(state["layout"]), state["cell"].tolist()
@@ -180,10 +149,10 @@ class PaxMenRules(Rules):
             together = [other for other in range(self.num_agents) if cells[other] == cells[agent]]
             shift = 4 * (together.index(agent) - (len(together) - 1) / 2)  # so that all show who share a cell
             _draw_agent(canvas, _center(row, column, shift), AGENT_COLORS[agent], int(state["facing"][agent]))
-        return canvas.image()
+        return canvas.pixels()
 
 
-class PaxMenEnv(TensorEnv):
+class PaxMenEnv(GameEnv):
     """A team of Pac-Men that has to split up: exploration under partial observability with shared rewards.
 
     Agents start in the hub at the middle of a maze, from which four corridors branch into eight dead ends. An agent in
@@ -217,7 +186,7 @@ class PaxMenEnv(TensorEnv):
         step_cost: the team's cost of a step.
         max_steps: time limit of an episode.
         time_limit: how the limit is reported: ``"truncate"`` or ``"terminate"``.
-        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
+        num_envs, seed, device: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -229,36 +198,11 @@ class PaxMenEnv(TensorEnv):
         (torch.Size([2, 5, 75]), tensor([-0.0250]))
     """
 
-    @hands_on_to(TensorEnv.__init__)
-    def __init__(
-        self,
-        num_agents: int = 4,
-        *,
-        view_radius: int = 2,
-        step_cost: float = 0.025,
-        max_steps: int = 200,
-        time_limit: TimeLimit = "truncate",
-        **batch: Unpack[BatchOptions],
-    ) -> None:
-        rules = PaxMenRules(
-            num_agents=num_agents,
-            view_radius=view_radius,
-            step_cost=step_cost,
-            max_steps=max_steps,
-            time_limit=time_limit,
-        )
-        super().__init__(rules, action_spec=Categorical(len(MOVES), shape=torch.Size([num_agents])), **batch)
+    rules_type = PaxMenRules
 
 
-class PaxMenOptions(GameOptions, total=False):
-    """What ``make_paxmen`` hands on."""
-
-    view_radius: int
-    step_cost: float
-
-
-@hands_on_to(PaxMenEnv.__init__)
-def make_paxmen(scenario: str = "PaxMen-4", **options: Unpack[PaxMenOptions]) -> PaxMenEnv:
+@hands_on_to(PaxMenEnv)
+def make_paxmen(scenario: str = "PaxMen-4", **options: Any) -> PaxMenEnv:
     """Build a PaxMen task by its name.
 
     Args:
@@ -281,11 +225,17 @@ def make_paxmen(scenario: str = "PaxMen-4", **options: Unpack[PaxMenOptions]) ->
     return PaxMenEnv(int(match[1]), **options)
 
 
+def _mazes() -> list[str]:
+    """The cells of every maze, row by row."""
+    rows = [line.split() for line in _MAZES.strip().splitlines()]
+    return ["".join(maze) for maze in zip(*rows, strict=True)]
+
+
 def _layouts() -> Tensor:
     """The kinds of the cells of every maze in its eight orientations, ``[layouts, cells]``."""
     layouts = []
-    for maze in _MAZES:
-        letters, numbers = "".join(maze.split()), iter(range(_NUM_DOTS))
+    for letters in _mazes():
+        numbers = iter(range(_NUM_DOTS))
         kinds = [_WALL if letter == "#" else next(numbers) if letter == "o" else _FLOOR for letter in letters]
         square = torch.tensor(kinds).reshape(_SIZE, _SIZE)
         for side in (square, square.T):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-__all__ = ["AGENT_COLORS", "FAINT", "INK", "Canvas", "Color", "Point"]
+__all__ = ["AGENT_COLORS", "FAINT", "INK", "Canvas", "Color", "Point", "Scene", "shrunk"]
 
 Color = str | tuple[int, ...]
 Point = tuple[float, float]
@@ -73,12 +72,44 @@ class Canvas:
         font = ImageFont.load_default(_SUPERSAMPLING * size)
         self._pen.text(self._scaled(position), content, fill=color, font=font, anchor=anchor)
 
-    def image(self) -> Image:
-        """Return the picture."""
+    def pixels(self) -> np.ndarray:
+        """Return the picture, ``uint8`` of shape ``[height, width, 3]``."""
         from PIL import Image
 
-        return self._image.resize(self._size, Image.Resampling.LANCZOS)
+        return np.array(self._image.resize(self._size, Image.Resampling.LANCZOS))
 
     @staticmethod
     def _scaled(point: Point) -> Point:
         return _SUPERSAMPLING * point[0], _SUPERSAMPLING * point[1]
+
+
+class Scene(Canvas):
+    """A canvas that shows a part of a world.
+
+    Args:
+        width: of the picture.
+        height: of the picture.
+        projection: pixels per unit of length, ``[2, D]``, to the right and down.
+        origin: where the world's origin is in the picture.
+        background: colour.
+    """
+
+    def __init__(
+        self, width: int, height: int, projection: list[list[float]], origin: Point, background: str = "white"
+    ) -> None:
+        super().__init__(width, height, background)
+        self.projection, self.origin = projection, origin
+
+    def points(self, places: Tensor) -> list[Point]:
+        """Project places, ``[P, D]``."""
+        projection, origin = (torch.tensor(value, dtype=places.dtype) for value in (self.projection, self.origin))
+        return [(x, y) for x, y in (places @ projection.T + origin).tolist()]
+
+
+def shrunk(picture: np.ndarray, longer_side: int) -> np.ndarray:
+    """Return a picture whose longer side has at most as many pixels."""
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    image.thumbnail((longer_side, longer_side), Image.Resampling.LANCZOS)
+    return np.asarray(image)

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torchrl.data import TensorSpec
 
 from torchrl_marl.envs.base import check_positive
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = ["Rules", "State", "TimeLimit"]
 
@@ -35,9 +34,9 @@ class Rules(nn.Module, ABC):
     all ``[*B]``. Each environment draws from its own stream only: it plays in a batch as it would alone, and a stored
     state resumes it exactly.
 
-    A game defines ``init_state``, ``transition``, ``observe`` and ``draw``; its settings are dataclass fields. Lookup
-    tables are buffers, so that ``to`` moves them. ``fixed_length`` is set if the number of steps is part of the game,
-    so that reaching it is rightly a termination.
+    A game defines ``action_spec``, ``init_state``, ``transition``, ``observe`` and ``draw``; its settings are dataclass
+    fields. Lookup tables are buffers, so that ``to`` moves them. ``fixed_length`` is set if the number of steps is part
+    of the game, so that reaching it is rightly a termination.
 
     Args:
         num_agents: number of agents, ``N``.
@@ -75,9 +74,14 @@ class Rules(nn.Module, ABC):
 
         def __getattr__(self, name: str) -> Tensor: ...  # a table
 
-    def _register_tables(self, tables: Mapping[str, Tensor]) -> None:
+    def _register_tables(self, **tables: Tensor) -> None:
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
+
+    @property
+    @abstractmethod
+    def action_spec(self) -> TensorSpec:
+        """The actions of one environment, ``[N]`` for discrete or ``[N, A]`` for continuous ones."""
 
     @abstractmethod
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
@@ -92,8 +96,8 @@ class Rules(nn.Module, ABC):
         """Return the agents' entries, ``[*B, N, ...]`` each, and those at the root, such as ``state``."""
 
     @abstractmethod
-    def draw(self, state: State) -> Image:
-        """Return a picture of one environment's state."""
+    def draw(self, state: State) -> np.ndarray:
+        """Return a picture of one environment's state, ``uint8`` of shape ``[height, width, 3]``."""
 
     def reset(self, random: Tensor) -> TensorDict:
         """Return the states of new episodes, drawn from the streams ``random``, ``[*B]``."""

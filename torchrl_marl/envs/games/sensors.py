@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from torchrl_marl.envs.games.flight import Frame, Vector, dot, minus
+from torchrl_marl.envs.games.vectors import Frame, Vector, dot, minus
 
 __all__ = ["SENSORS", "Cone", "Sensors", "Sight", "look", "of_observers"]
 

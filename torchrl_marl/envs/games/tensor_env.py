@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, get_type_hints
+
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import TensorSpec
 
 from torchrl_marl.envs.base import BatchOptions, TeamEnv, spec_of
-from torchrl_marl.envs.games.rules import Rules, TimeLimit
+from torchrl_marl.envs.games.rules import Rules
 from torchrl_marl.extras import import_extra
 
-__all__ = ["GameOptions", "TensorEnv"]
-
-
-class GameOptions(BatchOptions, total=False):
-    """Options of every game: besides those of a batch, the time limit in steps, and how it is reported.
-
-    ``max_steps`` has a default in each game. ``time_limit="truncate"`` sets ``truncated``, and advantage estimation
-    bootstraps from the last state; ``"terminate"`` sets ``terminated``.
-    """
-
-    max_steps: int
-    time_limit: TimeLimit
+__all__ = ["GameEnv", "TensorEnv"]
 
 
 class TensorEnv(TeamEnv):
@@ -31,7 +23,6 @@ class TensorEnv(TeamEnv):
 
     Args:
         rules: the game.
-        action_spec: of one environment, ``[N]`` for discrete or ``[N, A]`` for continuous actions.
         num_envs: number of environments stepped together, ``B``.
         seed: of the streams; ``None`` draws one from Torch's global generator.
         device: where to play.
@@ -52,13 +43,12 @@ class TensorEnv(TeamEnv):
         self,
         rules: Rules,
         *,
-        action_spec: TensorSpec,
         num_envs: int,
         seed: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         agents = [f"agent_{index}" for index in range(rules.num_agents)]
-        super().__init__(agents, action_spec, num_envs=num_envs, max_steps=rules.max_steps, device=device)
+        super().__init__(agents, rules.action_spec, num_envs=num_envs, max_steps=rules.max_steps, device=device)
         self.rules = rules.to(self.device)
         self.limit_flag, self.fixed_length = f"{rules.time_limit}d", rules.fixed_length
         self._set_seed(seed)
@@ -88,4 +78,30 @@ class TensorEnv(TeamEnv):
 
     def _draw(self, env_index: int) -> np.ndarray:
         import_extra("PIL.Image", "plot")
-        return np.array(self.rules.draw(dict(self.state[env_index].cpu().items())))
+        return self.rules.draw(dict(self.state[env_index].cpu().items()))
+
+
+class GameEnv(TensorEnv):
+    """A game whose arguments are the fields of its rules, and ``num_envs``, ``seed`` and ``device``.
+
+    So the rules alone state a game's settings and their defaults; ``inspect.signature`` shows them. A subclass names
+    its rules in ``rules_type``.
+
+    Example:
+        >>> from torchrl_marl.envs import MazeEnv
+        >>> list(inspect.signature(MazeEnv).parameters)
+        ['maze', 'max_steps', 'time_limit', 'step_cost', 'num_envs', 'seed', 'device']
+    """
+
+    rules_type: ClassVar[Callable[..., Rules]]
+
+    def __init__(self, *settings: Any, **options: Any) -> None:
+        batch = {name: options.pop(name) for name in BatchOptions.__annotations__ if name in options}
+        super().__init__(self.rules_type(*settings, **options), **batch)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        _, _, *batch = inspect.signature(TensorEnv.__init__).parameters.values()  # without self and rules
+        shown = [*inspect.signature(cls.rules_type).parameters.values(), *batch]
+        kinds = {**get_type_hints(TensorEnv.__init__), **get_type_hints(cls.rules_type)}
+        cls.__signature__ = inspect.Signature([each.replace(annotation=kinds[each.name]) for each in shown])

@@ -86,8 +86,18 @@ class TeamEnv(EnvBase, ABC):
         return Composite(agents=group, shape=self.batch_size).to(self.device)
 
     def _set_seed(self, seed: int | None) -> None:
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        self.set_extra_state(random_streams(seed, self.batch_size[0]))
+        self.seed_copies(int(torch.randint(2**63 - 1, ())) if seed is None else seed)
+
+    def seed_copies(self, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+        """Give every copy the random stream that it would have in a batch of ``world_size`` such environments.
+
+        Args:
+            seed: of that batch.
+            rank: which part of that batch this environment is, from 0.
+            world_size: how many parts there are.
+        """
+        copies = self.batch_size.numel()
+        self.set_extra_state(random_streams(seed, world_size * copies)[rank * copies : (rank + 1) * copies])
 
     def get_extra_state(self) -> Tensor:
         """Return the random streams, ``[B]``, which are part of ``state_dict``."""

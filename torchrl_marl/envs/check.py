@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorSpec
-from torchrl.envs import EnvBase, StepCounter, TransformedEnv, VmasWrapper
+from torchrl.envs import EnvBase, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_marl.envs.random_state import preserve_random_state
@@ -106,19 +106,16 @@ def _group_map(env: EnvBase) -> dict[str, list[str]]:
 @contextlib.contextmanager
 def _undisturbed(env: EnvBase) -> Iterator[None]:
     """Restore all random states afterwards, and keep TorchRL's log lines out of the printed text."""
-    env = innermost(env)
-    own_state = copy.deepcopy(env.state_dict())
-    generators = [value for value in vars(env).values() if isinstance(value, torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    logger = logging.getLogger("torchrl")
-    level = logger.level
+    env, logger = innermost(env), logging.getLogger("torchrl")
+    own_state, level = copy.deepcopy(env.state_dict()), logger.level
+    generators = [(own, own.get_state()) for own in vars(env).values() if isinstance(own, torch.Generator)]
     logger.setLevel(logging.WARNING)
     try:
         with preserve_random_state(), torch.no_grad():
             yield
     finally:
         logger.setLevel(level)
-        for generator, state in zip(generators, states, strict=True):
+        for generator, state in generators:
             generator.set_state(state)
         env.load_state_dict(own_state)
 
@@ -149,20 +146,14 @@ def _num_choices(spec: TensorSpec) -> int | None:
     return None if space is None or isinstance(spec, MultiCategorical) else space.n
 
 
-def _simulator(env: EnvBase) -> VmasWrapper | None:
-    return next((module for module in env.modules() if isinstance(module, VmasWrapper)), None)
-
-
 def _time_limit(env: EnvBase) -> tuple[int, str] | None:
-    """The limit in steps and the flag that reports it, where the environment declares one."""
+    """The limit in steps and the flag that reports it, where a StepCounter or the environment declares one."""
     counters = [module.max_steps for module in env.modules() if isinstance(module, StepCounter)]
     if limits := [limit for limit in counters if limit is not None]:
         return min(limits), "truncated"
     base: Any = innermost(env)
-    if hasattr(base, "limit_flag"):
-        return base.max_steps, base.limit_flag
-    simulator = _simulator(env)
-    return (simulator.max_steps, "terminated") if simulator is not None and simulator.max_steps else None
+    limit, can_truncate = getattr(base, "max_steps", None), "truncated" in base.done_keys
+    return limit and (limit, getattr(base, "limit_flag", "truncated" if can_truncate else "terminated"))
 
 
 def _frames(rollout: TensorDictBase, *key: str) -> Tensor:
@@ -188,11 +179,10 @@ def _episodes(env: EnvBase, rollout: TensorDictBase) -> tuple[Tensor, Tensor]:
 
 
 def _describe(env: EnvBase) -> str:
-    groups, specs, simulator, limit = _group_map(env), _specs(env), _simulator(env), _time_limit(env)
-    name = type(innermost(env)).__name__
-    if simulator is not None:
-        scenario = simulator.scenario_name
-        name = f"VmasEnv ({scenario if isinstance(scenario, str) else type(scenario).__name__})"
+    groups, specs, limit, base = _group_map(env), _specs(env), _time_limit(env), innermost(env)
+    name, scenario = type(base).__name__, getattr(base, "scenario_name", None)
+    if scenario is not None:
+        name += f" ({scenario if isinstance(scenario, str) else type(scenario).__name__})"
     count = f"{math.prod(env.batch_size)} environments in parallel" if env.batch_size else "one environment"
     root = [f"{'/'.join(key)} {_layout(env, spec)}" for key, spec in specs.items() if key[0] not in groups]
     lines = [

@@ -13,8 +13,6 @@ import torch
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.envs import EnvBase
 
-from torchrl_marl.envs.base import TeamEnv
-from torchrl_marl.envs.games.streams import random_streams
 from torchrl_marl.extras import import_vmas
 
 __all__ = ["RandomState", "preserve_random_state", "reseed"]
@@ -27,7 +25,7 @@ class RandomState:
 
     Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's ``GlobalRNGState``), where VMAS
     is loaded the random stream that all VMAS environments share, and the streams of an environment that owns its
-    randomness (:class:`~torchrl_marl.envs.base.TeamEnv`).
+    randomness and says so with a method ``seed_copies`` (as :class:`~torchrl_marl.envs.base.TeamEnv` does).
 
     Args:
         env: the environment whose streams are part of the state, under any transforms; ``None`` for no environment.
@@ -132,12 +130,12 @@ def reseed(env: EnvBase, seed: int, *, rank: int = 0, world_size: int = 1) -> No
     torch.manual_seed(seed + rank)
     env.set_seed(seed + rank)
     for owner in _stream_owners(env):
-        copies = owner.batch_size.numel()
-        owner.set_extra_state(random_streams(seed, world_size * copies)[rank * copies : (rank + 1) * copies])
+        owner.seed_copies(seed, rank=rank, world_size=world_size)
 
 
-def _stream_owners(env: EnvBase) -> list[TeamEnv]:
-    return [module for module in env.modules() if isinstance(module, TeamEnv)]
+def _stream_owners(env: EnvBase) -> list[Any]:
+    # Asked of the class: a TransformedEnv hands what is asked of itself on to the environment below.
+    return [module for module in env.modules() if hasattr(type(module), "seed_copies")]
 
 
 def _vmas_stream() -> list[Any]:

@@ -75,7 +75,7 @@ def _body(entity: Any, env_index: int) -> _Body:
     from vmas.simulator.core import Agent, Box, Line
 
     outlines = {Box: _SQUARE, Line: _SQUARE[1:3] * torch.tensor([1.0, 0.0])}
-    outline = outlines.get(type(entity.shape), _SQUARE[:1] * 0)
+    outline = next((own for kind, own in outlines.items() if isinstance(entity.shape, kind)), _SQUARE[:1] * 0)
     size = torch.tensor([getattr(entity.shape, name, 0.0) for name in ("length", "width")]).double()
     angle = entity.state.rot[env_index].double().cpu()
     turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()]).reshape(2, 2)

@@ -310,6 +310,18 @@ def test_shots_are_simultaneous(luck):
     assert (data["terminated"].item(), data["won"].item()) == (True, False)
 
 
+def test_the_info_tells_who_won_and_how_many_survive(luck):
+    luck(0, 0)
+    rules = rules_of(2)
+    away, dying = plane(east=9000.0), plane(north=500.0, health=0.1)
+    _, data = play(rules, scene(rules, plane(), away, dying, plane(east=-9000.0)))
+    assert data["info", "won"].tolist() == [1.0]
+    assert data["info", "survivors"].tolist() == [1.0]
+    _, data = play(rules, scene(rules, plane(health=0.0), away, plane(north=500.0), plane(east=-9000.0)))
+    assert data["info", "won"].tolist() == [0.0]
+    assert data["info", "survivors"].tolist() == [0.5]
+
+
 def test_losses_are_shared_out_over_the_team(luck):
     luck(0, 0)
     rules = rules_of(2)

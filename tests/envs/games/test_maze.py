@@ -81,6 +81,12 @@ def test_scripted_episodes_have_the_returns_of_the_specification(maze, scripts, 
     assert data["agents", "mask"].sum(0).tolist() == [arrival or 100 for arrival in arrivals]
 
 
+def test_the_info_tells_what_share_of_the_agents_has_arrived():
+    data = play(MazeEnv("black_blue_red", num_envs=1), [RED, BLUE, BLUE])
+    assert data["next", "info", "arrived"][:, 0].tolist() == [0.0] * 9 + [pytest.approx(1 / 3)] * 2 + [1.0]
+    assert data["info", "arrived"][0].item() == 0
+
+
 @pytest.mark.parametrize("maze", LAYOUTS)
 def test_every_move_from_every_cell_follows_the_layout_and_the_colour(maze):
     env, layout = MazeEnv(maze, num_envs=405), LAYOUTS[maze]

@@ -137,6 +137,19 @@ def test_dots_come_back_when_the_last_is_eaten(rules):
     assert data["state"][0, 24:48].sum() == 1
 
 
+def test_the_info_counts_the_dots_eaten_in_all_rounds(rules):
+    dot, hub = where(rules, 7), (7, 7)
+    state, data, _ = step(rules, placed(rules, (dot, hub, hub), dots={7, 8}), 4, 0, 0)
+    assert data["info", "eaten"].tolist() == [[pytest.approx(1 / 24)]]
+    state["dots"] = placed(rules, (dot, hub, hub), dots={7})["dots"]
+    state, data, _ = step(rules, state, 4, 0, 0)  # the last one: they come back
+    assert data["info", "eaten"].tolist() == [[pytest.approx(2 / 24)]]
+    for _ in range(3):
+        state, data, _ = step(rules, state, 4, 0, 0)
+    assert data["info", "eaten"].tolist() == [[pytest.approx(3 / 24)]]
+    assert rules.describe(rules.restart(state, torch.tensor([True])))["info", "eaten"].tolist() == [[0.0]]
+
+
 def test_moves_go_where_there_is_no_wall(rules):
     for layout in (0, 7, 13, 23):
         grid = grids(rules)[layout]

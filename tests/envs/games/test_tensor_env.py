@@ -104,6 +104,22 @@ def test_reward_sums_and_step_counts_are_those_of_torchrls_transforms(make):
         assert torch.equal(data["step_count"], other["count"])
 
 
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (make_aerocombat, {"won", "survivors"}),
+        (make_maze, {"arrived"}),
+        (make_paxmen, {"eaten"}),
+        (make_coordsum, set()),
+    ],
+)
+def test_what_an_episode_comes_to_is_one_number_for_each_copy_beside_what_agents_see(make, names):
+    data = make(num_envs=3, max_steps=4, seed=0).rollout(4)
+    for info in (data.get("info", {}), data["next"].get("info", {})):
+        assert set(info.keys()) == names
+        assert all(value.shape == (3, 4, 1) and value.dtype == torch.float32 for value in info.values())
+
+
 def test_same_seed_gives_the_same_course_whatever_the_process_draws(make):
     def seeded_course(seed):
         env = make(num_envs=3, max_steps=4, seed=seed)

@@ -133,6 +133,11 @@ class AeroCombatRules(Rules):
             "won": (agents > opponents).unsqueeze(-1),
         }
 
+    def outcome(self, state: State) -> dict[str, Tensor]:
+        """Return whether more agents live than opponents, and the share of agents that do."""
+        agents, opponents = _live(state["health"])
+        return {"won": agents > opponents, "survivors": agents / self.num_agents}
+
     def _encounter(
         self, flight: Flight, health: Tensor, clock: Tensor, detection: Tensor, hit: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,6 +268,8 @@ class AeroCombatEnv(GameEnv):
     ``("agents", "mask")``          ``[B, N]``              who lives; observations of the others are zeros
     ``"state"``                     ``[B, 24 N + 1]``       motion and health of all aircraft that live; share of time
     ``"won"``                       ``[B, 1]``              more agents live than opponents
+    ``("info", "won")``             ``[B, 1]``              the same as a number
+    ``("info", "survivors")``       ``[B, 1]``              share of the agents that live
     ==============================  ======================  ============================================================
 
     Instruments: the vertical's components along the nose (sine of pitch), to the right (roll) and up; angle of attack

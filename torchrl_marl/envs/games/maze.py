@@ -103,6 +103,10 @@ class MazeRules(Rules):
         agents = {"observation": observation, "mask": state["cell"] != self.goal}
         return agents, {"state": torch.cat([codes, places], -1)}
 
+    def outcome(self, state: State) -> dict[str, Tensor]:
+        """Return the share of agents that have arrived."""
+        return {"arrived": (state["cell"] == self.goal).float().mean(-1)}
+
     def draw(self, state: State) -> np.ndarray:
         """Draw the maze and the way that each agent has gone."""
         canvas = Canvas(2 * _MARGIN + _SIZE * _CELL, 2 * _MARGIN + _SIZE * _CELL)
@@ -144,6 +148,7 @@ class MazeEnv(GameEnv):
     ``("agents", "mask")``          ``[B, N]``             whether the agent has yet to arrive (``bool``)
     ``("agents", "action")``        ``[B, N]``             0 up, 1 down, 2 left, 3 right, 4 stay
     ``"state"``                     ``[B, 81 + 18 N]``     kind of every cell / 5, then row and column of every agent
+    ``("info", "arrived")``         ``[B, 1]``             share of the agents that have arrived
     ==============================  =====================  =============================================================
 
     Kinds: 0 wall or outside, 1 open, 2 red, 3 black, 4 blue trap, 5 goal. Agents are in the order red, black, blue. The

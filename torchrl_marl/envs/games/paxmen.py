@@ -130,6 +130,10 @@ class PaxMenRules(Rules):
         places = embedding(cell, self.place).flatten(-2)
         return {"observation": observation}, {"state": torch.cat([layout, dots[..., :_NUM_DOTS], places], -1)}
 
+    def outcome(self, state: State) -> dict[str, Tensor]:
+        """Return the dots eaten as a share of those in the maze: above 1 once they have come back."""
+        return {"eaten": (state["episode_reward"] + self.step_cost * state["step"]).round() / _NUM_DOTS}
+
     def _index(self, state: State) -> Tensor:
         return state["layout"].unsqueeze(-1) * _NUM_CELLS + state["cell"]
 
@@ -177,6 +181,7 @@ class PaxMenEnv(GameEnv):
     ``("agents", "observation")``   ``[B, N, 75]``        planes of the 5 x 5 cells around: wall, dot, another agent
     ``("agents", "action")``        ``[B, N]``            0 up, 1 down, 2 left, 3 right, 4 eat
     ``"state"``                     ``[B, 48 + 2 N]``     layout as one-hot, dots left, row and column of agents in 0..1
+    ``("info", "eaten")``           ``[B, 1]``            dots eaten in the episode / 24: more than 1 as they come back
     ==============================  ====================  ==============================================================
 
     Args:

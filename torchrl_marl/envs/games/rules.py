@@ -95,6 +95,13 @@ class Rules(nn.Module, ABC):
     def observe(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the agents' entries, ``[*B, N, ...]`` each, and those at the root, such as ``state``."""
 
+    def outcome(self, state: State) -> dict[str, Tensor]:
+        """Return what an episode has come to besides its return, ``[*B]`` each: entries of ``"info"`` by name.
+
+        The values at the last step are the episode's. By default there are none.
+        """
+        return {}
+
     @abstractmethod
     def draw(self, state: State) -> np.ndarray:
         """Return a picture of one environment's state, ``uint8`` of shape ``[height, width, 3]``."""
@@ -136,11 +143,14 @@ class Rules(nn.Module, ABC):
         return state, data
 
     def describe(self, state: TensorDict) -> TensorDict:
-        """Return the entries of a state: observations, ``("agents", "episode_reward")`` and ``step_count``."""
+        """Return the entries of a state: observations, ``episode_reward``, ``step_count`` and the ``"info"`` so far."""
         batch, entries = state.batch_size, _entries(state)
         agents, root = self.observe(entries)
         agents["episode_reward"] = self._per_agent(entries["episode_reward"])
         content: dict[str, Any] = {"agents": TensorDict(agents, batch_size=[*batch, self.num_agents])}
+        if outcome := self.outcome(entries):
+            info = {name: value.unsqueeze(-1).float() for name, value in outcome.items()}
+            content["info"] = TensorDict(info, batch_size=batch)
         return TensorDict({**content, **root, "step_count": entries["step"].unsqueeze(-1).clone()}, batch_size=batch)
 
     def _per_agent(self, value: Tensor) -> Tensor:

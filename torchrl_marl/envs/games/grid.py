@@ -6,9 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["MOVES", "successors", "windows"]
+__all__ = ["MOVES", "side_by_side", "successors", "windows"]
 
 MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, none; row 0 is on top
+
+
+def side_by_side(layouts: str) -> list[str]:
+    r"""Return the cells of layouts that are written beside each other, row by row.
+
+    Example:
+        >>> side_by_side("#.  .#\n##  ..")
+        ['#.##', '.#..']
+    """
+    return ["".join(rows) for rows in zip(*map(str.split, layouts.strip().splitlines()), strict=True)]
 
 
 def successors(blocked: Tensor, size: int) -> Tensor:

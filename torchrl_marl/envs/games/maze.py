@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, one_hot
 from torchrl.data import Categorical
 
-from torchrl_marl.envs.games.grid import MOVES, successors, windows
+from torchrl_marl.envs.games.grid import MOVES, side_by_side, successors, windows
 from torchrl_marl.envs.games.pictures import FAINT, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.tensor_env import GameEnv
@@ -33,7 +33,7 @@ _LAYOUTS = """
     ####.####  ####.####
     ####*####  ####*####
 """  # "#" wall, "." open, "R", "B" red and black grids, "T" blue trap, "S" start, "*" goal
-_CELLS = dict(zip(_AGENTS, map("".join, zip(*map(str.split, _LAYOUTS.split("\n")[1:-1]), strict=True)), strict=True))
+_CELLS = dict(zip(_AGENTS, side_by_side(_LAYOUTS), strict=True))
 _SIZE = 9
 _CODES = {"#": 0, ".": 1, "S": 1, "R": 2, "B": 3, "T": 4, "*": 5}
 _FORBIDDEN = {"red": "#B", "black": "#R", "blue": "#RBT"}

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding
 from torchrl.data import Categorical
 
 from torchrl_marl.envs.base import check_positive
-from torchrl_marl.envs.games.grid import MOVES, successors, windows
+from torchrl_marl.envs.games.grid import MOVES, side_by_side, successors, windows
 from torchrl_marl.envs.games.pictures import AGENT_COLORS, Canvas
 from torchrl_marl.envs.games.rules import Rules, State, TimeLimit
 from torchrl_marl.envs.games.streams import draw_below
@@ -24,7 +24,7 @@ from torchrl_marl.signatures import hands_on_to
 __all__ = ["PaxMenEnv", "PaxMenRules", "make_paxmen"]
 
 # "#" wall, "." corridor, "o" corridor with a dot, digits where the agents start, in their order.
-_MAZES = """
+_MAZES = side_by_side("""
     ###############  ###############  ###############
     ###ooo...ooo###  ###oo...#######  #######...ooo##
     #######.#######  ###o###.##o##o#  #####o#.#######
@@ -40,7 +40,7 @@ _MAZES = """
     #######.#o#####  #######.#######  #o##o#####o####
     ##ooo...#######  ###ooo...ooo###  ####o#####o####
     ###############  ###############  ###############
-"""
+""")
 _SIZE = 15
 _NUM_CELLS = _SIZE * _SIZE
 _NUM_DOTS = 24
@@ -75,7 +75,7 @@ class PaxMenRules(Rules):
             raise ValueError(f"num_agents must be at most {_MAX_AGENTS}, the places in the hub; got {self.num_agents}")
         kinds = _layouts()
         self.num_layouts = len(kinds)
-        hub = _mazes()[0]
+        hub = _MAZES[0]
         cells = torch.arange(_NUM_CELLS)
         self._register_tables(
             successor=successors(kinds == _WALL, _SIZE).flatten(),
@@ -230,16 +230,10 @@ def make_paxmen(scenario: str = "PaxMen-4", **options: Any) -> PaxMenEnv:
     return PaxMenEnv(int(match[1]), **options)
 
 
-def _mazes() -> list[str]:
-    """The cells of every maze, row by row."""
-    rows = [line.split() for line in _MAZES.strip().splitlines()]
-    return ["".join(maze) for maze in zip(*rows, strict=True)]
-
-
 def _layouts() -> Tensor:
     """The kinds of the cells of every maze in its eight orientations, ``[layouts, cells]``."""
     layouts = []
-    for letters in _mazes():
+    for letters in _MAZES:
         numbers = iter(range(_NUM_DOTS))
         kinds = [_WALL if letter == "#" else next(numbers) if letter == "o" else _FLOOR for letter in letters]
         square = torch.tensor(kinds).reshape(_SIZE, _SIZE)

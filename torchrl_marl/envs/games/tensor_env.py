@@ -40,12 +40,7 @@ class TensorEnv(TeamEnv):
     """
 
     def __init__(
-        self,
-        rules: Rules,
-        *,
-        num_envs: int,
-        seed: int | None = None,
-        device: torch.device | str = "cpu",
+        self, rules: Rules, *, num_envs: int, seed: int | None = None, device: torch.device | str = "cpu"
     ) -> None:
         agents = [f"agent_{index}" for index in range(rules.num_agents)]
         super().__init__(agents, rules.action_spec, num_envs=num_envs, max_steps=rules.max_steps, device=device)
@@ -66,10 +61,8 @@ class TensorEnv(TeamEnv):
 
     def _reset(self, tensordict: TensorDictBase | None) -> TensorDict:
         where = None if tensordict is None else tensordict.get("_reset", None)
-        if where is None:
-            self.state = self.rules.reset(self.state["random"])
-        else:
-            self.state = self.rules.restart(self.state, where.squeeze(-1))
+        random = self.state["random"]
+        self.state = self.rules.reset(random) if where is None else self.rules.restart(self.state, where.squeeze(-1))
         return self.rules.describe(self.state)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:

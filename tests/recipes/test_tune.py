@@ -223,7 +223,6 @@ def test_a_search_that_a_signal_has_ended_goes_on_with_the_same_command(
         (["epohcs=8"], r"^epohcs is not a key of the configuration; nearest: epochs"),
         (["loss=marz"], r"^loss=marz is not a choice; nearest: loss=mars"),
         (["loss.foo=interval(0, 1)"], r"^loss\.foo is not an argument of .*MARSLoss; nearest: "),
-        (["loss.target_ratios.0=-1"], r"^loss: .*-1"),  # what only the constructor refuses
         (["seed=3"], r"^seed=3 has no effect: trials begin anew, each with all of --seeds\."),
         (["loss=magpo"], r"^mars_vmas does not train MAGPOLoss"),
     ],
@@ -233,6 +232,13 @@ def test_what_the_recipe_refuses_ends_the_search_with_the_same_line(
 ) -> None:
     with pytest.raises(SystemExit, match=message) as refused:
         tune(monkeypatch, tmp_path, "mars_vmas", *words)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.rglob("*.db"))  # nor is there a study that would go on with it
+
+
+def test_what_only_a_constructor_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"^loss: .*-1") as refused:
+        tune(monkeypatch, tmp_path, "mars_vmas", "loss.target_ratios.0=-1")
     assert "\n" not in str(refused.value)
     assert not run_folders(tmp_path)
 

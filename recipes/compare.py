@@ -25,14 +25,18 @@ def compare(
     *,
     baseline: str | None = None,
     split: Sequence[str] = (),
+    metric: str = "return",
+    score: str = "absolute",
+    spread: str = "interval",
     metrics: Sequence[str] = (),
     command: str = "",
 ) -> None:
     """Read the runs at or below ``roots``, refuse those that cannot be compared, and write the page."""
-    runs, unfinished = read_runs(roots, split=split)
+    runs, unfinished = read_runs(roots, split=split, metric=metric)
     check_comparable(runs)
-    curves = {metric: [read_metric(folder, metric) for folder in runs.folder] for metric in metrics}
-    write_comparison(runs, output, baseline=baseline, metrics=curves, unfinished=unfinished, command=command)
+    curves = {name: [read_metric(folder, name) for folder in runs.folder] for name in metrics}
+    options = {"baseline": baseline, "metric": metric, "score": score, "spread": spread, "command": command}
+    write_comparison(runs, output, metrics=curves, unfinished=unfinished, **options)
     records = [(folder / "evaluations.json", method) for folder, method in zip(runs.folder, runs.method, strict=True)]
     if all(record.exists() for record, _ in records):
         with replacing(output / "evaluations.json") as path:
@@ -46,21 +50,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the page")
     parser.add_argument("--baseline", help="method over which the probability of improvement is given")
     parser.add_argument("--split", nargs="*", default=[], metavar="KEY", help="keys that tell variants apart")
+    parser.add_argument("--metric", default="return", metavar="NAME", help="of the evaluations: return, win_rate, ...")
+    parser.add_argument("--score", default="absolute", help="absolute, last, last_fifth, best or window:FRAMES")
+    parser.add_argument("--spread", choices=("interval", "std"), default="interval", help="over seeds")
     parser.add_argument("--metrics", nargs="*", default=[], metavar="NAME", help="to draw, as train/agents/max_ratio")
-    arguments = parser.parse_args()
+    arguments = vars(parser.parse_args())
     command = shlex.join(["python", "recipes/compare.py", *sys.argv[1:]])
     try:
-        compare(
-            arguments.runs,
-            arguments.output,
-            baseline=arguments.baseline,
-            split=arguments.split,
-            metrics=arguments.metrics,
-            command=command,
-        )
+        compare(arguments.pop("runs"), **arguments, command=command)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    print(arguments.output / "page.html")
+    print(arguments["output"] / "page.html")
 
 
 if __name__ == "__main__":

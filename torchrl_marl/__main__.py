@@ -66,10 +66,9 @@ def evaluate_run(
         f"{'sampled' if sampled else 'most likely'} actions, "
         f"mean length {played.lengths.float().mean():.1f}"
     )
-    if len(played.groups) > 1:
-        for group, returns in played.groups.items():
-            low, high = stratified_bootstrap_interval(returns, np.mean)
-            print(f"  {group}: {returns.mean():.3f}, 95 % interval {low:.3f} to {high:.3f}")
+    for name, values in ((played.groups if len(played.groups) > 1 else {}) | played.info).items():
+        low, high = stratified_bootstrap_interval(values, np.mean)
+        print(f"  {name}: {values.mean():.3f}, 95 % interval {low:.3f} to {high:.3f}")
 
 
 def _environment(checkpoint: Path, config: dict[str, Any], factory: str | None) -> dict[str, Any]:

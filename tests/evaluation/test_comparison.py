@@ -10,10 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from tensordict import TensorDictBase
+from torchrl.data import Composite, Unbounded
 
-from tests.recipes.runs import RECIPES, run_recipe
+from tests.envs.wrappers.test_custom import OneOfTorchRL
+from tests.recipes.runs import RECIPES, run_folders, run_recipe
+from torchrl_marl.__main__ import main as evaluate_command
 from torchrl_marl.evaluation import (
     iqm,
     probability_of_improvement,
@@ -23,7 +28,7 @@ from torchrl_marl.evaluation import (
 from torchrl_marl.evaluation.comparison import check_comparable
 from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves
 from torchrl_marl.evaluation.page import Page
-from torchrl_marl.run.records import read_runs
+from torchrl_marl.run.records import read_metric, read_runs
 
 compare = runpy.run_path(str(RECIPES / "compare.py"))["compare"]
 TASKS = ("balance", "navigation")
@@ -377,3 +382,66 @@ def test_the_command_makes_a_page_from_real_runs_and_refuses_others(
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match=r"env\.time_limit: .*terminate"):
         runpy.run_path(script, run_name="__main__")
+
+
+class Winnable(OneOfTorchRL):
+    """States in ``("next", "info")`` whether an episode is won, which is a matter of chance at every step."""
+
+    def __init__(self, num_envs: int) -> None:
+        super().__init__(batch_size=(num_envs,))
+        self.observation_spec["info"] = Composite(win_rate=Unbounded((num_envs, 1)), shape=(num_envs,))
+
+    def _reset(self, tensordict: TensorDictBase | None) -> TensorDictBase:
+        data = super()._reset(tensordict)
+        won = torch.rand(*data.batch_size, 1, generator=self.generator) < 0.5
+        return data.set(("info", "win_rate"), won.float())
+
+
+def winnable(num_envs: int) -> Winnable:
+    return Winnable(num_envs)
+
+
+def test_a_metric_of_the_environments_own_is_logged_stored_compared_and_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factory = f"{__name__}:winnable"
+    run_recipe(monkeypatch, tmp_path / "runs", "env=custom", f"env.factory={factory}", "total_frames=80")
+    (folder,) = run_folders(tmp_path / "runs")
+    (methods,) = json.loads((folder / "evaluations.json").read_text())["custom"].values()
+    steps = methods["mars"]["seed_0"]
+    assert len(steps["absolute_metrics"]["win_rate"]) == 40
+    assert set(steps["absolute_metrics"]["win_rate"]) <= {0.0, 1.0}
+    _, logged = read_metric(folder, "eval/info/win_rate")
+    np.testing.assert_allclose(logged, [np.mean(steps[f"step_{step}"]["win_rate"]) for step in range(2)])
+    text = page(tmp_path / "runs", metric="win_rate")
+    assert "| final win_rate |" in text
+    row = cells(text, factory, "mars", "0")
+    assert float(row[3]) == pytest.approx(logged[-1], abs=1e-3)
+    assert float(row[5]) == pytest.approx(np.mean(steps["absolute_metrics"]["win_rate"]), abs=1e-3)
+    with pytest.raises(ValueError, match=r"no metric 'wins', but win_rate, return, episode_length"):
+        page(tmp_path / "runs", metric="wins")
+    monkeypatch.setattr(sys, "argv", ["", "evaluate", str(folder), "--episodes", "8", "--factory", factory])
+    evaluate_command()
+    assert re.search(r"\n  win_rate: [01]\.\d{3}, 95 % interval", capsys.readouterr().out)
+
+
+def test_the_score_of_a_run_and_the_spread_over_seeds_are_chosen(tmp_path: Path) -> None:
+    finals = np.array([1.0, 2.0, 6.0])
+    for method in ("mars", "mappo"):
+        for seed, final in enumerate(finals + (method == "mappo")):
+            write_run(tmp_path / "runs", f"method={method}", f"seed={seed}", final=float(final))
+    start = ("balance", "mars", "0 to 2")
+    means = {"best": 3.0, "window:200": 3.0 * (0.75 + 1) / 2}  # curves rise evenly; evaluations every 100 frames
+    for score, expected in means.items():
+        assert cells(page(tmp_path / "runs", score=score), *start)[6].startswith(f"{expected:.2f} [")
+    text = page(tmp_path / "runs", score="window:200", baseline="mappo", spread="std")
+    assert cells(text, *start)[3] == f"3.00 ± {finals.std(ddof=1):.2f}"
+    assert "(mean of the last 200 frames)" in text
+    assert "mean over seeds with its standard deviation" in text
+    last = page(tmp_path / "runs", score="last")
+    assert cells(last, "task", "method", "seeds") == cells(page(tmp_path / "runs"), "task", "method", "seeds")
+    # scores 1, 2, 6 of mars lie between 0 and 7, the highest return of mappo
+    assert cells(last, "vmas", "1", "mars", "3")[5].startswith(f"{3 / 7:.2f} [")
+    for score in ("mean", "window:0", "window:"):
+        with pytest.raises(ValueError, match=rf"A score is absolute, .* or window:FRAMES.*got '{score}'"):
+            page(tmp_path / "runs", score=score)

@@ -57,12 +57,27 @@ class ScriptedEnv(EnvBase):
         pass
 
 
-def play(*lengths, max_steps):
+class ReportingEnv(ScriptedEnv):
+    """States of an episode at its step t whether it was won, which it is if t is above 2, and t as food; and a map."""
+
+    def __init__(self, *lengths):
+        super().__init__(*lengths)
+        info = {"win_rate": Binary(1, (len(lengths), 1), dtype=torch.bool), "food": Unbounded((len(lengths),))}
+        info |= {"map": Unbounded((len(lengths), 4))}
+        self.observation_spec["info"] = Composite(info, shape=(len(lengths),))
+
+    def _observation(self):
+        time = self.time.unsqueeze(-1)
+        info = {"win_rate": time > 2, "food": self.time.float(), "map": time.float().expand(-1, 4)}
+        return {**super()._observation(), "info": TensorDict(info, self.batch_size)}
+
+
+def play(*lengths, max_steps, env_class=ScriptedEnv):
     def act(*observations):
         return tuple(torch.zeros(observation.shape[:-1], dtype=torch.long) for observation in observations)
 
     keys = [[(name, key) for name in GROUPS] for key in ("observation", "action")]
-    env = TransformedEnv(ScriptedEnv(*lengths), RewardSum(reset_keys=["_reset"] * len(GROUPS)))
+    env = TransformedEnv(env_class(*lengths), RewardSum(reset_keys=["_reset"] * len(GROUPS)))
     return evaluate(env, TensorDictModule(act, *keys), seed=0, max_steps=max_steps)
 
 
@@ -83,3 +98,14 @@ def test_the_first_episode_of_every_copy_counts_with_its_return_and_length():
 def test_an_episode_that_does_not_end_is_refused():
     with pytest.raises(ValueError, match="1 of 3 episodes did not end within 6 steps"):
         play(1, 7, 2, max_steps=6)
+
+
+def test_what_an_environment_states_at_the_last_step_of_an_episode_is_a_metric_of_it():
+    episodes = play(1, 3, 7, 2, max_steps=7, env_class=ReportingEnv)
+    assert episodes.metrics() == {
+        "win_rate": [0.0, 1.0, 1.0, 0.0],
+        "food": [1.0, 3.0, 7.0, 2.0],
+        **play(1, 3, 7, 2, max_steps=7).metrics(),
+    }
+    halves = [half.info["food"].tolist() for half in episodes.chunk(2)]
+    assert halves == [[1.0, 3.0], [7.0, 2.0]]

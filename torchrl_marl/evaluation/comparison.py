@@ -39,6 +39,8 @@ Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 Groups = Mapping[Any, "DataFrame"]
 """Runs by task and method, in the order of their seeds."""
 
+_SCORES = {"absolute": "absolute metric", "last": "last", "last_fifth": "last fifth", "best": "best evaluation"}
+_SPREADS = {"interval": "IQM over seeds with its 95 % interval", "std": "mean over seeds with its standard deviation"}
 _PERCENT = np.linspace(0, 100, 101)
 
 
@@ -112,6 +114,9 @@ def write_comparison(
     output: Path,
     *,
     baseline: str | None = None,
+    metric: str = "return",
+    score: str = "absolute",
+    spread: str = "interval",
     metrics: Mapping[str, Sequence[Curve]] | None = None,
     unfinished: Sequence[Path] = (),
     command: str = "",
@@ -122,14 +127,20 @@ def write_comparison(
         runs: a row for each run; see :func:`check_comparable`.
         output: folder for the page.
         baseline: method over which the probability of improvement is given; ``None`` leaves that part out.
+        metric: name of what stands in ``returns``.
+        score: what is compared of each run: ``"absolute"`` (the absolute metric), ``"last"``, ``"last_fifth"`` or
+            ``"best"`` of its evaluations, or ``"window:FRAMES"``, their mean over its last frames.
+        spread: of curves and returns over seeds: ``"interval"``, the IQM with a 95 % interval, or ``"std"``, the mean
+            with the standard deviation (of a sample).
         metrics: what else the page draws: of each metric the curves of all runs, in the order of the rows.
         unfinished: folders of runs to state as left out.
         command: what was called, for the page to state.
 
     Raises:
-        ValueError: if no run is of the baseline.
+        ValueError: if no run is of the baseline, or there is no such score.
         ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
     """
+    runs, scored = runs.assign(score=_score(runs, score)), _scored(score)
     groups: Groups = dict(iter(runs.groupby(["task", "method"], sort=False)))
     tasks, methods = list(dict.fromkeys(runs.task)), sorted(set(runs.method))
     if baseline is not None and baseline not in methods:
@@ -139,8 +150,8 @@ def write_comparison(
     episodes = sorted({config["evaluation.episodes"] for config in runs.config})
     page.paragraph(
         f"{len(runs)} runs: {' to '.join(map(str, sorted({seeds[0], seeds[-1]})))} seeds for each method and task. "
-        f"Every evaluation is the mean return of {' or '.join(map(str, episodes))} episodes with deterministic actions "
-        "on environments of their own; the absolute metric is that of the best parameters on "
+        f"Every evaluation is the mean {metric} of {' or '.join(map(str, episodes))} episodes with deterministic "
+        "actions on environments of their own; the absolute metric is that of the best parameters on "
         f"{' or '.join(str(10 * number) for number in episodes)} other episodes."
     )
     if seeds[0] < 10:
@@ -150,18 +161,18 @@ def write_comparison(
             "about 75 % of studies."
         )
     page.heading("Learning curves")
-    interval = "over frames: IQM over seeds with its 95 % interval."
-    page.figure(_draw(groups, runs.returns, "evaluation return"), "curves", f"Evaluation return {interval}")
+    shown = f"over frames: {_SPREADS[spread]}."
+    page.figure(_draw(groups, runs.returns, f"evaluation {metric}", spread), "curves", f"Evaluation {metric} {shown}")
     if metrics:
         page.heading("While they train")
-    for metric, curves in (metrics or {}).items():
-        page.figure(_draw_logged(groups, curves, metric), metric.replace("/", "_"), f"{metric} {interval}")
-    page.heading("Returns")
-    _returns(page, groups)
+    for name, curves in (metrics or {}).items():
+        page.figure(_draw_logged(groups, curves, name, spread), name.replace("/", "_"), f"{name} {shown}")
+    page.heading("Returns" if metric == "return" else f"Evaluations: {metric}")
+    _returns(page, groups, metric, scored, spread)
     page.heading("Over tasks")
-    _aggregate(page, groups, tasks, methods)
+    _aggregate(page, groups, tasks, methods, scored)
     if baseline is not None:
-        _improvements(page, groups, tasks, methods, baseline)
+        _improvements(page, groups, tasks, methods, baseline, scored)
     page.heading("Settings in which the methods differ")
     _differing_settings(page, runs, methods)
     page.heading("Runs")
@@ -170,6 +181,8 @@ def write_comparison(
         left_out = _listed(["/".join(folder.parts[-3:]) for folder in unfinished])
         page.paragraph(f"Left out, for they are not finished: {left_out}.")
     page.heading("How to read this page")
+    if spread != "interval":
+        page.paragraph(f"Curves and the table of evaluations show the {_SPREADS[spread]}; all else as follows.")
     page.paragraph(_LEGEND)
     if command:
         page.code(command)
@@ -183,18 +196,18 @@ def _common_curves(curves: Iterable[Curve]) -> Curve:
     return frames, np.stack([values[np.isin(own, frames)] for own, values in curves])
 
 
-def _draw(groups: Groups, curves: Sequence[Curve], ylabel: str) -> Figure:
+def _draw(groups: Groups, curves: Sequence[Curve], ylabel: str, spread: str) -> Figure:
     """Draw a metric of every run, ``curves`` by the rows of the table of runs."""
     bands: dict[str, dict[str, Band]] = defaultdict(dict)
     for (task, method), runs in groups.items():
         frames, values = _common_curves(curves[run] for run in runs.index)
-        bands[task][method] = Band(frames, *_estimate(values[:, None], sample_efficiency))
+        bands[task][method] = Band(frames, *_over_seeds(values, spread))
     return draw_curves(bands, ylabel=ylabel)
 
 
-def _draw_logged(groups: Groups, curves: Sequence[Curve], metric: str) -> Figure:
+def _draw_logged(groups: Groups, curves: Sequence[Curve], metric: str, spread: str) -> Figure:
     """Draw what runs log while they train; what spans a decade gets a logarithmic axis."""
-    figure = _draw(groups, curves, metric)
+    figure = _draw(groups, curves, metric, spread)
     for axes in figure.axes:
         values = np.concatenate([line.get_ydata() for line in axes.lines])
         axes.set_yscale("log" if 0 < 10 * values.min() < values.max() else "linear")
@@ -210,26 +223,57 @@ def _estimate(scores: Any, statistic: Callable[..., Any]) -> tuple[Any, Any, Any
     return (center, *stratified_bootstrap_interval(scores, statistic))
 
 
-def _returns(page: Page, groups: Groups) -> None:
+def _over_seeds(values: NDArray[np.float64], spread: str) -> tuple[Any, Any, Any]:
+    """Return center and bounds over the seeds of ``[runs, ...]``."""
+    if spread == "interval":
+        return _estimate(values[:, None], iqm if values.ndim == 1 else sample_efficiency)
+    mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.nan * values[0]
+    return mean, mean - deviation, mean + deviation
+
+
+def _returns(page: Page, groups: Groups, metric: str, scored: str, spread: str) -> None:
+    names = {"final": f"final {metric}", "last_fifth": "last fifth", "absolute": "absolute metric", "score": scored}
+    if scored in _SCORES.values() and scored != _SCORES["best"]:
+        del names["score"]  # it has a column of its own
     rows = []
     for (task, method), runs in groups.items():
         low, high = _bounds(groups, task)
         decimals = max(2, 2 - math.floor(math.log10(high - low))) if high > low else 2
-        scores = [_written(_estimate(runs[name], iqm), decimals) for name in ("final", "last_fifth", "absolute")]
+        scores = [_written(_over_seeds(runs[name].to_numpy(), spread), decimals, spread) for name in names]
         frames, speed = f"{runs.frames.iloc[0]:,}", f"{runs.frames_per_second.mean():,.0f}"
         rows.append((task, method, _seeds(runs.seed.tolist()), *scores, frames, speed))
-    header = ["task", "method", "seeds", "final return", "last fifth", "absolute metric", "frames", "frames/s"]
-    page.table(header, rows, text_columns=3)
+    page.table(["task", "method", "seeds", *names.values(), "frames", "frames/s"], rows, text_columns=3)
+
+
+def _score(runs: DataFrame, score: str) -> Any:
+    """Return what is compared of each run."""
+    kind, _, frames = score.partition(":")
+    if score in ("absolute", "last_fifth"):
+        return runs[score]
+    if score == "last":
+        return runs.final
+    if score == "best":
+        return runs.returns.map(lambda curve: curve[1].max())
+    if kind == "window" and frames.isdecimal() and int(frames) > 0:
+        return runs.returns.map(lambda curve: curve[1][curve[0] > curve[0][-1] - int(frames)].mean())
+    raise ValueError(f"A score is {', '.join(_SCORES)} or window:FRAMES, such as window:2000000; got {score!r}.")
+
+
+def _scored(score: str) -> str:
+    """What a score is called on the page."""
+    return _SCORES.get(score) or f"mean of the last {int(score.partition(':')[2]):,} frames"
 
 
 def _bounds(groups: Groups, task: str) -> tuple[float, float]:
-    """Lowest and highest mean return of any evaluation of any run on a task."""
+    """Lowest and highest evaluation of any run on a task."""
     members = [runs for (own, _), runs in groups.items() if own == task]
-    values = np.concatenate([part for runs in members for part in (runs.absolute, *(y for _, y in runs.returns))])
+    values = np.concatenate(
+        [part for runs in members for part in (runs.absolute, runs.score, *(y for _, y in runs.returns))]
+    )
     return values.min(), values.max()
 
 
-def _aggregate(page: Page, groups: Groups, tasks: Sequence[str], methods: Sequence[str]) -> None:
+def _aggregate(page: Page, groups: Groups, tasks: Sequence[str], methods: Sequence[str], scored: str) -> None:
     """Add tables and figures over the tasks that every method has played with as many runs on each."""
     bounds = {task: _bounds(groups, task) for task in tasks}
     tasks = [
@@ -261,8 +305,8 @@ def _aggregate(page: Page, groups: Groups, tasks: Sequence[str], methods: Sequen
     text = "Sample efficiency and performance profiles over tasks, with 95 % intervals."
     page.figure(figure, "aggregates", text)
     page.paragraph(
-        f"Scores on {_listed(tasks)}, normalised by the lowest and highest mean return of any run ({scale}). Table "
-        "and profiles: absolute metric; a smaller optimality gap is better."
+        f"Scores on {_listed(tasks)}, normalised by the lowest and highest evaluation of any run ({scale}). Table "
+        f"and profiles: {scored}; a smaller optimality gap is better."
     )
 
 
@@ -280,8 +324,8 @@ def _aggregate_table(page: Page, scores: Mapping[str, NDArray[np.float64]], envi
 
 
 def _scores(groups: Groups, method: str, tasks: Sequence[str]) -> NDArray[np.float64]:
-    """Return absolute metrics, ``[runs, tasks]``."""
-    return np.stack([groups[task, method].absolute for task in tasks], -1)
+    """Return the scores of runs, ``[runs, tasks]``."""
+    return np.stack([groups[task, method].score for task in tasks], -1)
 
 
 def _curves(groups: Groups, method: str, tasks: Sequence[str]) -> NDArray[np.float64]:
@@ -293,7 +337,9 @@ def _curves(groups: Groups, method: str, tasks: Sequence[str]) -> NDArray[np.flo
     return np.stack(of_tasks, -1)
 
 
-def _improvements(page: Page, groups: Groups, tasks: Sequence[str], methods: Sequence[str], baseline: str) -> None:
+def _improvements(
+    page: Page, groups: Groups, tasks: Sequence[str], methods: Sequence[str], baseline: str, scored: str
+) -> None:
     """Add the probability that a run of a method beats one of the baseline, on each task and on all tasks of both."""
     rows: dict[str, dict[str, tuple[float, float, float]]] = defaultdict(dict)
     for among in [*([task] for task in tasks), tasks]:
@@ -306,7 +352,7 @@ def _improvements(page: Page, groups: Groups, tasks: Sequence[str], methods: Seq
     if not rows:
         return
     page.heading(f"Probability of improvement over {baseline}")
-    text = f"Probability that a run scores higher than one of {baseline} (absolute metric), with 95 % intervals."
+    text = f"Probability that a run scores higher than one of {baseline} ({scored}), with 95 % intervals."
     page.figure(draw_improvements(rows, baseline=baseline), "improvements", text)
     cells = [(title, method, _written(values)) for title, row in rows.items() for method, values in row.items()]
     page.table(["task", "method", "probability"], cells, text_columns=2)
@@ -341,9 +387,13 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"{seeds[0]} to {seeds[-1]}" if consecutive else ", ".join(map(str, seeds))
 
 
-def _written(estimate: tuple[float, float, float], decimals: int = 2) -> str:
+def _written(estimate: tuple[float, float, float], decimals: int = 2, spread: str = "interval") -> str:
     center, low, high = (f"{value:.{decimals}f}" for value in estimate)
-    return center if low == "nan" else f"{center} [{low}, {high}]"
+    if low == "nan":
+        return center
+    return (
+        f"{center} [{low}, {high}]" if spread == "interval" else f"{center} ± {estimate[2] - estimate[0]:.{decimals}f}"
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

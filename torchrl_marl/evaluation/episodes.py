@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
@@ -24,21 +24,24 @@ class Episodes(NamedTuple):
     """Number of steps, ``[E]``."""
     groups: dict[str, Tensor]
     """Undiscounted return of each group, mean over its agents, ``[E]``."""
+    info: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple's default)
+    """What the environment says of each episode beyond its return, such as ``win_rate`` (0 or 1), ``[E]``."""
 
     def metrics(self) -> dict[str, list[float]]:
         """Lists of one value an episode, by the names under which they are stored."""
         groups = self.groups if len(self.groups) > 1 else {}
-        return {
-            "return": self.returns.tolist(),
-            **{f"return_{group}": returns.tolist() for group, returns in groups.items()},
-            "episode_length": self.lengths.tolist(),
-        }
+        named = {"return": self.returns, **{f"return_{group}": returns for group, returns in groups.items()}}
+        named |= {"episode_length": self.lengths}
+        return {name: values.tolist() for name, values in (self.info | named).items()}
 
     def chunk(self, parts: int) -> list[Episodes]:
         """Cut the episodes into as many equal parts, in order."""
-        groups = zip(*(returns.chunk(parts) for returns in self.groups.values()), strict=True)
-        own = [dict(zip(self.groups, returns, strict=True)) for returns in groups]
-        return [Episodes(*part) for part in zip(self.returns.chunk(parts), self.lengths.chunk(parts), own, strict=True)]
+
+        def cut(values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+            return [{name: value.chunk(parts)[part] for name, value in values.items()} for part in range(parts)]
+
+        own = zip(self.returns.chunk(parts), self.lengths.chunk(parts), cut(self.groups), cut(self.info), strict=True)
+        return [Episodes(*part) for part in own]
 
 
 @torch.no_grad()
@@ -55,7 +58,8 @@ def evaluate(
     It draws random numbers; enclose it in :func:`torchrl_marl.envs.preserve_random_state` during training.
 
     Args:
-        env: batch of environments that count ``(group, "episode_reward")``, as ``make_env`` makes them.
+        env: batch of environments that count ``(group, "episode_reward")``, as ``make_env`` makes them; of what they
+            state in ``("next", "info")``, the value at the last step of an episode is the episode's.
         policy: the policy; if it is recurrent, every episode starts from states of zero.
         seed: of the environments; the same seed gives the same starts. ``None`` leaves their random streams alone.
         max_steps: the longest that an episode can be.
@@ -74,14 +78,15 @@ def evaluate(
     with set_exploration_type(ExplorationType.RANDOM if sampled else ExplorationType.DETERMINISTIC):
         for _ in range(max_steps):  # not env.rollout, which would keep a policy's memory of every step
             data, following = env.step_and_maybe_reset(policy(following))
-            groups = group_returns(data)
-            steps.append((data["next", "done"].squeeze(-1), episode_returns(data), *groups.values()))
-    done, *returns = (torch.stack(entries, -1) for entries in zip(*steps, strict=True))
+            own = {"returns": episode_returns(data), "groups": group_returns(data), "info": episode_info(data)}
+            steps.append(TensorDict({"done": data["next", "done"].squeeze(-1), **own}, data.batch_size))
+    played = torch.stack(steps, -1)
+    done = played["done"]
     if not done.any(-1).all():
         raise ValueError(f"{int((~done.any(-1)).sum())} of {len(done)} episodes did not end within {max_steps} steps.")
     first = done.int().argmax(-1)  # the copies start anew after it
-    mean, *own = (values.gather(-1, first.unsqueeze(-1)).squeeze(-1) for values in returns)
-    return Episodes(mean, first + 1, dict(zip(groups, own, strict=True)))
+    ends = played[torch.arange(len(first), device=first.device), first]
+    return Episodes(ends["returns"], first + 1, ends["groups"].to_dict(), ends["info"].to_dict())
 
 
 def ended_episode_returns(batch: TensorDictBase) -> Tensor:
@@ -93,6 +98,16 @@ def group_returns(data: TensorDictBase) -> dict[str, Tensor]:
     """Return so far at every step of each group, mean over its agents, of the shape of ``data``."""
     entries = data.get("next").items(True, True)
     return {key[0]: value.mean((-2, -1)) for key, value in entries if key[1:] == ("episode_reward",)}
+
+
+def episode_info(data: TensorDictBase) -> dict[str, Tensor]:
+    """Return the numbers that an environment states of its episodes in ``("next", "info")``, of the shape of ``data``.
+
+    Entries of any other size than one number for each copy are left out.
+    """
+    entries = data.get(("next", "info"), TensorDict()).items()
+    size = data.batch_size
+    return {name: value.reshape(size).float() for name, value in entries if value.numel() == size.numel()}
 
 
 def episode_returns(data: TensorDictBase) -> Tensor:

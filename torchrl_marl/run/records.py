@@ -146,12 +146,15 @@ def read_metric(folder: Path, metric: str) -> tuple[NDArray[np.float64], NDArray
     return frames, values
 
 
-def read_runs(roots: Iterable[Path], *, split: Sequence[str] = ()) -> tuple[DataFrame, list[Path]]:
+def read_runs(
+    roots: Iterable[Path], *, split: Sequence[str] = (), metric: str = "return"
+) -> tuple[DataFrame, list[Path]]:
     """Read every run at or below some folders; the trials of tuning, in folders named ``tuning``, are no results.
 
     Args:
         roots: folders.
         split: dotted configuration keys whose values tell variants of one method apart, such as ``optimizer.lr``.
+        metric: what of the evaluation episodes stands for the return: ``win_rate``, ``episode_length``, ...
 
     Returns:
         Finished runs, and the folders of unfinished ones. The runs are a table with a row each, by environment, task,
@@ -159,7 +162,8 @@ def read_runs(roots: Iterable[Path], *, split: Sequence[str] = ()) -> tuple[Data
         entries of summary.json, the frames and mean ``returns`` of its evaluations, and a digest of its ``losses``.
 
     Raises:
-        ValueError: if there is no finished run, one of them is damaged, or none says anything of a key to split by.
+        ValueError: if there is no finished run, one of them is damaged, none says anything of a key to split by, or
+            the episodes of one have no such metric.
         ImportError: without pandas (``pip install "torchrl_marl[plot]"``).
     """
     from pandas import DataFrame
@@ -170,6 +174,8 @@ def read_runs(roots: Iterable[Path], *, split: Sequence[str] = ()) -> tuple[Data
     if not finished:
         raise ValueError(f"No finished run below {', '.join(map(str, roots))}: a finished run holds a summary.json.")
     runs = [_read_run(folder) for folder in finished]
+    if metric != "return":
+        runs = [run | _read_evaluations(run["folder"], metric) for run in runs]
     known = {key for run in runs for key in run["config"]}
     for key in split:
         if key not in known:
@@ -212,6 +218,23 @@ def _read_run(folder: Path) -> dict[str, Any]:
         **numbers,
         **curves,
     }
+
+
+def _read_evaluations(folder: Path, metric: str) -> dict[str, Any]:
+    """Return what stands for a run's returns, from its evaluation episodes."""
+    path = folder / "evaluations.json"
+    try:
+        ((_, _, _, steps),) = _runs_in(path)
+        last = steps.pop(_ABSOLUTE)
+        if metric not in last:
+            raise ValueError(f"there is no metric {metric!r}, but {', '.join(last)}")
+        frames = np.array([step["step_count"] for step in steps.values()], float)
+        values = np.array([np.mean(step[metric]) for step in steps.values()])
+        absolute = float(np.mean(last[metric]))
+    except Exception as error:  # anyone's file, as above
+        raise ValueError(f"{path} cannot be read: {reason(error)}.") from error
+    last_fifth = values[-max(1, len(values) // 5) :].mean()
+    return {"final": values[-1], "last_fifth": last_fifth, "absolute": absolute, "returns": (frames, values)}
 
 
 def without_seed(config: Mapping[str, Any]) -> dict[str, Any]:

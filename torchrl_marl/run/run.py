@@ -344,6 +344,7 @@ class Run:
             for group, returns in episodes.groups.items():
                 metrics |= _statistics(f"eval/{group}/reward/episode_reward", returns)
         metrics["eval/reward/episode_len_mean"] = episodes.lengths.float().mean().item()
+        metrics |= {f"eval/info/{name}": values.mean().item() for name, values in episodes.info.items()}
         metrics["timers/evaluation_time"] = time.perf_counter() - start
         score = metrics["eval/reward/episode_reward_mean"]
         self._log.log(metrics, frames)

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "torchrl_marl"
 LEVELS = [
-    {"keys", "files", "extras", "signatures", "distributed", "trust"},
+    {"keys", "files", "extras", "shelf", "signatures", "distributed", "trust"},
     {"modules", "envs"},
     {"objectives", "evaluation"},
     {"collectors"},

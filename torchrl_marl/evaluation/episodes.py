@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -80,7 +80,7 @@ def evaluate(
             data, following = env.step_and_maybe_reset(policy(following))
             own = {"returns": episode_returns(data), "groups": group_returns(data), "info": episode_info(data)}
             steps.append(TensorDict({"done": data["next", "done"].squeeze(-1), **own}, data.batch_size))
-    played = torch.stack(steps, -1)
+    played: Any = torch.stack(steps, -1)
     done = played["done"]
     if not done.any(-1).all():
         raise ValueError(f"{int((~done.any(-1)).sum())} of {len(done)} episodes did not end within {max_steps} steps.")

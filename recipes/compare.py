@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the page")
     parser.add_argument("--baseline", help="method over which the probability of improvement is given")
     parser.add_argument("--split", nargs="*", default=[], metavar="KEY", help="keys that tell variants apart")
-    parser.add_argument("--metric", default="return", metavar="NAME", help="of the evaluations: return, win_rate, ...")
+    parser.add_argument("--metric", default="return", metavar="NAME", help="of the evaluations: return, won, ...")
     parser.add_argument("--score", default="absolute", help="absolute, last, last_fifth, best or window:FRAMES")
     parser.add_argument("--spread", choices=("interval", "std"), default="interval", help="over seeds")
     parser.add_argument("--metrics", nargs="*", default=[], metavar="NAME", help="to draw, as train/agents/max_ratio")

@@ -17,8 +17,8 @@ key                                        shape          meaning
 ``("next", "agents", "episode_reward")``   ``[B, N, 1]``  undiscounted return of the episode so far
 ``("next", "done")``                       ``[B, 1]``     the episode ended, by termination or truncation
 ``("next", "terminated")``                 ``[B, 1]``     the episode ended and has no future: no bootstrapping
-``("next", "info", "win_rate")``           ``[B, 1]``     what an environment says of an episode; any name, and the
-                                                          value at the episode's last step counts, in evaluations
+``("next", "info", "won")``                ``[B, 1]``     what an environment tells of an episode beyond its return,
+                                                          by any name; its value at the last step is the episode's
 ``("agents", "update_log_ratio")``         ``[B, N]``     log-ratio of agents that have had their turn, else 0
 ``("agents", "reuse_source")``             ``[B, N]``     whose experience each agent learns from, if drawn
 ``"state"``                                ``[B, S]``     global state, where the environment has one

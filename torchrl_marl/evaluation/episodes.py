@@ -25,7 +25,7 @@ class Episodes(NamedTuple):
     groups: dict[str, Tensor]
     """Undiscounted return of each group, mean over its agents, ``[E]``."""
     info: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple's default)
-    """What the environment says of each episode beyond its return, such as ``win_rate`` (0 or 1), ``[E]``."""
+    """What the environment says of each episode beyond its return, such as ``won`` (0 or 1), ``[E]``."""
 
     def metrics(self) -> dict[str, list[float]]:
         """Lists of one value an episode, by the names under which they are stored."""

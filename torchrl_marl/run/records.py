@@ -154,7 +154,7 @@ def read_runs(
     Args:
         roots: folders.
         split: dotted configuration keys whose values tell variants of one method apart, such as ``optimizer.lr``.
-        metric: what of the evaluation episodes stands for the return: ``win_rate``, ``episode_length``, ...
+        metric: what of the evaluation episodes stands for the return: ``won``, ``episode_length``, ...
 
     Returns:
         Finished runs, and the folders of unfinished ones. The runs are a table with a row each, by environment, task,
@@ -232,7 +232,7 @@ def _read_evaluations(folder: Path, metric: str) -> dict[str, Any]:
         values = np.array([np.mean(step[metric]) for step in steps.values()])
         absolute = float(np.mean(last[metric]))
     except Exception as error:  # anyone's file, as above
-        raise ValueError(f"{path} cannot be read: {reason(error)}.") from error
+        raise ValueError(f"{path}: {reason(error)}.") from error
     last_fifth = values[-max(1, len(values) // 5) :].mean()
     return {"final": values[-1], "last_fifth": last_fifth, "absolute": absolute, "returns": (frames, values)}
 

@@ -140,7 +140,8 @@ def write_comparison(
         ValueError: if no run is of the baseline, or there is no such score.
         ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
     """
-    runs, scored = runs.assign(score=_score(runs, score)), _scored(score)
+    scores, scored = _score(runs, score)
+    runs = runs.assign(score=scores)
     groups: Groups = dict(iter(runs.groupby(["task", "method"], sort=False)))
     tasks, methods = list(dict.fromkeys(runs.task)), sorted(set(runs.method))
     if baseline is not None and baseline not in methods:
@@ -245,23 +246,16 @@ def _returns(page: Page, groups: Groups, metric: str, scored: str, spread: str) 
     page.table(["task", "method", "seeds", *names.values(), "frames", "frames/s"], rows, text_columns=3)
 
 
-def _score(runs: DataFrame, score: str) -> Any:
-    """Return what is compared of each run."""
+def _score(runs: DataFrame, score: str) -> tuple[Any, str]:
+    """Return what is compared of each run, and what the page calls it."""
     kind, _, frames = score.partition(":")
-    if score in ("absolute", "last_fifth"):
-        return runs[score]
-    if score == "last":
-        return runs.final
-    if score == "best":
-        return runs.returns.map(lambda curve: curve[1].max())
     if kind == "window" and frames.isdecimal() and int(frames) > 0:
-        return runs.returns.map(lambda curve: curve[1][curve[0] > curve[0][-1] - int(frames)].mean())
-    raise ValueError(f"A score is {', '.join(_SCORES)} or window:FRAMES, such as window:2000000; got {score!r}.")
-
-
-def _scored(score: str) -> str:
-    """What a score is called on the page."""
-    return _SCORES.get(score) or f"mean of the last {int(score.partition(':')[2]):,} frames"
+        means = runs.returns.map(lambda curve: curve[1][curve[0] > curve[0][-1] - int(frames)].mean())
+        return means, f"mean of the last {int(frames):,} frames"
+    if score not in _SCORES:
+        raise ValueError(f"A score is {', '.join(_SCORES)} or window:FRAMES, such as window:2000000; got {score!r}.")
+    column = {"last": "final"}.get(score, score)
+    return runs.returns.map(lambda curve: curve[1].max()) if score == "best" else runs[column], _SCORES[score]
 
 
 def _bounds(groups: Groups, task: str) -> tuple[float, float]:

@@ -10,9 +10,10 @@ from torch.distributions import Categorical
 from torch.testing import assert_close
 
 from tests.objectives.loss_factories import AGENTS, SPACES, make_batch, make_networks
-from torchrl_marl.collectors import ReuseMappingSampler, fixed_reuse_matrix, gated_reuse_matrix, pairwise_kl
+from torchrl_marl.collectors import ReuseMappingSampler
 from torchrl_marl.modules import agent_policy
-from torchrl_marl.objectives.divergences import policy_kl
+from torchrl_marl.objectives.divergences import pairwise_kl, policy_kl
+from torchrl_marl.objectives.reuse import fixed_reuse_matrix, gated_reuse_matrix
 
 VECTORS = json.loads((Path(__file__).parents[1] / "objectives" / "off_agent_vectors.json").read_text())
 

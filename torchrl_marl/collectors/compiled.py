@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.fx import GraphModule
-from torchrl.envs import (
-    Compose,
-    EnvBase,
-    ExplorationType,
-    InitTracker,
-    RewardSum,
-    StepCounter,
-    TensorDictPrimer,
-    TransformedEnv,
-    VmasEnv,
-    set_exploration_type,
-)
+from torchrl.envs import EnvBase, ExplorationType, VmasEnv, set_exploration_type
+from torchrl.envs.transforms import Compose, InitTracker, RewardSum, StepCounter, TensorDictPrimer, TransformedEnv
 
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.vmas_graph import VmasGraphs
@@ -36,7 +26,6 @@ INDUCTOR_OPTIONS = {
 _FLAGS = {"done", "terminated", "truncated"}
 _INIT = "is_init"
 _Entries = dict[NestedKey, Tensor]  # of one step of all environments
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class CompiledCollector:
@@ -104,14 +93,12 @@ class CompiledCollector:
 
     def shutdown(self) -> None:
         """Close the environment."""
-        if not self.env.is_closed:
-            self.env.close()
+        self.env.close(raise_if_closed=False)
 
     @torch.no_grad()
     def _collect(self) -> TensorDictBase:
-        root = {key: _empty(self.num_steps + 1, value) for key, value in self._shapes["root"].items()}
-        after = {key: _empty(self.num_steps, value) for key, value in self._shapes["next"].items()}
-        root_steps, next_steps = _unbind(root), _unbind(after)
+        root, root_steps = _memory(self.num_steps + 1, self._shapes["root"])
+        after, next_steps = _memory(self.num_steps, self._shapes["next"])
         for name in _FLAGS & root.keys():
             root[name].zero_()
         for key, value in self._first.items():
@@ -224,12 +211,7 @@ class _VmasGame:
     waits = True
 
     def __init__(
-        self,
-        env: VmasEnv,
-        max_steps: int | None,
-        scribe: _Scribe,
-        compile: bool | str,
-        actions: Sequence[Tensor],
+        self, env: VmasEnv, max_steps: int | None, scribe: _Scribe, compile: bool | str, actions: Sequence[Tensor]
     ) -> None:
         self._env, self._max_steps, self._scribe, self._compile = env, max_steps, scribe, compile
         self._graphs = VmasGraphs(env, compile_step=self._fuse_step, compile_reset=self._fuse_reset)
@@ -261,11 +243,8 @@ class _VmasGame:
     def end(self) -> None: ...
 
     def _fuse_step(self, module: GraphModule) -> Callable[..., Sequence[Tensor]]:
-        self._step, num_actions, compiled = (
-            module,
-            len(self._env.action_keys),
-            _compiled(self._write_step, self._compile),
-        )
+        self._step, compiled = module, _compiled(self._write_step, self._compile)
+        num_actions = len(self._env.action_keys)
 
         def run(*inputs: Tensor) -> Sequence[Tensor]:
             results = compiled(_apart(inputs[num_actions:]), *self._entries)
@@ -327,7 +306,7 @@ def _game(env: EnvBase) -> tuple[TensorEnv | VmasEnv, int | None]:
     return game, next((one.max_steps for one in transforms if isinstance(one, StepCounter)), None)
 
 
-def _compiled(method: _Function, compile: bool | str) -> _Function:
+def _compiled(method: Callable[..., Any], compile: bool | str) -> Callable[..., Any]:
     """Compile a method for arguments that never change their shapes.
 
     Dynamo's checks that its graph still fits would take longer than a small step. They are left out, and the code is a
@@ -340,7 +319,7 @@ def _compiled(method: _Function, compile: bool | str) -> _Function:
     if compile is True:
         options |= INDUCTOR_OPTIONS | {"cpp_wrapper": not torch.cuda.is_available()}
     compiled = torch.compile(own, fullgraph=True, backend="inductor" if compile is True else compile, options=options)
-    return cast("_Function", lambda *arguments: compiled(method.__self__, *arguments))
+    return lambda *arguments: compiled(method.__self__, *arguments)
 
 
 def _leaves(data: TensorDictBase) -> _Entries:
@@ -361,10 +340,8 @@ def _contiguous(state: TensorDictBase) -> _Entries:
     return {key: value.contiguous() for key, value in state.items()}
 
 
-def _empty(num_steps: int, value: Tensor) -> Tensor:
-    return value.new_empty((num_steps, *value.shape))
-
-
-def _unbind(entries: _Entries) -> list[_Entries]:
+def _memory(num_steps: int, like: _Entries) -> tuple[_Entries, list[_Entries]]:
+    """Uninitialised entries of many steps, and views of each step's."""
+    entries: _Entries = {key: value.new_empty((num_steps, *value.shape)) for key, value in like.items()}
     steps = zip(*(value.unbind(0) for value in entries.values()), strict=True)
-    return [dict(zip(entries, step, strict=True)) for step in steps]
+    return entries, [dict(zip(entries, step, strict=True)) for step in steps]

@@ -65,8 +65,7 @@ class SequenceCollector:
 
     def shutdown(self) -> None:
         """Close the environment."""
-        if not self.env.is_closed:
-            self.env.close()
+        self.env.close(raise_if_closed=False)
 
     @torch.no_grad()
     def _collect(self) -> TensorDictBase:

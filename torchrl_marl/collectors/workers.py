@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import importlib
 import importlib.util
 import signal
 import sys

@@ -3,6 +3,7 @@
 from torchrl_marl.modules.actor_critic import make_actor, make_critic
 from torchrl_marl.modules.agent_networks import AgentNetworks, agent_policy
 from torchrl_marl.modules.autoregressive import AutoregressiveActor, AutoregressiveCritic
+from torchrl_marl.modules.clusters import AgentAutoencoder, cluster_agents, encode_agents
 from torchrl_marl.modules.mat import make_mat
 from torchrl_marl.modules.recurrent import (
     MultiAgentGRU,
@@ -17,6 +18,7 @@ from torchrl_marl.modules.spec import GroupSpec
 from torchrl_marl.modules.value_norm import Denormalize
 
 __all__ = [
+    "AgentAutoencoder",
     "AgentNetworks",
     "AutoregressiveActor",
     "AutoregressiveCritic",
@@ -25,7 +27,9 @@ __all__ = [
     "MultiAgentGRU",
     "RecurrentModule",
     "agent_policy",
+    "cluster_agents",
     "collection_policy",
+    "encode_agents",
     "make_actor",
     "make_critic",
     "make_mat",

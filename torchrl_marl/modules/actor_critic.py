@@ -48,7 +48,7 @@ def make_actor(
         activation: of the hidden layers.
         share_parameters: one network for all agents, or one for each
             (:class:`~torchrl_marl.modules.AgentNetworks`); or the cluster of each agent, such as ``[0, 1, 0]``, with
-            one for each cluster (:func:`~torchrl_marl.collectors.cluster_agents` finds some).
+            one for each cluster (:func:`~torchrl_marl.modules.cluster_agents` finds some).
         agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents
             with networks of their own, or of their clusters, get none.
         device: where parameters live.

@@ -5,8 +5,7 @@ import torch
 from tensordict import TensorDict
 from torch.testing import assert_close
 
-from torchrl_marl.collectors import AgentAutoencoder, cluster_agents, encode_agents
-from torchrl_marl.modules import GroupSpec
+from torchrl_marl.modules import AgentAutoencoder, GroupSpec, cluster_agents, encode_agents
 
 KINDS = [0, 1, 0, 1, 0]
 

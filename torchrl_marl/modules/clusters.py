@@ -19,9 +19,7 @@ from torch.nn import functional
 from torchrl.modules import MLP
 
 from torchrl_marl.extras import import_extra
-from torchrl_marl.modules import GroupSpec
-from torchrl_marl.objectives.divergences import gaussian_kl
-from torchrl_marl.objectives.ratio import require
+from torchrl_marl.modules.spec import GroupSpec
 
 __all__ = ["AgentAutoencoder", "cluster_agents", "encode_agents"]
 
@@ -80,7 +78,7 @@ class AgentAutoencoder(nn.Module):
         mean, scale = self.encode(agent)
         latent = mean + scale * torch.randn_like(mean)
         predicted = self.decoder(torch.cat([latent, situation], -1))
-        divergence = gaussian_kl(mean, scale, torch.zeros_like(mean), torch.ones_like(scale))
+        divergence = (mean.square() + scale.square() - 1).sum(-1) / 2 - scale.log().sum(-1)  # from N(0, I)
         return (predicted - outcome).square().sum(-1) + self.kl_coeff * divergence
 
 
@@ -120,9 +118,9 @@ def encode_agents(
         found = f"{latent_size}, {num_epochs} and {minibatch_size}"
         raise ValueError(f"latent_size, num_epochs and minibatch_size must be at least 1; got {found}.")
     name = shape.name
-    observation, action = (require(tensordict, (name, key)) for key in ("observation", "action"))
+    observation, action = tensordict[name, "observation"], tensordict[name, "action"]
     action = action if shape.num_actions is None else functional.one_hot(action, shape.num_actions).to(observation)
-    outcome = [require(tensordict, ("next", name, key)) for key in ("observation", "reward")]
+    outcome = [tensordict["next", name, key] for key in ("observation", "reward")]
     agents = torch.arange(shape.num_agents, device=observation.device)
     live = tensordict.get((name, "mask"), torch.ones_like(observation[..., 0], dtype=torch.bool))
     columns = agents.expand(live.shape), torch.cat([observation, action], -1), torch.cat(outcome, -1)

@@ -71,6 +71,12 @@ def test_a_goal_terminates_and_the_limits_truncate():
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_the_goals_of_an_episode_are_counted():
+    goals = rollout(make_football(num_envs=1, seed=0), 10)["next", "info", "goals"]
+    assert goals.flatten().tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_left_players_are_grouped_and_the_state_is_what_they_have_in_common():
     env = make_football(num_envs=2, seed=0)
     assert env.group_map == {"agents": ["left_0", "left_1", "left_2"]}

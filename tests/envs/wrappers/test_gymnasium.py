@@ -116,6 +116,17 @@ def test_eating_everything_terminates_and_the_time_limit_truncates():
     assert torch.equal(data["done"], data["terminated"] | data["truncated"])
 
 
+def test_the_share_of_food_eaten_is_told_in_every_step():
+    env = lbforaging(num_envs=6, seed=0, scenario_kwargs={"max_num_food": 2, "max_player_level": 2})
+    data = rollout(env, 60)
+    food, reward = data["next", "info", "food"], data["next", "agents", "reward"].sum(-2)
+    grown = food - torch.where(data["next", "step_count"] == 1, 0.0, food.roll(1, 1))
+    assert set(food.unique().tolist()) == {0.0, 0.5, 1.0}
+    assert torch.equal(grown > 0, reward > 0)
+    assert torch.equal(food == 1, data["next", "terminated"])
+    assert not data["info", "food"][:, 0].any()
+
+
 @each_package
 def test_only_the_environments_asked_are_reset(make):
     env = make(num_envs=3, seed=0)

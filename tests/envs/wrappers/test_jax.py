@@ -254,6 +254,39 @@ def test_the_fallen_are_left_out_of_the_loss():
     assert loss(batch)["loss_objective"] == expected
 
 
+def test_a_battle_is_won_once_all_enemies_and_not_all_allies_have_fallen():
+    env = game("smax-3m")
+    env.reset()
+    import jax
+
+    key, battle = jax.tree.map(lambda leaf: leaf[0], env._shown[0])
+    for health, won in (([45, 45, 45, 0, 0, 0], 1), ([0, 0, 45, 0, 0, 0], 1), ([0] * 6, 0), ([0, 0, 0, 45, 0, 0], 0)):
+        units = battle.state.replace(unit_health=jax.numpy.array(health, float))
+        _, seen, reward, _ = env.game.step((key, battle.replace(state=units)), jax.numpy.full(3, 4))
+        assert seen["won"].tolist() == [won]
+        assert won == (reward.max() >= 1)  # as JaxMARL's own log has it
+
+
+def test_the_share_of_agents_that_are_connected_is_told():
+    data = rollout(game("con-5x5x3a"), 3 * LIMIT)["next"]
+    targets = data["agents", "observation"].unflatten(-1, (5, 25))[..., 2, :]  # reached, a target is a position
+    share = 1 - targets.sum(-1).mean(-1, keepdim=True)
+    assert share.unique().numel() > 2
+    torch.testing.assert_close(data["info", "connected"], share)
+
+
+def test_the_share_of_food_eaten_is_told():
+    env = game("lbf-8x8-2p-2f")
+    assert not env.reset()["info", "food"].any()
+    import jax
+
+    field = jax.tree.map(lambda leaf: leaf[0], env._shown[0])
+    for eaten in ([False, True], [True, True]):
+        items = field.food_items.replace(eaten=jax.numpy.array(eaten))
+        _, seen, *_ = env.game.step(field.replace(food_items=items), jax.numpy.zeros(2, int))
+        assert seen["food"].tolist() == [sum(eaten) / 2]
+
+
 def test_random_actions_are_legal():
     env = game("smax-3m")
     data = rollout(env, LIMIT)
@@ -307,6 +340,7 @@ def test_importing_jaxmarl_leaves_the_streams_as_they_are(monkeypatch):
     [
         (make_jumanji, "con-5x6x3a", "scenario must be con-GxGxNa, .*; got 'con-5x6x3a'"),
         (make_jaxmarl, "smax-9m", "SMAX has no map '9m'"),
+        (make_jaxmarl, "smax-3s_vs_0z", "SMAX has no map '3s_vs_0z'; units of your own are UNITS_vs_UNITS of mMszgh"),
         (make_jaxmarl, "overcooked-hall", "Overcooked has no layout 'hall'; it has cramped_room"),
         (make_jaxmarl, "hanabi", "scenario must be smax-MAP, simple_spread_Nag, jaxnav-GxGxNa or overcooked-LAYOUT"),
     ],
@@ -315,6 +349,38 @@ def test_unknown_scenarios_are_named(make, scenario, message):
     needs("jumanji" if make is make_jumanji else "jaxmarl")
     with pytest.raises(ValueError, match=message):
         make(scenario, num_envs=1)
+
+
+def test_a_battle_has_the_units_that_its_name_counts():
+    needs("jaxmarl")
+    env = make_jaxmarl("smax-1s2h_vs_3z1g", num_envs=1, seed=0)
+    env.reset()
+    units = env._shown[0][1].state
+    assert units.unit_types.tolist() == [[2, 5, 5, 3, 3, 3, 4]]
+    assert units.unit_health.tolist() == [[160, 80, 80, 150, 150, 150, 35]]  # JaxMARL's, of the types in this order
+    assert env.group_map == {"agents": ["ally_0", "ally_1", "ally_2"]}
+    own, map_ = (make_jaxmarl(f"smax-{name}", num_envs=1, seed=0).reset() for name in ("2m3m_vs_6m", "5m_vs_6m"))
+    assert (own == map_).all()
+
+
+def test_options_reach_the_environment_and_wrong_ones_are_named(monkeypatch):
+    needs("jaxmarl")
+    from jaxmarl.environments import smax
+
+    built, options = smax.HeuristicEnemySMAX, []
+    monkeypatch.setattr(smax, "HeuristicEnemySMAX", lambda **given: options.append(given) or built(**given))
+    monkeypatch.setattr("torchrl_marl.envs.wrappers.jaxmarl.check_options", lambda *_: None)
+    make_jaxmarl("smax-3m", num_envs=1, scenario_kwargs={"attack_mode": "random", "won_battle_bonus": 2.0})
+    assert options[0].items() >= {"attack_mode": "random", "won_battle_bonus": 2.0, "see_enemy_actions": True}.items()
+    monkeypatch.undo()
+    env = make_jaxmarl("simple_spread_3ag", num_envs=1, scenario_kwargs={"action_type": "Discrete"})
+    assert env.action_spec.space.n == 5
+    for given, message in (
+        ({"attack_mode": "weakest"}, "scenario_kwargs.attack_mode must be closest or random, got 'weakest'"),
+        ({"bonus": 1}, "'smax-3m' has no option bonus; it has enemy_shoots, attack_mode, num_allies"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_jaxmarl("smax-3m", num_envs=1, scenario_kwargs=given)
 
 
 @each_scenario

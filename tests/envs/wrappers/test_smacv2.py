@@ -170,6 +170,12 @@ def test_a_win_terminates_the_limit_and_a_crash_truncate():
         assert course["truncated"][ends].flatten().tolist() == [False, True, True]
 
 
+def test_the_step_that_wins_a_battle_says_so():
+    won = rollout(WINS + LIMIT + WINS)["next", "info", "won"]
+    assert won.nonzero().tolist() == [[0, WINS - 1, 0], [1, WINS - 1, 0]]
+    assert won.sum() == 2
+
+
 def test_a_limit_below_the_games_truncates_first():
     data = rollout(4, max_steps=4)["next"]
     assert data["truncated"].squeeze(-1).tolist() == [[False, False, False, True]] * 2

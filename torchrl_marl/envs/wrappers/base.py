@@ -11,20 +11,23 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import TensorSpec
+from torchrl.data import Bounded, Categorical, TensorSpec
 
 from torchrl_marl.envs.base import TeamEnv
 
-__all__ = ["WrapperEnv", "check_options"]
+__all__ = ["WrapperEnv", "actions_like", "check_options"]
 
 _ROOT = {"state", "step_count", "done", "terminated", "truncated"}
+_GROUP = {"observation", "action_mask", "mask", "reward", "episode_reward"}
 
 
 class WrapperEnv(TeamEnv):
     """A batch of another package's environments.
 
     Where agents can drop out of an episode, ``("agents", "mask")`` marks those that are alive: policies do not learn
-    from the other rows. A subclass resets and steps the copies, and sets ``observation_spec``.
+    from the other rows. What a game tells of an episode besides its return, such as whether it is won, is ``[B, 1]``
+    under ``"info"``; the value at the last step is the episode's. A subclass resets and steps the copies, and sets
+    ``observation_spec``.
 
     Args:
         agents: names of the ``N`` agents.
@@ -51,7 +54,7 @@ class WrapperEnv(TeamEnv):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(agents, action_spec, num_envs=num_envs, max_steps=max_steps, device=device)
-        self.shared_reward = shared_reward
+        self.shared_reward, self._bounds = shared_reward, action_spec
         self._set_seed(seed)
 
     def _reset(self, tensordict: TensorDictBase | None) -> TensorDict:
@@ -61,13 +64,46 @@ class WrapperEnv(TeamEnv):
         return self._data(shown)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        return self._data(self._step_copies(tensordict["agents", "action"]))
+        return self._data(self._step_copies(self._action(tensordict)))
+
+    def _action(self, tensordict: TensorDictBase) -> Tensor:
+        """Return the actions; those out of range are clamped to it, so that a plain Gaussian policy can act."""
+        action = tensordict["agents", "action"]
+        if not isinstance(self._bounds, Bounded):
+            return action
+        return action.clamp(self._bounds.space.low.to(action.device), self._bounds.space.high.to(action.device))
+
+    def _outcome(
+        self, before: Mapping[str, Any], seen: Mapping[str, Any], reward: Any, terminated: Any, truncated: Any = False
+    ) -> dict[str, Any]:
+        """Sum the rewards and count the steps, in tensors as in arrays of JAX.
+
+        Args:
+            before: ``episode_reward`` and ``step_count`` before the step.
+            seen: entries of ``observation_spec`` after it.
+            reward: of each agent, ``[B, N, 1]``.
+            terminated: ``[B, 1]``
+            truncated: whether the game has a limit of its own and reached it, ``[B, 1]``.
+
+        Returns:
+            The entries after the step by name, those of ``seen`` included.
+        """
+        if self.shared_reward:
+            everyone = np.zeros(len(self.group_map["agents"]), dtype=int)
+            reward = reward.sum(-2)[:, None][:, everyone]
+        steps = before["step_count"] + 1
+        truncated = (truncated | (steps >= self.max_steps)) & ~terminated
+        sums = {"episode_reward": before["episode_reward"] + reward, "step_count": steps}
+        flags = {"done": terminated | truncated, "terminated": terminated, "truncated": truncated}
+        return {**seen, **sums, "reward": reward, **flags}
 
     def _data(self, shown: Mapping[str, Tensor]) -> TensorDict:
-        group = {name: value for name, value in shown.items() if name not in _ROOT}
         root: dict[str, Any] = {name: value for name, value in shown.items() if name in _ROOT}
-        num_agents = len(self.group_map["agents"])
-        root["agents"] = TensorDict(group, batch_size=[*self.batch_size, num_agents], device=self.device)
+        group = {name: value for name, value in shown.items() if name in _GROUP}
+        shape = [*self.batch_size, len(self.group_map["agents"])]
+        root["agents"] = TensorDict(group, batch_size=shape, device=self.device)
+        if metrics := {name: value for name, value in shown.items() if name not in _ROOT | _GROUP}:
+            root["info"] = TensorDict(metrics, batch_size=self.batch_size, device=self.device)
         return TensorDict(root, batch_size=self.batch_size, device=self.device)
 
     @abstractmethod
@@ -106,13 +142,23 @@ class WrapperEnv(TeamEnv):
         """Return the picture of one environment, drawn by its package."""
 
 
-def check_options(build: Callable[..., Any], options: Mapping[str, Any], scenario: str) -> None:
-    """Reject options that a constructor does not have.
+def check_options(options: Mapping[str, Any], scenario: str, *builds: Callable[..., Any]) -> None:
+    """Reject options that none of the constructors has.
 
     Raises:
         ValueError: with the name of the option and those that there are.
     """
-    known = [name for name in inspect.signature(build).parameters if name not in ("self", "kwargs")]
+    parameters = [one for build in builds for one in inspect.signature(build).parameters.values()]
+    known = [one.name for one in parameters if one.name != "self" and one.kind != one.VAR_KEYWORD]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"scenario {scenario!r} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+
+
+def actions_like(space: Any, num_agents: int) -> TensorSpec:
+    """Return the spec of all agents' actions, each of which is from a discrete or a bounded continuous space."""
+    if hasattr(space, "n"):
+        return Categorical(int(space.n), shape=torch.Size([num_agents]))
+    shape = torch.Size([num_agents, *space.shape])
+    low, high = (torch.tensor(np.broadcast_to(bound, shape), dtype=torch.float32) for bound in (space.low, space.high))
+    return Bounded(low, high, shape, dtype=torch.float32)

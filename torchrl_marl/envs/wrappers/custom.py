@@ -144,14 +144,7 @@ def _arguments(
 
 
 def _batch(
-    made: EnvBase,
-    make: Callable[[int], EnvBase],
-    name: str,
-    *,
-    num_envs: int,
-    max_steps: int,
-    seed: int,
-    device: Device,
+    made: EnvBase, make: Callable[..., EnvBase], name: str, *, num_envs: int, max_steps: int, seed: int, device: Device
 ) -> EnvBase:
     """Make copies of a TorchRL environment if it is a single one, and add the time limit and the episodes' returns."""
     if missing := missing_entries(made):

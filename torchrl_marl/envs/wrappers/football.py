@@ -36,19 +36,20 @@ class _FootballGame(SerialGame):
         self.agents = [f"left_{index}" for index in range(num_agents)]
         self.action_spec = Categorical(19, shape=torch.Size([num_agents]))
         numbers = np.zeros((num_agents, 115), np.float32)
-        self.blank = {"observation": numbers, "state": np.delete(numbers[0], _ACTIVE)}
+        self.blank = {"observation": numbers, "state": np.delete(numbers[0], _ACTIVE), "goals": np.zeros(1, np.float32)}
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         self._config["game_engine_random_seed"] = seed
         self._config["reverse_team_processing"] = bool(seed % 2)  # the engine would keep that of the first episode
-        self._passed = np.zeros(len(self.agents), dtype=int)
+        self._passed, self._goals = np.zeros(len(self.agents), dtype=int), 0
         return self._seen(self.env.reset())
 
     def step(self, action: np.ndarray) -> Turn:
         observation, reward, over, info = self.env.step(action.tolist())
-        at_limit = observation[0]["steps_left"] == 0 and info["score_reward"] == 0
+        at_limit, scored = observation[0]["steps_left"] == 0 and info["score_reward"] == 0, info["score_reward"] > 0
+        self._goals += scored
         if self._checkpoints:
-            reward = reward + self._checkpoint_reward(observation, info["score_reward"] > 0)
+            reward = reward + self._checkpoint_reward(observation, scored)
         return Turn(self._seen(observation), reward.tolist(), over and not at_limit, over and at_limit)
 
     def draw(self) -> np.ndarray:
@@ -72,7 +73,8 @@ class _FootballGame(SerialGame):
 
     def _seen(self, observation: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         numbers = self._convert(observation, True)
-        return {"observation": numbers, "state": np.delete(numbers[0], _ACTIVE)}
+        goals = np.array([self._goals], dtype=np.float32)
+        return {"observation": numbers, "state": np.delete(numbers[0], _ACTIVE), "goals": goals}
 
 
 @hands_on_to(WrapperEnv.__init__)
@@ -89,8 +91,9 @@ def make_football(
 
     Observations are the 115 numbers of ``simple115v2``: places and directions of all players and the ball, who has it,
     which player one is, the mode of the game. ``"state"`` is the same without the observer, ``[104]``. All 19 actions
-    are always legal. A goal, and in the academy's scenarios the loss of the ball, are terminations; the time limits,
-    ``max_steps`` and the scenario's own, are truncations.
+    are always legal. ``("info", "goals")`` counts the left team's goals in the episode. A goal, and in the academy's
+    scenarios the loss of the ball, are terminations; the time limits, ``max_steps`` and the scenario's own, are
+    truncations.
 
     Args:
         scenario: a module of ``gfootball.scenarios``.

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, TensorSpec
+from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from typing_extensions import Unpack
 
 from torchrl_marl.envs.base import BatchOptions, check_positive, spec_of
 from torchrl_marl.envs.games.streams import draw_below
-from torchrl_marl.envs.wrappers.base import WrapperEnv, check_options
+from torchrl_marl.envs.wrappers.base import WrapperEnv, actions_like, check_options
 from torchrl_marl.extras import import_extra
 from torchrl_marl.signatures import hands_on_to
 
@@ -53,7 +53,8 @@ class SerialGame(ABC):
         """Start the episode that a seed gives.
 
         Returns:
-            ``observation [N, O]`` and, where the game has them, ``action_mask [N, A]``, ``mask [N]`` and ``state [S]``.
+            ``observation [N, O]`` and, where the game has them, ``action_mask [N, A]``, ``mask [N]``, ``state [S]`` and
+            the episode's metrics so far by name, ``[1]``.
         """
 
     @abstractmethod
@@ -89,36 +90,31 @@ class SerialGymEnv(WrapperEnv):
         super().__init__(first.agents, first.action_spec, max_steps=max_steps, shared_reward=shared_reward, **batch)
         self._games = games
         self._seen = [game.blank for game in games]
-        self._steps = torch.zeros(len(games), 1, dtype=torch.int32)
-        self._returns = torch.zeros(len(games), len(first.agents), 1)
+        returns, steps = torch.zeros(len(games), len(first.agents), 1), torch.zeros(len(games), 1, dtype=torch.int32)
+        self._sums = {"episode_reward": returns, "step_count": steps}
         self.observation_spec = spec_of(self._data(self._shown()))
 
     def _reset_copies(self, where: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         drawn, seeds = draw_below(streams, 2**31 - 1)
         for index in where.nonzero().flatten().tolist():
             self._seen[index] = self._games[index].reset(int(seeds[index]))
-        self._steps = self._steps.masked_fill(where[:, None], 0)
-        self._returns = self._returns.masked_fill(where[:, None, None], 0)
+        self._sums = {
+            name: value.masked_fill(where.view(-1, *[1] * (value.ndim - 1)), 0) for name, value in self._sums.items()
+        }
         return torch.where(where, drawn, streams), self._shown()
 
     def _step_copies(self, action: Tensor) -> dict[str, Tensor]:
-        spec = self._games[0].action_spec
-        if isinstance(spec, Bounded):  # so that a plain Gaussian policy can act
-            action = action.clamp(spec.space.low.to(action.device), spec.space.high.to(action.device))
         turns = [game.step(own) for game, own in zip(self._games, action.cpu().numpy(), strict=True)]
         self._seen = [turn.seen for turn in turns]
         reward = torch.tensor([list(turn.reward) for turn in turns], dtype=torch.float32).unsqueeze(-1)
-        if self.shared_reward:
-            reward = reward.sum(-2, keepdim=True).expand_as(reward)
-        self._steps, self._returns = self._steps + 1, self._returns + reward
-        terminated, truncated = torch.tensor([[turn.terminated, turn.truncated] for turn in turns]).split(1, -1)
-        truncated = (truncated | (self._steps >= self.max_steps)) & ~terminated
-        flags = {"done": terminated | truncated, "terminated": terminated, "truncated": truncated}
-        return {**self._shown(), "reward": reward, **flags}
+        ends = torch.tensor([[turn.terminated, turn.truncated] for turn in turns]).split(1, -1)
+        outcome = self._outcome(self._sums, self._shown(), reward, *ends)
+        self._sums = {name: outcome[name] for name in self._sums}
+        return outcome
 
     def _shown(self) -> dict[str, Tensor]:
         seen = {key: torch.from_numpy(np.stack([seen[key] for seen in self._seen])) for key in self._seen[0]}
-        return {**seen, "episode_reward": self._returns, "step_count": self._steps}
+        return {**seen, **self._sums}
 
     def _picture(self, env_index: int) -> np.ndarray:
         picture = self._games[env_index].draw()
@@ -140,13 +136,12 @@ class _GymGame(SerialGame):
 
     def __init__(self, env: Any, *spaces: Mapping[Any, Any], named: bool, state_size: int | None = None) -> None:
         self.env = env
-        self._legal_actions = getattr(env, "get_valid_actions", None)  # Level-Based Foraging has it, RWARE has not
         self._named, self._has_state = named, state_size is not None
         self._agents = list(spaces[1])
         self.agents = [str(agent) for agent in self._agents]
         size, self.action_spec, masked = _equal_spaces(*spaces)
         self.blank = {"observation": np.zeros((len(self.agents), size), np.float32)}
-        if masked or self._legal_actions is not None:
+        if masked:
             self.blank["action_mask"] = np.zeros((len(self.agents), self.action_spec.space.n), bool)
         if state_size is not None:
             self.blank["state"] = np.zeros(state_size, np.float32)
@@ -189,11 +184,35 @@ class _GymGame(SerialGame):
             seen["action_mask"] = np.stack([view["action_mask"] for view in own]).astype(bool)
             own = [view["observation"] for view in own]
         seen["observation"] = np.stack([np.ravel(view) for view in own]).astype(np.float32)
-        if self._legal_actions is not None:
-            seen["action_mask"] = np.zeros_like(self.blank["action_mask"])
-            for mask, legal in zip(seen["action_mask"], zip(*self._legal_actions(), strict=True), strict=True):
-                mask[[int(action.value) for action in set(legal)]] = True
         return {**seen, "state": self.env.state().astype(np.float32).ravel()} if self._has_state else seen
+
+
+class _ForagingGame(SerialGame):
+    """Level-Based Foraging, which also tells the legal actions and the share of the food that is eaten."""
+
+    def __init__(self, env: Any) -> None:
+        self.env, self._game = env, as_serial_game(env)
+        self.agents, self.action_spec = self._game.agents, self._game.action_spec
+        legal = np.zeros((len(self.agents), self.action_spec.space.n), bool)
+        self.blank = {**self._game.blank, "action_mask": legal, "food": np.zeros(1, np.float32)}
+
+    def reset(self, seed: int) -> dict[str, np.ndarray]:
+        seen, self._food = self._game.reset(seed), np.count_nonzero(self.env.field)
+        return {**seen, **self._known()}
+
+    def step(self, action: np.ndarray) -> Turn:
+        turn = self._game.step(action)
+        return turn._replace(seen={**turn.seen, **self._known()})
+
+    def draw(self) -> np.ndarray:
+        return self._game.draw()
+
+    def _known(self) -> dict[str, np.ndarray]:
+        mask = np.zeros_like(self.blank["action_mask"])
+        for own, legal in zip(mask, zip(*self.env.get_valid_actions(), strict=True), strict=True):
+            own[[int(action.value) for action in set(legal)]] = True
+        eaten = 1 - np.count_nonzero(self.env.field) / self._food
+        return {"action_mask": mask, "food": np.array([eaten], np.float32)}
 
 
 def as_serial_game(env: Any) -> SerialGame:
@@ -240,7 +259,7 @@ def make_lbforaging(
     """Build Level-Based Foraging: agents of different levels load food together.
 
     Eating everything is a termination, the time limit a truncation. Actions that are not legal do nothing;
-    ``("agents", "action_mask")`` tells which are.
+    ``("agents", "action_mask")`` tells which are. ``("info", "food")`` is the share of the food that is eaten.
 
     Args:
         scenario: a name that the package ``lbforaging`` registers, ``Foraging[-2s]-SxS-Np-Ff[-coop]-v3``.
@@ -258,9 +277,10 @@ def make_lbforaging(
     """
     build = import_extra("lbforaging.foraging", "gym").ForagingEnv
     options = {**_registered("lbforaging", scenario), **(scenario_kwargs or {}), "max_episode_steps": float("inf")}
-    check_options(build, options, scenario)
-    make = lambda _: as_serial_game(build(**options))  # noqa: E731
-    return SerialGymEnv(make, max_steps=max_steps, shared_reward=shared_reward, **batch)
+    check_options(options, scenario, build)
+    return SerialGymEnv(
+        lambda _: _ForagingGame(build(**options)), max_steps=max_steps, shared_reward=shared_reward, **batch
+    )
 
 
 @hands_on_to(WrapperEnv.__init__)
@@ -294,7 +314,7 @@ def make_rware(
     """
     build = import_extra("rware.warehouse", "gym").Warehouse
     options = {**_registered("rware", scenario), **(scenario_kwargs or {}), "max_steps": None}
-    check_options(build, options, scenario)
+    check_options(options, scenario, build)
     make = lambda _: as_serial_game(build(**options))  # noqa: E731
     return SerialGymEnv(make, max_steps=max_steps, shared_reward=shared_reward, **batch)
 
@@ -334,7 +354,7 @@ def make_pettingzoo(
         raise ValueError(f"{package} has no scenario {scenario!r}; it has {', '.join(names)}")
     module = importlib.import_module(f"{package}.{scenario}")
     options = {**(scenario_kwargs or {}), "max_cycles": max_steps}
-    check_options(module.raw_env, options, scenario)
+    check_options(options, scenario, module.raw_env)
     options["render_mode"] = "rgb_array"
     make = lambda _: as_serial_game(module.parallel_env(**options))  # noqa: E731
     return SerialGymEnv(make, max_steps=max_steps, shared_reward=shared_reward, **batch)
@@ -363,12 +383,11 @@ def _equal_spaces(observation: Mapping[Any, Any], action: Mapping[Any, Any]) -> 
     if any(other != seen[0] for other in seen) or any(other != played[0] for other in played):
         raise ValueError(f"agents must have equal spaces, got observations {observation} and actions {action}")
     (size, masked), space, num_agents = seen[0], played[0], len(played)
-    if type(space).__name__ == "Discrete" and getattr(space, "start", 0) == 0:
-        return size, Categorical(int(space.n), shape=torch.Size([num_agents])), masked
-    if type(space).__name__ != "Box" or len(space.shape) != 1 or not np.isfinite([space.low, space.high]).all():
+    discrete = type(space).__name__ == "Discrete" and getattr(space, "start", 0) == 0
+    vector = type(space).__name__ == "Box" and len(space.shape) == 1 and np.isfinite([space.low, space.high]).all()
+    if not (discrete or vector):
         raise ValueError(f"an agent's actions must be Discrete from 0, or a bounded Box of one dimension; got {space}")
-    low, high = (torch.from_numpy(bound).float().expand(num_agents, -1) for bound in (space.low, space.high))
-    return size, Bounded(low, high, torch.Size([num_agents, space.shape[0]]), dtype=torch.float32), masked
+    return size, actions_like(space, num_agents), masked
 
 
 def _seen_by_one(space: Any) -> tuple[int, bool]:

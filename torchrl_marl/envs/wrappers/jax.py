@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, TensorSpec
+from torchrl.data import TensorSpec
 from typing_extensions import Unpack
 
 from torchrl_marl.envs.base import BatchOptions, spec_of
@@ -30,7 +30,7 @@ class JaxGame(NamedTuple):
         agents: names of the ``N`` agents.
         action_spec: ``[N]`` for discrete or ``[N, A]`` for continuous actions.
         reset: from a random key to the state and what is seen: ``observation [N, O]`` and, where there are such,
-            ``action_mask [N, A]``, ``mask [N]`` and ``state [S]``.
+            ``action_mask [N, A]``, ``mask [N]``, ``state [S]`` and the episode's metrics so far by name, ``[1]``.
         step: from the state and the actions to the state, what is seen, the rewards ``[N]`` and whether it terminated.
         own_rewards: False if all agents get the team's reward anyway.
         draw: from one environment's state to its picture, by the package's own means.
@@ -51,24 +51,24 @@ class JaxTask(NamedTuple):
         written: how its names are written, for people.
         form: the same as a regular expression.
         example: one of the names.
-        build: from the parts of a name and the time limit to the game.
+        build: from the parts of a name and the builder's other arguments to the game.
     """
 
     written: str
     form: str
     example: str
-    build: Callable[[re.Match, int], JaxGame]
+    build: Callable[..., JaxGame]
 
 
-def game_by_name(tasks: Sequence[JaxTask], scenario: str, max_steps: int) -> JaxGame:
-    """Build the game whose form the name has.
+def game_by_name(tasks: Sequence[JaxTask], scenario: str, *arguments: Any) -> JaxGame:
+    """Build the game whose form the name has, from the parts of the name and the other arguments.
 
     Raises:
         ValueError: if there is none, with the forms and examples.
     """
     for task in tasks:
         if match := re.fullmatch(task.form, scenario):
-            return task.build(match, max_steps)
+            return task.build(match, *arguments)
     columns = [task.written for task in tasks], [task.example for task in tasks]
     written, examples = (f"{', '.join(names)} or {last}" for *names, last in columns)
     raise ValueError(f"scenario must be {written}, such as {examples}; got {scenario!r}")
@@ -135,21 +135,11 @@ class JaxEnv(WrapperEnv):
 
     def _played(self, shown: Any, action: Any) -> Any:
         """Step all copies, and count steps and rewards."""
-        jax, jnp = self._jax, self._jax.numpy
         before, old = shown
-        spec = self.game.action_spec
-        if isinstance(spec, Bounded):  # so that a plain Gaussian policy can act
-            action = action.clip(spec.space.low.numpy(), spec.space.high.numpy())
-        state, seen, reward, terminated = jax.vmap(self.game.step)(before, action)
-        state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, before)
-        if self.shared_reward:
-            reward = jnp.broadcast_to(reward.sum(-1, keepdims=True), reward.shape)
-        reward, terminated = reward[..., None], terminated[:, None]
-        steps = old["step_count"] + 1
-        truncated = (steps >= self.max_steps) & ~terminated
-        seen = {**seen, "episode_reward": old["episode_reward"] + reward, "step_count": steps}
-        flags = {"done": terminated | truncated, "terminated": terminated, "truncated": truncated}
-        return (state, seen), {"reward": reward, **flags}
+        state, seen, reward, terminated = self._jax.vmap(self.game.step)(before, action)
+        state = self._jax.tree.map(lambda new, old: new.astype(old.dtype), state, before)
+        outcome = self._outcome(old, seen, reward[..., None], terminated[:, None])
+        return (state, {name: outcome.pop(name) for name in old}), outcome
 
     def _reset_copies(self, where: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         keys = streams.view(torch.int32).unflatten(0, (-1, 2))  # a stream's 64 bits are a key of JAX
@@ -168,7 +158,7 @@ class JaxEnv(WrapperEnv):
         """
         if "next" in tensordict or "_step" in tensordict:
             return super().step_and_maybe_reset(tensordict)
-        shown = self._step_copies(tensordict["agents", "action"])
+        shown = self._step_copies(self._action(tensordict))
         tensordict["next"] = self._data(shown)
         if shown["done"].any():
             self.streams, begun = self._reset_copies(shown["done"].squeeze(-1).cpu(), self.streams)

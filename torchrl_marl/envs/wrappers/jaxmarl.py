@@ -6,23 +6,23 @@ import contextlib
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
-from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
 from typing_extensions import Unpack
 
 from torchrl_marl.envs.base import BatchOptions
-from torchrl_marl.envs.wrappers.base import WrapperEnv
+from torchrl_marl.envs.wrappers.base import WrapperEnv, actions_like, check_options
 from torchrl_marl.envs.wrappers.jax import FIGURE_INCHES, JaxEnv, JaxGame, JaxTask, game_by_name
 from torchrl_marl.extras import import_extra
 from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["make_jaxmarl"]
+
+_UNITS = "mMszgh"  # letters of SMAX's types of units, in its order
 
 
 @hands_on_to(WrapperEnv.__init__)
@@ -31,6 +31,7 @@ def make_jaxmarl(
     *,
     max_steps: int = 100,
     shared_reward: bool = False,
+    scenario_kwargs: Mapping[str, Any] | None = None,
     **batch: Unpack[BatchOptions],
 ) -> EnvBase:
     """Build a task of JaxMARL.
@@ -39,12 +40,15 @@ def make_jaxmarl(
     scenario                                        task
     ==============================================  =================================================================
     ``smax-MAP``                                    SMAX, battles against scripted enemies: 2s3z, smacv2_5_units, ...
+    ``smax-UNITS_vs_UNITS``                         the same with any units, such as 3s_vs_4z or 2m1M_vs_6g
     ``simple_spread_Nag``                           MPE's, continuous actions in ``[0, 1]^5``
     ``jaxnav-GxGxNa``                               JaxNav: ``N`` robots drive to goals by lidar, maps of ``G x G`` m
     ``overcooked-LAYOUT``                           Overcooked: cramped_room, coord_ring, forced_coord, ...
     ==============================================  =================================================================
 
-    SMAX has action masks, the world's state and ``("agents", "mask")``, who lives; its reward is the team's.
+    SMAX has action masks, the world's state, ``("agents", "mask")``, who lives, and ``("info", "won")``, whether all
+    enemies have fallen and not all allies; its reward is the team's. Units are counted by letters: ``m`` marines, ``M``
+    marauders, ``s`` stalkers, ``z`` zealots, ``g`` zerglings, ``h`` hydralisks.
     JaxMARL 0.2's rules differ from those behind Mava's and MAGPO's tables in details. JaxNav's goals have a radius of
     0.3 m, as in the MARS paper, the rest is JaxMARL's. Overcooked's observation, ``[W, H, 26]``, is flattened; its
     reward is the team's, 20 for a soup, without the shaped reward that JaxMARL reports beside it.
@@ -57,6 +61,9 @@ def make_jaxmarl(
         max_steps: time limit of an episode, reported as truncation. Winning and losing are terminations, and in JaxNav
             that all have arrived or crashed. JaxMARL's own are 100, 25, 500 and 400.
         shared_reward: whether every agent gets the sum of all agents' rewards.
+        scenario_kwargs: arguments of JaxMARL's environment that differ from the scenario's, such as ``{"attack_mode":
+            "random"}`` for SMAX's enemies, which else attack whoever is closest, or ``{"action_type": "Discrete"}`` for
+            MPE.
         batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Returns:
@@ -64,32 +71,38 @@ def make_jaxmarl(
 
     Raises:
         ImportError: if JaxMARL is not installed.
-        ValueError: if there is no such task or an argument is out of its range.
+        ValueError: if there is no such task or option, or an argument is out of its range.
     """
     import_extra("jaxmarl", "jax")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # JaxNav clips its own defaults, Overcooked recommends its successor
-        game = game_by_name(_TASKS, scenario, max_steps)
+        game = game_by_name(_TASKS, scenario, max_steps, scenario_kwargs or {})
     return JaxEnv(game, max_steps=max_steps, shared_reward=shared_reward, **batch)
 
 
-def _battle(name: re.Match, max_steps: int) -> JaxGame:
+def _built(build: Callable[..., Any], name: re.Match, options: Mapping[str, Any], **settings: Any) -> Any:
+    """Build an environment with the scenario's settings and the options that differ from them."""
+    inner = [_environments("smax").SMAX] if name[0].startswith("smax") else []  # takes what its opponents leave
+    check_options(options, name[0], build, *inner)
+    return build(**{**settings, **options})
+
+
+def _battle(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> JaxGame:
     smax, jax = _environments("smax"), import_extra("jax", "jax")
-    try:
-        units = smax.map_name_to_scenario(name[1])
-    except KeyError:
-        raise ValueError(f"SMAX has no map {name[1]!r}") from None
-    env = smax.HeuristicEnemySMAX(
-        scenario=units, max_steps=max_steps, see_enemy_actions=True, walls_cause_death=True, attack_mode="closest"
-    )
+    mode = options.get("attack_mode", "closest")
+    if mode not in ("closest", "random"):
+        raise ValueError(f"scenario_kwargs.attack_mode must be closest or random, got {mode!r}")
+    rules = {"see_enemy_actions": True, "walls_cause_death": True, "attack_mode": mode}
+    env = _built(smax.HeuristicEnemySMAX, name, options, scenario=_units(smax, name[1]), max_steps=max_steps, **rules)
     agents, jnp = env.agents, jax.numpy
 
     def known(state: Any, observation: dict[str, Any]) -> dict[str, Any]:
-        legal = env.get_avail_actions(state)
+        legal, alive = env.get_avail_actions(state), state.state.unit_alive
         return {
             "action_mask": jnp.stack([legal[agent] for agent in agents]).astype(bool),
-            "mask": state.state.unit_alive[: len(agents)],
+            "mask": alive[: len(agents)],
             "state": observation["world_state"],
+            "won": jnp.atleast_1d(alive[: len(agents)].any() & ~alive[len(agents) :].any()).astype(float),
         }
 
     def draw(state: Any) -> np.ndarray:
@@ -101,9 +114,26 @@ def _battle(name: re.Match, max_steps: int) -> JaxGame:
     return _jaxmarl_game(env, draw, known=known, own_rewards=False)
 
 
-def _spread(name: re.Match, max_steps: int) -> JaxGame:
+def _units(smax: ModuleType, name: str) -> Any:
+    """Return SMAX's own map of that name, or the units that the name counts."""
+    with contextlib.suppress(KeyError):
+        return smax.map_name_to_scenario(name)
+    side = rf"((?:[1-9]\d*[{_UNITS}])+)"
+    match = re.fullmatch(f"{side}_vs_{side}", name)
+    if match is None:
+        raise ValueError(f"SMAX has no map {name!r}; units of your own are UNITS_vs_UNITS of {_UNITS}, as in 3s_vs_4z")
+    teams = [
+        [_UNITS.index(kind) for number, kind in re.findall(r"(\d+)(\D)", side) for _ in range(int(number))]
+        for side in match.groups()
+    ]
+    types = import_extra("jax.numpy", "jax").array([*teams[0], *teams[1]], dtype="uint8")
+    return _environments("smax.smax_env").Scenario(types, *map(len, teams), False, False)
+
+
+def _spread(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> JaxGame:
     mpe, number = _environments("mpe"), int(name[1])
-    env = mpe.SimpleSpreadMPE(num_agents=number, num_landmarks=number, action_type="Continuous", max_steps=max_steps)
+    settings = {"num_agents": number, "num_landmarks": number, "action_type": "Continuous", "max_steps": max_steps}
+    env = _built(mpe.SimpleSpreadMPE, name, options, **settings)
 
     def draw(state: Any) -> np.ndarray:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -116,20 +146,21 @@ def _spread(name: re.Match, max_steps: int) -> JaxGame:
     return _jaxmarl_game(env, draw)
 
 
-def _navigation(name: re.Match, max_steps: int) -> JaxGame:
+def _navigation(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> JaxGame:
     jaxnav, size = _environments("jaxnav.jaxnav_env"), int(name[1])
-    world = {"map_size": (size, size), "fill": 0.3}
-    limit = max_steps + 1  # its own looks like an arrival of all: out of reach
-    env = jaxnav.JaxNav(num_agents=int(name[2]), map_params=world, goal_radius=0.3, max_steps=limit)
+    settings = {"num_agents": int(name[2]), "map_params": {"map_size": (size, size), "fill": 0.3}, "goal_radius": 0.3}
+    # Its own limit looks like an arrival of all: out of reach.
+    env = _built(jaxnav.JaxNav, name, options, **settings, max_steps=max_steps + 1)
     return _jaxmarl_game(env, lambda state: _drawn(lambda axes: env.init_render(axes, state, lidar=False)))
 
 
-def _kitchen(name: re.Match, max_steps: int) -> JaxGame:
+def _kitchen(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> JaxGame:
     overcooked = _environments("overcooked")
     if name[1] not in overcooked.overcooked_layouts:
         layouts = ", ".join(overcooked.overcooked_layouts)
         raise ValueError(f"Overcooked has no layout {name[1]!r}; it has {layouts}")
-    env = overcooked.Overcooked(overcooked.overcooked_layouts[name[1]], max_steps=max_steps)
+    layout = overcooked.overcooked_layouts[name[1]]
+    env = _built(overcooked.Overcooked, name, options, layout=layout, max_steps=max_steps)
 
     def draw(state: Any) -> np.ndarray:
         visualizer = import_extra("jaxmarl.viz.overcooked_visualizer", "jax").OvercookedVisualizer()
@@ -187,16 +218,8 @@ def _jaxmarl_game(
         rewards = jnp.stack([reward[agent] for agent in agents])
         return (key, state), seen(state, observation), rewards, done["__all__"] & ends
 
-    spec = _action_spec(env.action_space(agents[0]), len(agents))
+    spec = actions_like(env.action_space(agents[0]), len(agents))
     return JaxGame(agents, spec, reset, step, own_rewards, lambda keyed: draw(keyed[1]))
-
-
-def _action_spec(space: Any, num_agents: int) -> TensorSpec:
-    if hasattr(space, "n"):
-        return Categorical(int(space.n), shape=torch.Size([num_agents]))
-    shape = torch.Size([num_agents, *space.shape])
-    low, high = (torch.tensor(np.broadcast_to(bound, shape)) for bound in (space.low, space.high))
-    return Bounded(low, high, shape, dtype=torch.float32)
 
 
 class _Window:

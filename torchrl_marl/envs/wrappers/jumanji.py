@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchrl.data import Bounded, Categorical, TensorSpec
+from torchrl.data import Bounded, Categorical
 from torchrl.envs import EnvBase
 from typing_extensions import Unpack
 
@@ -46,7 +46,8 @@ def make_jumanji(
     ==============================================  =================================================================
 
     All but the last have ``("agents", "action_mask")``. Connector shows every agent five planes of the grid (own path,
-    position and target, others' bodies, others' targets) and has the planes of all agents as ``"state"``. Time limits
+    position and target, others' bodies, others' targets) and has the planes of all agents as ``"state"``. The share of
+    agents that are connected is ``("info", "connected")``, that of food eaten ``("info", "food")``. Time limits
     are truncations; a collision in RobotWarehouse is a termination.
 
     Args:
@@ -84,10 +85,11 @@ def _connector(name: re.Match, max_steps: int) -> JaxGame:
             "observation": jnp.stack(planes, 1).reshape(num_agents, -1).astype(float),
             "action_mask": observation.action_mask,
             "state": of_all.reshape(-1).astype(float),
+            "connected": state.agents.connected.mean(keepdims=True),
         }
 
     viewer = partial(viewers.ConnectorViewer, _FIGURE, num_agents, "rgb_array")
-    return _jumanji_game(env, _choices(num_agents, 5), viewer, seen=seen, scene=lambda state: state.grid)
+    return _jumanji_game(env, viewer, seen=seen, scene=lambda state: state.grid)
 
 
 def _warehouse(name: re.Match, max_steps: int) -> JaxGame:
@@ -99,23 +101,21 @@ def _warehouse(name: re.Match, max_steps: int) -> JaxGame:
     # Its own limit is reported like a collision: out of reach.
     env = module.RobotWarehouse(generator=floor, time_limit=max_steps + 1)
     viewer = partial(viewers.RobotWarehouseViewer, env.grid_size, env.goals, _FIGURE, "rgb_array")
-    return _jumanji_game(env, _choices(num_agents, 5), viewer, own_rewards=False)
+    return _jumanji_game(env, viewer, own_rewards=False)
 
 
 def _foraging(name: re.Match, max_steps: int) -> JaxGame:
     module, generators, viewers = _parts("routing.lbf")
-    size, num_agents, num_food = int(name[2]), int(name[3]), int(name[4])
-    field = generators.RandomGenerator(
-        grid_size=size,
-        fov=2 if name[1] else size,
-        num_agents=num_agents,
-        num_food=num_food,
-        max_agent_level=2,
-        force_coop=bool(name[5]),
-    )
+    size, counts = int(name[2]), {"num_agents": int(name[3]), "num_food": int(name[4])}
+    sight = 2 if name[1] else size
+    field = generators.RandomGenerator(size, **counts, fov=sight, max_agent_level=2, force_coop=bool(name[5]))
     env = module.LevelBasedForaging(generator=field, time_limit=max_steps)
     viewer = partial(viewers.LevelBasedForagingViewer, size, _FIGURE, "rgb_array")
-    return _jumanji_game(env, _choices(num_agents, 6), viewer)
+
+    def seen(state: Any, observation: Any) -> dict[str, Any]:
+        return {**_own_views(state, observation), "food": state.food_items.eaten.mean(keepdims=True)}
+
+    return _jumanji_game(env, viewer, seen=seen)
 
 
 def _search(name: re.Match, max_steps: int) -> JaxGame:
@@ -136,9 +136,8 @@ def _search(name: re.Match, max_steps: int) -> JaxGame:
     def found_all(state: Any, timestep: Any) -> Any:
         return state.targets.found.all()
 
-    spec = Bounded(-1.0, 1.0, torch.Size([num_agents, 2]), dtype=torch.float32)
     viewer = partial(viewers.SearchAndRescueViewer, _FIGURE, render_mode="rgb_array")
-    return _jumanji_game(env, spec, viewer, seen=seen, terminated=found_all)
+    return _jumanji_game(env, viewer, seen=seen, terminated=found_all)
 
 
 _TASKS = (
@@ -172,7 +171,6 @@ def _without_future(state: Any, timestep: Any) -> Any:
 
 def _jumanji_game(
     env: Any,
-    action_spec: TensorSpec,
     viewer: Callable[[], Any],
     *,
     seen: Callable[[Any, Any], dict[str, Any]] = _own_views,
@@ -184,14 +182,18 @@ def _jumanji_game(
 
     Args:
         env: the environment.
-        action_spec: of all agents.
         viewer: builds its viewer.
         seen: from the state and the observation to the entries of ``JaxGame.reset``.
         terminated: from the state and the time step to whether the episode has ended for good.
         own_rewards: False if all agents get the team's reward anyway.
         scene: from the state to what the viewer draws.
     """
-    jnp, num_agents = import_extra("jax.numpy", "jax"), action_spec.shape[0]
+    jnp, played = import_extra("jax.numpy", "jax"), env.action_spec
+    shape, num_agents = torch.Size(played.shape), played.shape[0]
+    if hasattr(played, "num_values"):
+        spec = Categorical(int(played.num_values[0]), shape=shape)
+    else:
+        spec = Bounded(float(played.minimum), float(played.maximum), shape, dtype=torch.float32)
 
     def reset(key: Any) -> tuple[Any, dict[str, Any]]:
         state, timestep = env.reset(key)
@@ -203,7 +205,7 @@ def _jumanji_game(
         return state, seen(state, timestep.observation), reward, terminated(state, timestep)
 
     agents = [f"agent_{index}" for index in range(num_agents)]
-    return JaxGame(agents, action_spec, reset, step, own_rewards, lambda state: _photograph(viewer(), scene(state)))
+    return JaxGame(agents, spec, reset, step, own_rewards, lambda state: _photograph(viewer(), scene(state)))
 
 
 def _photograph(viewer: Any, state: Any) -> np.ndarray:
@@ -214,7 +216,3 @@ def _photograph(viewer: Any, state: Any) -> np.ndarray:
     picture = np.array(viewer.render(state))[..., :3]
     pyplot.close(figure)
     return picture
-
-
-def _choices(num_agents: int, num_actions: int) -> Categorical:
-    return Categorical(num_actions, shape=torch.Size([num_agents]))

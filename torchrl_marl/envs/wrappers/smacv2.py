@@ -25,9 +25,12 @@ _GAME = (
     "then unpack SMAC_Maps of https://github.com/oxwhirl/smacv2/releases into its folder Maps"
 )
 _RACES = {  # units, their weights, and which of them must not be a whole team
-    "terran": (["marine", "marauder", "medivac"], [0.45, 0.45, 0.1], ["medivac"]),
-    "protoss": (["stalker", "zealot", "colossus"], [0.45, 0.45, 0.1], []),
-    "zerg": (["zergling", "baneling", "hydralisk"], [0.45, 0.1, 0.45], ["baneling"]),
+    race: {"unit_types": units, "weights": weights, "exception_unit_types": exceptions}
+    for race, units, weights, exceptions in (
+        ("terran", ["marine", "marauder", "medivac"], [0.45, 0.45, 0.1], ["medivac"]),
+        ("protoss", ["stalker", "zealot", "colossus"], [0.45, 0.45, 0.1], []),
+        ("zerg", ["zergling", "baneling", "hydralisk"], [0.45, 0.1, 0.45], ["baneling"]),
+    )
 }
 
 
@@ -45,6 +48,7 @@ class _StarCraftGame(SerialGame):
             "action_mask": np.zeros((num_agents, num_actions), bool),
             "mask": np.zeros(num_agents, bool),
             "state": np.zeros(sizes["state_shape"], np.float32),
+            "won": np.zeros(1, np.float32),
         }
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
@@ -55,25 +59,27 @@ class _StarCraftGame(SerialGame):
         # Until an episode has been played to its end, SMAC would start another game at every reset and add the health
         # of its enemies to what rewards are divided by.
         self.env.env._episode_count = max(self.env.env._episode_count, 1)
-        return self._seen()
+        return self._seen(won=False)
 
     def step(self, action: np.ndarray) -> Turn:
         timeouts = self.env.timeouts  # get_stats() divides by the number of battles, which may be 0
         reward, over, info = self.env.step(action.tolist())
         # An end without any news is that of a game that had to be started again.
         truncated = over and (not info or self.env.timeouts > timeouts)
-        return Turn(self._seen(), [float(reward)] * len(self.agents), over and not truncated, truncated)
+        seen = self._seen(won=bool(info.get("battle_won")))
+        return Turn(seen, [float(reward)] * len(self.agents), over and not truncated, truncated)
 
     def draw(self) -> np.ndarray:
         raise NotImplementedError("the game opens a window of its own")
 
-    def _seen(self) -> dict[str, np.ndarray]:
+    def _seen(self, *, won: bool) -> dict[str, np.ndarray]:
         legal = np.array(self.env.get_avail_actions(), dtype=bool)
         return {
             "observation": np.array(self.env.get_obs(), dtype=np.float32),
             "action_mask": legal,
             "mask": legal[:, 1:].sum(1) > 0,  # the dead can do nothing else than nothing, action 0
             "state": np.array(self.env.get_state(), dtype=np.float32),
+            "won": np.array([won], dtype=np.float32),
         }
 
 
@@ -84,8 +90,9 @@ def make_smacv2(scenario: str = "terran_5_vs_5", *, max_steps: int = 200, **batc
     It needs StarCraft II. SMAX (``make_jaxmarl("smax-smacv2_5_units")``) has similar battles in a physics of its own,
     a thousand times as fast. The reward is the team's, scaled by SMAC so that a battle won gives about 20, in each copy
     by the health of its first enemies; dead agents have only the action 0 and are not in ``("agents", "mask")``.
-    Winning and losing are terminations, the time limits truncations, of which SMAC itself makes terminations. Teams and
-    starts are drawn from generators that no seed reaches.
+    ``("info", "won")`` is 1 at the step that wins the battle. Winning and losing are terminations, the time limits
+    truncations, of which SMAC itself makes terminations. Teams and starts are drawn from generators that no seed
+    reaches.
 
     Args:
         scenario: ``RACE_N_vs_M``, or with ``_epo`` behind it for extended partial observability; RACE is terran,
@@ -112,27 +119,14 @@ def make_smacv2(scenario: str = "terran_5_vs_5", *, max_steps: int = 200, **batc
         raise ImportError(f"SMACv2 is not on PyPI ({error}): {_PACKAGE}, in an environment of its own") from error
     if not flags.FLAGS.is_parsed():  # PySC2 reads them when it starts the game
         flags.FLAGS(["torchrl_marl"])
-    race, allies, enemies = match[1], int(match[2]), int(match[3])
-    unit_types, weights, exceptions = _RACES[race]
-    options: dict[str, Any] = {
-        "map_name": f"10gen_{race}",
-        "capability_config": {
-            "n_units": allies,
-            "n_enemies": enemies,
-            "team_gen": {
-                "dist_type": "weighted_teams",
-                "unit_types": unit_types,
-                "weights": weights,
-                "exception_unit_types": exceptions,
-                "observe": True,
-            },
-            "start_positions": {"dist_type": "surrounded_and_reflect", "p": 0.5, "map_x": 32, "map_y": 32},
-        },
-        "conic_fov": False,
-        "obs_own_pos": True,
-        "use_unit_ranges": True,
-        "min_attack_range": 2,
+    capabilities = {
+        "n_units": int(match[2]),
+        "n_enemies": int(match[3]),
+        "team_gen": {"dist_type": "weighted_teams", **_RACES[match[1]], "observe": True},
+        "start_positions": {"dist_type": "surrounded_and_reflect", "p": 0.5, "map_x": 32, "map_y": 32},
     }
+    view: dict[str, Any] = {"conic_fov": False, "obs_own_pos": True, "use_unit_ranges": True, "min_attack_range": 2}
+    options = {"map_name": f"10gen_{match[1]}", "capability_config": capabilities, **view}
     if match[4]:
         options |= {"prob_obs_enemy": 0.0, "action_mask": False}
     seed = batch.get("seed")

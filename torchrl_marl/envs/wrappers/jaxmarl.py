@@ -80,9 +80,13 @@ def make_jaxmarl(
     return JaxEnv(game, max_steps=max_steps, shared_reward=shared_reward, **batch)
 
 
-def _built(build: Callable[..., Any], name: re.Match, options: Mapping[str, Any], **settings: Any) -> Any:
-    """Build an environment with the scenario's settings and the options that differ from them."""
-    inner = [_environments("smax").SMAX] if name[0].startswith("smax") else []  # takes what its opponents leave
+def _built(
+    name: re.Match, options: Mapping[str, Any], build: Callable[..., Any], *inner: Callable[..., Any], **settings: Any
+) -> Any:
+    """Build an environment with the scenario's settings and the options that differ from them.
+
+    Options are arguments of ``build``, or of the constructors ``inner`` to which it hands on what it does not know.
+    """
     check_options(options, name[0], build, *inner)
     return build(**{**settings, **options})
 
@@ -92,8 +96,8 @@ def _battle(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> JaxGa
     mode = options.get("attack_mode", "closest")
     if mode not in ("closest", "random"):
         raise ValueError(f"scenario_kwargs.attack_mode must be closest or random, got {mode!r}")
-    rules = {"see_enemy_actions": True, "walls_cause_death": True, "attack_mode": mode}
-    env = _built(smax.HeuristicEnemySMAX, name, options, scenario=_units(smax, name[1]), max_steps=max_steps, **rules)
+    rules = {"see_enemy_actions": True, "walls_cause_death": True, "attack_mode": mode, "max_steps": max_steps}
+    env = _built(name, options, smax.HeuristicEnemySMAX, smax.SMAX, scenario=_units(smax, name[1]), **rules)
     agents, jnp = env.agents, jax.numpy
 
     def known(state: Any, observation: dict[str, Any]) -> dict[str, Any]:
@@ -127,13 +131,13 @@ def _units(smax: ModuleType, name: str) -> Any:
         for side in match.groups()
     ]
     types = import_extra("jax.numpy", "jax").array([*teams[0], *teams[1]], dtype="uint8")
-    return _environments("smax.smax_env").Scenario(types, *map(len, teams), False, False)
+    return smax.Scenario(types, *map(len, teams), False, False)
 
 
 def _spread(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> JaxGame:
     mpe, number = _environments("mpe"), int(name[1])
     settings = {"num_agents": number, "num_landmarks": number, "action_type": "Continuous", "max_steps": max_steps}
-    env = _built(mpe.SimpleSpreadMPE, name, options, **settings)
+    env = _built(name, options, mpe.SimpleSpreadMPE, **settings)
 
     def draw(state: Any) -> np.ndarray:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -150,7 +154,7 @@ def _navigation(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> J
     jaxnav, size = _environments("jaxnav.jaxnav_env"), int(name[1])
     settings = {"num_agents": int(name[2]), "map_params": {"map_size": (size, size), "fill": 0.3}, "goal_radius": 0.3}
     # Its own limit looks like an arrival of all: out of reach.
-    env = _built(jaxnav.JaxNav, name, options, **settings, max_steps=max_steps + 1)
+    env = _built(name, options, jaxnav.JaxNav, **settings, max_steps=max_steps + 1)
     return _jaxmarl_game(env, lambda state: _drawn(lambda axes: env.init_render(axes, state, lidar=False)))
 
 
@@ -160,7 +164,7 @@ def _kitchen(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> JaxG
         layouts = ", ".join(overcooked.overcooked_layouts)
         raise ValueError(f"Overcooked has no layout {name[1]!r}; it has {layouts}")
     layout = overcooked.overcooked_layouts[name[1]]
-    env = _built(overcooked.Overcooked, name, options, layout=layout, max_steps=max_steps)
+    env = _built(name, options, overcooked.Overcooked, layout=layout, max_steps=max_steps)
 
     def draw(state: Any) -> np.ndarray:
         visualizer = import_extra("jaxmarl.viz.overcooked_visualizer", "jax").OvercookedVisualizer()

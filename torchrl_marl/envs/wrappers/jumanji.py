@@ -24,6 +24,7 @@ __all__ = ["make_jumanji"]
 
 _FIGURE = "torchrl_marl"  # its name
 _WAREHOUSES = {"tiny": (1, 3), "small": (2, 3), "medium": (2, 5), "large": (3, 5), "xlarge": (4, 5)}  # rows, columns
+_SIZES = "|".join(_WAREHOUSES)
 
 
 @hands_on_to(WrapperEnv.__init__)
@@ -126,12 +127,8 @@ def _search(name: re.Match, max_steps: int) -> JaxGame:
 
     def seen(state: Any, observation: Any) -> dict[str, Any]:
         common = jnp.stack([observation.targets_remaining, observation.step / max_steps])
-        parts = [
-            observation.searcher_views.reshape(num_agents, -1),
-            jnp.broadcast_to(common, (num_agents, 2)),
-            observation.positions,
-        ]
-        return {"observation": jnp.concatenate(parts, 1)}
+        parts = observation.searcher_views.reshape(num_agents, -1), jnp.broadcast_to(common, (num_agents, 2))
+        return {"observation": jnp.concatenate([*parts, observation.positions], 1)}
 
     def found_all(state: Any, timestep: Any) -> Any:
         return state.targets.found.all()
@@ -142,12 +139,7 @@ def _search(name: re.Match, max_steps: int) -> JaxGame:
 
 _TASKS = (
     JaxTask("con-GxGxNa", r"con-(\d+)x\1x(\d+)a", "con-5x5x3a", _connector),
-    JaxTask(
-        "rware-SIZE-Nag[-easy|-hard]",
-        rf"rware-({'|'.join(_WAREHOUSES)})-(\d+)ag(-easy|-hard)?",
-        "rware-tiny-2ag",
-        _warehouse,
-    ),
+    JaxTask("rware-SIZE-Nag[-easy|-hard]", rf"rware-({_SIZES})-(\d+)ag(-easy|-hard)?", "rware-tiny-2ag", _warehouse),
     JaxTask(
         "lbf-[2s-]GxG-Np-Ff[-coop]", r"lbf-(2s-)?(\d+)x\2-(\d+)p-(\d+)f(-coop)?", "lbf-2s-8x8-2p-2f-coop", _foraging
     ),

@@ -374,7 +374,7 @@ def test_options_reach_the_environment_and_wrong_ones_are_named(monkeypatch):
     assert options[0].items() >= {"attack_mode": "random", "won_battle_bonus": 2.0, "see_enemy_actions": True}.items()
     monkeypatch.undo()
     env = make_jaxmarl("simple_spread_3ag", num_envs=1, scenario_kwargs={"action_type": "Discrete"})
-    assert env.action_spec.space.n == 5
+    assert env.full_action_spec["agents", "action"].space.n == 5
     for given, message in (
         ({"attack_mode": "weakest"}, "scenario_kwargs.attack_mode must be closest or random, got 'weakest'"),
         ({"bonus": 1}, "'smax-3m' has no option bonus; it has enemy_shoots, attack_mode, num_allies"),

@@ -1,6 +1,6 @@
 """Processor time of a training iteration on CoordSum, by method: collection, values, epochs; then acting by agents.
 
-The default is the light setting of ``recipes/magpo_coordsum.py``; Sable's own setting on the larger task is
+The default is the light setting of ``experiment=magpo_coordsum``; Sable's own setting on the larger task is
 
     python benchmarks/autoregressive.py --task CoordSum-5x20 --envs 64 --epochs 10 --embed 64 --heads 2 --blocks 2
 """

@@ -47,7 +47,7 @@ SETTINGS = {
     "marpo": ("marpo_vmas", ["chunk_length=5", *SMALL]),
     "magpo": ("magpo_vmas", ["guider.embed_dim=8", "actor.hidden_sizes=[8]"]),
     "oappo": ("oappo_vmas", SMALL),
-    "compiled": ("mars_vmas", ["env=coordsum", "collector=compiled", *SMALL]),
+    "compiled": ("mars_vmas", ["env=coordsum", "compile=true", *SMALL]),
     "gru": ("mars_vmas", ["actor=gru", "critic=gru", "chunk_length=5", *GRU, *SMALL]),
     "seeds": ("seeds", ["seed=[3,7]", *SMALL]),
 }

@@ -152,7 +152,7 @@ def mars(env: EnvBase, minibatch_size: int, *, epochs: int = 5) -> Profile:
 
 
 def magpo(*, epochs: int = 4, minibatch_size: int = 512) -> Profile:
-    """`recipes/magpo_coordsum.py`, light setting: 16 environments, 2 048 frames, Sable guides learners with a GRU."""
+    """`experiment=magpo_coordsum`, light: 16 environments, 2 048 frames, Sable guides learners with a GRU."""
     profile = Profile()
     env = make_coordsum(num_envs=16, seed=0)
     (guider, critic), learner = make_sable(env, embed_dim=32), make_recurrent_actor(env)

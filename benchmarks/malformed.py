@@ -1,7 +1,7 @@
 """Malformed command lines of every recipe, and how each of them ends.
 
     python benchmarks/malformed.py                       # all, some minutes; a table and what did not end as it should
-    python benchmarks/malformed.py --recipe magpo_vmas seeds
+    python benchmarks/malformed.py --recipe magpo_vmas seps
 
 Each case runs in a forked child, so that libraries are imported once. It ends well if it exits with 1 or 2 after one
 line on stderr that names the key, without the folder of a run. Cases that end in another way are counted and shown.
@@ -86,7 +86,6 @@ _VMAS = [
     "env.scenario_kwargs.foo=1",
     "env.time_limit=never",
     "env.time_limit=5",
-    "env.compile=maybe",
     "env.continuous_actions=maybe",
     "env.seed=abc",
 ]
@@ -134,7 +133,9 @@ OWN = {
         "env=coordsum env.scenario=CoordSum-0x10",
         "env=coordsum env.scenario=CoordSum-3x10-abc",
         "env=coordsum env.scenario_kwargs.n_agents=3",
-        "env=maze collector=compiled collector.compile=[1]",
+        "collector=compiled",
+        "collector.num_workers=2",
+        "env.compile=true",
         "env=mpe env.scenario_kwargs=5",
         "collector=multiprocess collector.num_workers=3",
         "collector=multiprocess collector.num_workers=0",
@@ -142,6 +143,33 @@ OWN = {
         "collector=ray collector.num_workers=3",
         "collector=ray collector.resources=5",
         "collector=default collector.total_frames=abc",
+        *(f"actor=mat {case}" for case in (*_AUTOREGRESSIVE, *_RATIO[:8])),
+        "actor=mat actor.embed_dim=0",
+        "actor=mat actor.embed_dim=abc",
+        "actor=mat actor.embed_dim=63 actor.num_heads=2",
+        "actor=mat actor.num_heads=0",
+        "actor=mat actor.num_heads=5",
+        "actor=mat actor.num_heads=abc",
+        "actor=mat actor.num_blocks=0",
+        "actor=mat actor.num_blocks=-1",
+        "actor=mat actor.observes=nothing",
+        "actor=mat actor.hidden_sizes=[8]",
+        "actor=mat loss=happo",
+        "actor=mat loss=seac",
+        "actor=mat collector=sequences",
+        *(f"actor=sable {case}" for case in (*_AUTOREGRESSIVE, *_RATIO[:8])),
+        "actor=sable actor.embed_dim=0",
+        "actor=sable actor.num_heads=5",
+        "actor=sable actor.num_blocks=0",
+        "actor=sable actor.decay_scaling=0",
+        "actor=sable actor.decay_scaling=abc",
+        "actor=sable actor.chunk_size=0",
+        "actor=sable collector=compiled",
+        "actor=sable minibatch_size=5",
+        "actor=sable minibatch_size=9",
+        "actor=sable loss=marpo",
+        "experiment=nowhere",
+        "+experiment=magpo_coordsum",
         "actor=gru chunk_length=3",
         "actor=gru actor.hidden_sizes=[] chunk_length=5",
         "optimizer._target_=torch.optim.SGD",
@@ -162,48 +190,15 @@ OWN = {
         "loss=magpo",
         "loss=rpo loss.clip_epsilon=0",
     ],
-    "mat_vmas": [
-        *_AUTOREGRESSIVE,
-        *_RATIO[:8],
-        "actor=gru",
-        "actor.embed_dim=0",
-        "actor.embed_dim=abc",
-        "actor.embed_dim=63 actor.num_heads=2",
-        "actor.num_heads=0",
-        "actor.num_heads=5",
-        "actor.num_heads=abc",
-        "actor.num_blocks=0",
-        "actor.num_blocks=-1",
-        "actor.observes=nothing",
-        "actor.hidden_sizes=[8]",
-        "loss=happo",
-        "loss=seac",
-        "collector=sequences",
-    ],
-    "sable_vmas": [
-        *_AUTOREGRESSIVE,
-        *_RATIO[:8],
-        "actor=gru",
-        "actor.embed_dim=0",
-        "actor.num_heads=5",
-        "actor.num_blocks=0",
-        "actor.decay_scaling=0",
-        "actor.decay_scaling=abc",
-        "actor.chunk_size=0",
-        "collector=default",
-        "collector=compiled",
-        "collector=multiprocess",
-        "minibatch_size=5",
-        "minibatch_size=9",
-        "loss=marpo",
-    ],
     "magpo_vmas": [
         *_AUTOREGRESSIVE,
         *_RATIO[:8],
-        "collector=default",
-        "collector=compiled",
-        "collector=multiprocess",
-        "collector=ray",
+        "experiment=magpo_coordsum setting=paper",
+        "experiment=magpo_coordsum setting=null.x",
+        "experiment=magpo_coordsum actor=mlp actor.hidden_sizes=5",
+        "setting=light",
+        "actor=mat",
+        "collector=sequences",
         "minibatch_size=5",
         "minibatch_size=9",
         "guider=nowhere",
@@ -227,7 +222,6 @@ OWN = {
         "loss=magpo_adaptive loss.adapt_ratio.target=abc",
         "loss=magpo_adaptive loss.adapt_ratio=5",
     ],
-    "magpo_coordsum": ["setting=paper", "setting=null.x", "actor=mlp actor.hidden_sizes=5", "critic=mlp"],
     "oappo_vmas": [
         *_NETWORKS,
         *_RATIO[:8],
@@ -242,36 +236,17 @@ OWN = {
         "loss.kl_threshold=abc",
         "loss.reuse=nothing",
         "loss=oatrpo loss.max_kl=0",
+        "loss=oatrpo loss.damping=-1",
+        "loss=oatrpo loss.max_kl=nan",
+        "experiment=oappo_maze env.scenario=red",
+        "experiment=oappo_maze env.scenario_kwargs.x=1",
+        "experiment=oappo_maze loss.reuse_matrix=XX",
+        "experiment=oappo_maze loss=oatrpo loss.reuse_matrix=BB",
         "loss=oatrpo loss.max_kl=-1",
         "loss=oatrpo loss.max_kl=abc",
         "loss=hatrpo loss.reduction=sum",
     ],
-    "oatrpo_vmas": ["loss.max_kl=0", "loss.damping=-1", "loss.max_kl=nan", "seed=[1,2]"],
-    "mappo_maze": ["env.scenario=red", "env.scenario_kwargs.x=1", "seed=[1,2]"],
-    "oappo_maze": ["loss.reuse_matrix=XX", "actor.share_parameters=true"],
-    "oatrpo_maze": ["loss.reuse_matrix=BB"],
     "groups_vmas": [*_NETWORKS, *_VMAS[8:], "loss=ctds", "env.scenario_kwargs.num_good_agents=-1"],
-    "seeds": [
-        *_NETWORKS,
-        "seed=[]",
-        "seed=[1,1]",
-        "seed=[1,abc]",
-        "seed=[1,-1]",
-        "seed=[1,4294967296]",
-        "seed=[[1],2]",
-        "loss=seac",
-        "loss=happo",
-        "loss=magpo",
-        "env=vmas",
-        "env=mpe",
-        "collector=compiled",
-        "collector=multiprocess",
-        "collector=ray",
-        "compile=true",
-        "optimizer._target_=torch.optim.LBFGS",
-        "loss.functional=true",
-        "loss.reduction=sum",
-    ],
     "seps": [
         "cluster.num_clusters=0",
         "cluster.num_clusters=99",
@@ -292,7 +267,7 @@ OWN = {
         "seed=abc",
     ],
 }
-LOOPS = ("mars_vmas", "marpo_vmas", "mat_vmas", "sable_vmas", "magpo_vmas", "oappo_vmas", "groups_vmas", "seeds")
+LOOPS = ("mars_vmas", "marpo_vmas", "magpo_vmas", "oappo_vmas", "groups_vmas")
 """Recipes that get what every loop reads; the others are these with values of their own."""
 
 
@@ -361,8 +336,7 @@ def _tiny(recipe: str, case: str) -> list[str]:
     if recipe == "seps":
         return ["env.num_envs=8", "env.max_steps=10", "frames_per_batch=80", "encode.num_epochs=1", "device=cpu"]
     keys = [override.lstrip("~+").partition("=")[0] for override in case.split(" ")]
-    sizes = [*_TINY, *(["seed=[0,1]"] if recipe == "seeds" else [])]
-    return [size for size in sizes if not any(_touches(key, size.partition("=")[0]) for key in keys)]
+    return [size for size in _TINY if not any(_touches(key, size.partition("=")[0]) for key in keys)]
 
 
 def _touches(key: str, other: str) -> bool:
@@ -407,7 +381,7 @@ def main() -> None:
 
     import hydra  # noqa: F401  # before the first fork, as all that recipes import
 
-    from torchrl_marl import config, seeds, training  # noqa: F401
+    import torchrl_marl.run  # noqa: F401
     from torchrl_marl.envs.vmas import import_vmas
 
     import_vmas()

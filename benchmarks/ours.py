@@ -1,6 +1,6 @@
 """torchrl_marl's MAPPO for speed.py: the loop of recipes/mars_vmas.py without logging, evaluation and checkpoints.
 
-With `compile` as last argument collection and update are compiled: `collector=compiled compile=true` in the recipe.
+With `compile` as last argument collection and update are compiled: `compile=true` in the recipe.
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ COORDSUM = (  # as config/setting/paper_*.yaml
     "total_frames=20000000 evaluation.interval=163840 evaluation.video=false "
     "env=coordsum env.num_envs=128 frames_per_batch=16384"
 )
+MAGPO_COORDSUM = "magpo_vmas.py experiment=magpo_coordsum"
+MAT, SABLE = "mars_vmas.py actor=mat loss=mappo", "mars_vmas.py actor=sable loss=mappo"
 PPO_COORDSUM = f"{COORDSUM} actor=gru critic=gru chunk_length=128 epochs=8"
 GAMES = "mars_vmas.py"
 
@@ -63,11 +65,11 @@ def mazes(frames: int) -> list[Part]:
             "black_red",
             grid(
                 [
-                    "mars_vmas.py --config-name=mappo_maze",
-                    "oappo_vmas.py --config-name=oappo_maze loss=happo",
-                    *grid(["oatrpo_vmas.py --config-name=oatrpo_maze"], ["loss=hatrpo", "loss=oatrpo"]),
+                    "mars_vmas.py experiment=mappo_maze",
+                    "oappo_vmas.py experiment=oappo_maze loss=happo",
+                    *grid(["oappo_vmas.py experiment=oappo_maze"], ["loss=hatrpo", "loss=oatrpo"]),
                     *grid(
-                        ["oappo_vmas.py --config-name=oappo_maze"],
+                        ["oappo_vmas.py experiment=oappo_maze"],
                         [f"loss.kl_threshold={sigma}" for sigma in (0.01, 0.1, 1, 10)]
                         + [f"loss.kl_threshold=0.1 loss.own_weight={weight}" for weight in (0.2, 0.4)],
                     ),
@@ -82,9 +84,9 @@ def mazes(frames: int) -> list[Part]:
             "black_blue_red",
             grid(
                 [
-                    "mars_vmas.py --config-name=mappo_maze",
+                    "mars_vmas.py experiment=mappo_maze",
                     *grid(
-                        ["oappo_vmas.py --config-name=oappo_maze"],
+                        ["oappo_vmas.py experiment=oappo_maze"],
                         ["loss.kl_threshold=0.1"]
                         + [f"loss.reuse_matrix={scheme}" for scheme in ("NR", "RR", "UR", "AR")],
                     ),
@@ -106,7 +108,7 @@ def guided(name: str, ppo: str, autoregressive: str, magpo: str, setting: str) -
         grid(
             [
                 *grid([ppo], ["loss=mappo", "loss=ippo"]),
-                *grid(["mat_vmas.py", "sable_vmas.py"], [autoregressive]),
+                *grid(["mars_vmas.py actor=mat", "mars_vmas.py actor=sable"], [autoregressive]),
                 *grid([magpo], ["loss=magpo loss.guider_learner_ratio=1.3 loss.rl_coeff=2", "loss=ctds"]),
             ],
             [setting],
@@ -129,7 +131,7 @@ def coordsum(scenario: str, frames: int) -> Part:
         scenario,
         "mars_vmas.py env=coordsum actor=gru critic=gru chunk_length=32",
         "env=coordsum loss=mappo actor.embed_dim=32",
-        "magpo_coordsum.py chunk_length=32",
+        MAGPO_COORDSUM,
         coordsum_setting(scenario, frames),
     )
 
@@ -212,7 +214,7 @@ STUDIES = {
         tuned(
             "aerocombat",
             "mars_vmas.py env=aerocombat env.num_envs=240 frames_per_batch=14400 minibatch_size=1800 "
-            "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64] collector=compiled compile=true",
+            "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64] compile=true",
             "total_frames=1440000 evaluation.interval=144000 evaluation.video=false",
             "total_frames=576000 evaluation.interval=57600",
         ),
@@ -232,7 +234,7 @@ STUDIES = {
                 [
                     "env.continuous_actions=false env.num_envs=1200 env.max_steps=300 gamma=0.97 lmbda=0.9 "
                     "frames_per_batch=60000 minibatch_size=6000 optimizer.lr=2e-3 loss.entropy_coeff=0.001 "
-                    "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64] collector=compiled compile=true "
+                    "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64] compile=true "
                     "total_frames=30000000 evaluation.interval=600000"
                 ],
             ),
@@ -244,7 +246,7 @@ STUDIES = {
             grid(
                 ["mars_vmas.py env.scenario=balance", "mars_vmas.py env.scenario=navigation"],
                 ["loss=mars", "loss=mappo"],
-                ["compile=false", "collector=compiled compile=true"],
+                ["compile=false", "compile=true"],
                 [SMALL_VMAS],
             ),
             num_seeds=5,
@@ -281,7 +283,7 @@ STUDIES = {
         Part(
             "magpo_ablations",
             grid(
-                ["magpo_coordsum.py chunk_length=32 loss=magpo"],
+                [f"{MAGPO_COORDSUM} loss=magpo"],
                 [
                     f"loss.guider_learner_ratio={delta} loss.rl_coeff={coefficient} guider={guider}"
                     for delta, coefficient, guider in (
@@ -316,7 +318,7 @@ STUDIES = {
         Part(
             "mazes",
             grid(
-                ["mars_vmas.py --config-name=mappo_maze", "oappo_vmas.py --config-name=oappo_maze loss=happo"],
+                ["mars_vmas.py experiment=mappo_maze", "oappo_vmas.py experiment=oappo_maze loss=happo"],
                 [MAZES.format(192_000, 64_000)],
             ),
             num_seeds=3,
@@ -375,11 +377,11 @@ STUDIES = {
             "magpo",
             [
                 *grid(
-                    ["magpo_coordsum.py setting=paper_3x10 evaluation.interval=163840 loss.clip_value=0.05"],
+                    [f"{MAGPO_COORDSUM} setting=paper_3x10 evaluation.interval=163840 loss.clip_value=0.05"],
                     ["loss=ctds", "loss=magpo loss.guider_learner_ratio=1.3 loss.rl_coeff=2"],
                 ),
                 *grid(
-                    ["magpo_coordsum.py setting=paper_5x20 evaluation.interval=163840"],
+                    [f"{MAGPO_COORDSUM} setting=paper_5x20 evaluation.interval=163840"],
                     ["loss=ctds", "loss=magpo loss.guider_learner_ratio=1.1 loss.rl_coeff=4"],
                 ),
                 *grid(
@@ -392,13 +394,13 @@ STUDIES = {
                         "loss.entropy_coeff=0.01 optimizer.lr=2.5e-4",
                     ],
                 ),
-                f"mat_vmas.py loss=mappo {COORDSUM} env.scenario=CoordSum-3x10 minibatch_size=16384 epochs=5 "
+                f"{MAT} {COORDSUM} env.scenario=CoordSum-3x10 minibatch_size=16384 epochs=5 "
                 "max_grad_norm=10 loss.entropy_coeff=0.001 optimizer.lr=2.5e-4",
-                f"mat_vmas.py loss=mappo {COORDSUM} env.scenario=CoordSum-5x20 minibatch_size=2048 epochs=15 "
+                f"{MAT} {COORDSUM} env.scenario=CoordSum-5x20 minibatch_size=2048 epochs=15 "
                 "max_grad_norm=5 loss.entropy_coeff=0.001 optimizer.lr=2.5e-4",
-                f"sable_vmas.py loss=mappo {COORDSUM} env.scenario=CoordSum-3x10 minibatch_size=8192 epochs=15 "
+                f"{SABLE} {COORDSUM} env.scenario=CoordSum-3x10 minibatch_size=8192 epochs=15 "
                 "max_grad_norm=5 loss.entropy_coeff=0.01 optimizer.lr=5e-4",
-                f"sable_vmas.py loss=mappo {COORDSUM} env.scenario=CoordSum-5x20 minibatch_size=2048 epochs=5 "
+                f"{SABLE} {COORDSUM} env.scenario=CoordSum-5x20 minibatch_size=2048 epochs=5 "
                 "max_grad_norm=5 loss.entropy_coeff=0.001 optimizer.lr=2.5e-4",
             ],
             num_seeds=10,

@@ -108,7 +108,7 @@ def words_of_seeds(overrides: Sequence[str]) -> list[list[str]]:
     newest = find_checkpoint(values["resume"]).resolve()
     names = read_metadata(newest).get("trained_with", [])
     folders = [newest.parents[2] / Path(str(name)).name / "checkpoints" for name in names]  # beside it, nowhere else
-    alone = "One alone goes on with python recipes/mars_vmas.py resume=RUN, equal up to rounding."
+    alone = "One alone goes on with resume=RUN in the recipe of one seed, equal up to rounding."
     if not folders:
         raise ValueError(f"resume={newest} was not written by a group of seeds. {alone}")
     saved = [{path.name for path in folder.glob("*.torchrl") if path.name <= newest.name} for folder in folders]
@@ -459,7 +459,7 @@ def _stackable(cfg: DictConfig, env: EnvBase, loss: RatioLoss, optimizer: Optimi
     games = "games with a random stream for each copy (env=coordsum, maze, paxmen, aerocombat)"
     for is_met, allowed, found in (
         (not cfg.compile, "compile=false", "compile=true"),
-        (cfg.collector._target_ == "torchrl.collectors.Collector", "collector=default", cfg.collector._target_),
+        (not cfg.collector, "collector=default", cfg.collector.get("_target_")),
         (isinstance(env, TensorEnv), games, f"env={cfg.environment}"),
         (type(loss) in _LOSSES, f"the losses {_names(_LOSSES)}", type(loss).__name__),
         (not loss.functional, "functional=False", True),

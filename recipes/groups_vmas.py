@@ -19,7 +19,7 @@ from tensordict.nn import TensorDictSequential
 from torch import Tensor
 
 from torchrl_marl.modules import GroupSpec, collection_policy, with_recurrent_state
-from torchrl_marl.run import Run, make_update, recipe
+from torchrl_marl.run import Run, make_collector, make_update, recipe
 
 
 class Learner:
@@ -27,12 +27,12 @@ class Learner:
 
     def __init__(self, cfg: DictConfig, shape: GroupSpec, device: str) -> None:
         self.cfg, self.name = cfg, shape.name
-        self.actor = instantiate(cfg.actor, shape, device=device)
-        self.critic = instantiate(cfg.critic, shape, device=device)
+        actor = instantiate(cfg.actor, shape, device=device)
+        both = actor if isinstance(actor, tuple) else (actor, instantiate(cfg.critic, shape, device=device))
+        self.actor, self.critic = both
         self.loss = instantiate(cfg.loss, self.actor, self.critic)
         self.loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
-        num_steps = -(-cfg.frames_per_batch // cfg.env.num_envs)
-        self.loss.check_loop(num_steps, minibatch_size=cfg.minibatch_size, chunk_length=cfg.chunk_length)
+        self.loss.check_loop(cfg.frames_per_batch, cfg.env.num_envs, cfg.minibatch_size, cfg.chunk_length)
         self.optimizer = instantiate(cfg.optimizer, self.loss.parameters())
         self.update = make_update(self.loss, self.optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> float:
 
     policy = TensorDictSequential([collection_policy(learner.actor, learner.critic) for learner in learners])
     env = with_recurrent_state(env, policy)
-    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
+    collector = make_collector(cfg, env, policy, learners[0].loss)
 
     actor = TensorDictSequential([learner.actor for learner in learners])
     own = {f"loss_{learner.name}": learner.loss for learner in learners}

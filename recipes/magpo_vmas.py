@@ -16,14 +16,13 @@ from omegaconf import DictConfig
 
 from torchrl_marl.distributed import init_distributed
 from torchrl_marl.modules import GroupSpec, collection_policy, with_recurrent_state
-from torchrl_marl.run import Run, make_update, recipe
+from torchrl_marl.run import Run, make_collector, make_update, recipe
 
 
 @recipe(
     Path(__file__).parent / "config",
     "magpo_vmas",
     networks=("guider_network", "critic_network", "learner_network"),
-    collectors=("sequences",),
     unread=("critic", "chunk_length"),
 )
 def main(cfg: DictConfig) -> float:
@@ -40,17 +39,14 @@ def main(cfg: DictConfig) -> float:
     learner = instantiate(cfg.actor, shape, device=device)
 
     loss = instantiate(cfg.loss, guider, critic, learner)
-    if (adapt_ratio := getattr(loss, "adapt_ratio", None)) is not None:
-        adapt_ratio(loss.guider_learner_ratio, torch.ones((), device=device))  # refuses its options before the run
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
-    num_steps = -(-cfg.frames_per_batch // cfg.env.num_envs)
-    loss.check_loop(num_steps, minibatch_size=cfg.minibatch_size, chunk_length=cfg.chunk_length)
+    loss.check_loop(cfg.frames_per_batch, cfg.env.num_envs, cfg.minibatch_size)
     optimizer = instantiate(cfg.optimizer, loss.parameters())
     update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     policy = collection_policy(guider, learner)  # only the guider acts; a learner with a memory keeps it up to date
     env = with_recurrent_state(env, policy)
-    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
+    collector = make_collector(cfg, env, policy, loss)
 
     run = Run(cfg, env=env, make_env=make_env, actor=learner, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):

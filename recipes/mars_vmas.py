@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from torchrl_marl.distributed import init_distributed
 from torchrl_marl.modules import GroupSpec, collection_policy, with_recurrent_state
-from torchrl_marl.run import Run, make_update, recipe
+from torchrl_marl.run import Run, make_collector, make_update, recipe
 
 CONFIG = Path(__file__).parent / "config"
 
@@ -34,14 +34,13 @@ def train(cfg: DictConfig) -> float:
 
     loss = instantiate(cfg.loss, actor, critic)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
-    num_steps = -(-cfg.frames_per_batch // cfg.env.num_envs)
-    loss.check_loop(num_steps, minibatch_size=cfg.minibatch_size, chunk_length=cfg.chunk_length)
+    loss.check_loop(cfg.frames_per_batch, cfg.env.num_envs, cfg.minibatch_size, cfg.chunk_length)
     optimizer = instantiate(cfg.optimizer, loss.parameters())
     update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     policy = collection_policy(actor, critic)
     env = with_recurrent_state(env, policy)
-    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
+    collector = make_collector(cfg, env, policy, loss)
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):

@@ -1,11 +1,3 @@
-"""OATRPO and HATRPO in the mazes of the off-agent paper.
+"""Moved to `oappo_vmas.py +experiment=oappo_maze loss=oatrpo`."""
 
-    python recipes/oatrpo_maze.py loss.kl_threshold=1
-
-The loop is that of oappo_vmas.py, its values are those of config/oatrpo_maze.yaml.
-"""
-
-from oappo_vmas import main
-
-if __name__ == "__main__":
-    main("oatrpo_maze")
+raise SystemExit("oatrpo_maze.py has moved: python recipes/oappo_vmas.py +experiment=oappo_maze loss=oatrpo")

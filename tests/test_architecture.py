@@ -1,6 +1,7 @@
 """Imports point down: keys <- modules, envs <- objectives, evaluation <- collectors <- what surrounds them."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ LEVELS = [
     {"modules", "envs"},
     {"objectives", "evaluation"},
     {"collectors"},
-    {"run", "checkpoints", "export", "__main__", "__init__"},
+    {"run", "checkpoints", "export", "shelf", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -64,3 +65,16 @@ def test_no_function_is_longer_than_sixty_lines_without_its_docstring(path: Path
         if isinstance(node, ast.FunctionDef):
             first = node.body[1] if ast.get_docstring(node) is not None and len(node.body) > 1 else node.body[0]
             assert (node.end_lineno or 0) - first.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_package_names_no_recipe(path: Path) -> None:
+    """Scripts build on the package; words such as ``seeds`` and ``compare`` are its own, too.
+
+    The command line is a script itself: ``torchrl-marl train`` is short for one of the recipes.
+    """
+    if path.stem == "__main__":
+        pytest.skip("a script")
+    stems = [script.stem for script in (PACKAGE.parent / "recipes").glob("*.py")]
+    names = {f"{stem}.py" for stem in stems} | {stem for stem in stems if "_" in stem}
+    assert not names & set(re.findall(r"\w+\.py\b|\w+", path.read_text()))

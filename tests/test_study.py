@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.recipes.runs import RECIPES
 from torchrl_marl.modules import GroupSpec, make_actor, make_critic
-from torchrl_marl.run.config import _checked_override, _groups, _load, check_keys
+from torchrl_marl.run.checks import check_keys
+from torchrl_marl.run.config import _groups, _load, recipe
 
 STUDY = runpy.run_path(str(RECIPES.parent / "benchmarks/study.py"))
 PARTS = {f"{name}-{part.name}": part for name, parts in STUDY["STUDIES"].items() for part in parts}
@@ -23,11 +24,12 @@ CONFIG = RECIPES / "config"
 
 def composed(command: str) -> DictConfig:
     """The configuration of a command, checked as the recipe does it."""
-    recipe, *words = shlex.split(command)
-    assert (RECIPES / recipe).exists()
+    script, *words = shlex.split(command)
+    assert (RECIPES / script).exists()
     flags = dict(word.removeprefix("--").split("=") for word in words if word.startswith("--"))
-    name = flags.get("config-name", Path(recipe).stem)
-    overrides = [_checked_override(word, CONFIG, name) for word in words if not word.startswith("--")]
+    name = flags.get("config-name", Path(script).stem)
+    main = recipe(CONFIG, name)(lambda _: 0.0)
+    overrides = [main._checked_override(word) for word in words if not word.startswith("--")]
     with initialize_config_dir(str(CONFIG), version_base=None):
         config = compose(name, overrides=[*overrides, "method=its", "environment=its"])  # Hydra's, once it runs
     resolved = DictConfig(OmegaConf.to_container(config, resolve=True))
@@ -57,7 +59,7 @@ def settings(config: DictConfig) -> Iterator[tuple[str, object]]:
     """What recipes/compare.py wants equal on a task."""
     yield from (("frames", config.total_frames), ("interval", config.evaluation.interval))
     yield from (("episodes", config.evaluation.episodes),)
-    yield from ((key, value) for key, value in config.env.items() if key not in ("num_envs", "compile"))
+    yield from ((key, value) for key, value in config.env.items() if key != "num_envs")
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -88,7 +90,7 @@ def test_the_losses_take_every_value_that_a_study_chooses_from(name: str) -> Non
 )
 def test_a_misspelt_override_of_a_study_is_noticed(mistake: str) -> None:
     with pytest.raises(SystemExit, match="nearest"):
-        composed(f"mars_vmas.py --config-name=mappo_maze {mistake}")
+        composed(f"mars_vmas.py experiment=mappo_maze {mistake}")
 
 
 def test_commands_of_a_study_are_distinct() -> None:

@@ -18,7 +18,7 @@ short=(env.num_envs=6 total_frames=1200 frames_per_batch=600 minibatch_size=600 
 "$bin/torchrl-marl" ls | grep mars_vmas
 "$bin/torchrl-marl" train "${short[@]}"
 "$bin/torchrl-marl" cp marpo_vmas mine
-sed -i.before 's/^gamma: .*/gamma: 0.9/' mine/config/mars_vmas.yaml
+sed -i.before 's/^gamma: .*/gamma: 0.9/' mine/config/loop.yaml
 "$bin/python" mine/marpo_vmas.py "${short[@]}"
 grep -q "gamma: 0.9$" runs/marpo_vmas/*/*/*/config.yaml
 "$bin/torchrl-marl" export runs/mars_vmas/*/*/* --output policy.onnx

@@ -18,7 +18,7 @@ from torchrl_marl.envs import check_env, make_custom, render_episode
 from torchrl_marl.evaluation import evaluate, stratified_bootstrap_interval
 from torchrl_marl.export import export_policy
 from torchrl_marl.run.checkpoints import best_checkpoint, load_policy, read_metadata
-from torchrl_marl.run.config import check_device
+from torchrl_marl.run.checks import check_device
 from torchrl_marl.shelf import copy_recipe, print_recipes, run_recipe
 from torchrl_marl.trust import foreign_code, reason
 
@@ -49,8 +49,7 @@ def evaluate_run(
     recorded = read_metadata(checkpoint)
     env_config = _environment(checkpoint, recorded["config"], factory)
     policy = load_policy(checkpoint, device=device)
-    uncompiled = {"compile": False} if env_config.get("compile") else {}  # a few episodes end before a compiler does
-    make_env = partial(instantiate, env_config, device=device, **uncompiled)
+    make_env = partial(instantiate, env_config, device=device)
     max_steps = env_config["max_steps"]
     if seed is None:
         seed = 4_000_012 + recorded["config"]["seed"]  # starts that neither training nor its evaluations saw

@@ -1,6 +1,6 @@
 """Data-parallel learning: processes that torchrun starts, one for each device, learn one policy together.
 
-    torchrun --nproc-per-node 2 recipes/mars_vmas.py
+    torchrun --nproc-per-node 2 SCRIPT
 
 Each process plays its own environments and learns from its own minibatches, of the sizes that the configuration says,
 as everywhere in PyTorch: two processes collect twice the frames in a batch. Gradients are averaged, so that parameters

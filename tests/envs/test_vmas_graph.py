@@ -60,19 +60,22 @@ def test_traced_rollouts_with_resets_are_vmas_up_to_the_last_bit(scenario, num_e
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_compiled_environment_is_vmas_up_to_rounding(device):
+def test_a_compiled_environment_is_vmas_up_to_rounding(device, monkeypatch):
     """Also where episodes end one by one, and after the checks have become rare."""
     options = {"num_envs": 4, "max_steps": 30, "device": device}
-    steps = played(make_env("simple", **options, compile=True), 80, resets=range(0, 80, 7))
     expected = played(make_env("simple", **options), 80, resets=range(0, 80, 7))
+    monkeypatch.setattr("torchrl_marl.envs.vmas.VmasEnv", CompiledVmasEnv)
+    steps = played(make_env("simple", **options), 80, resets=range(0, 80, 7))
     assert_close(steps, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["navigation", "balance", "transport"])
-def test_compiled_targets_are_vmas_up_to_rounding(scenario):
-    env = make_env(scenario, num_envs=60, max_steps=50, compile=True)
-    steps, expected = played(env, 60), played(make_env(scenario, num_envs=60, max_steps=50), 60)
+def test_compiled_targets_are_vmas_up_to_rounding(scenario, monkeypatch):
+    expected = played(make_env(scenario, num_envs=60, max_steps=50), 60)
+    monkeypatch.setattr("torchrl_marl.envs.vmas.VmasEnv", CompiledVmasEnv)
+    env = make_env(scenario, num_envs=60, max_steps=50)
+    steps = played(env, 60)
     assert_close(steps, expected, rtol=1e-3, atol=1e-3)
     assert not env.base_env._graphs.refused
 

@@ -134,7 +134,7 @@ def test_an_interrupted_group_ends_after_each_seed_has_closed_its_logs(
         ("loss.functional=true", "functional=False", "True"),
         ("loss.reduction=sum", "reduction='mean'", "'sum'"),
         ("compile=true", "compile=false", "compile=true"),
-        ("collector=compiled", "collector=default", "torchrl_marl.collectors.CompiledCollector"),
+        ("collector=multiprocess", "collector=default", "torchrl_marl.collectors.multiprocess_collector"),
         ("optimizer._target_=torch.optim.LBFGS", "Adam, AdamW, RMSprop, SGD", "LBFGS"),
     ],
 )

@@ -29,22 +29,29 @@ def run_recipe(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str, r
     """Run a recipe within this process."""
     flags = [override for override in overrides if override.startswith("-")]  # Hydra wants them first
     rest = [override for override in overrides if not override.startswith("-")]
-    monkeypatch.setattr(sys, "argv", [recipe, *flags, *sizes(recipe), f"folder={folder}", *rest])
+    monkeypatch.setattr(sys, "argv", [recipe, *flags, *sizes(recipe, *overrides), f"folder={folder}", *rest])
     monkeypatch.syspath_prepend(str(RECIPES))  # as Python does for a script
     runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
 
 
-def sizes(recipe: str) -> list[str]:
+def sizes(recipe: str, *overrides: str) -> list[str]:
     """What of ``TINY`` a recipe reads."""
     if recipe == "seps":
         return [size for size in TINY if size.startswith(("env.", "frames_per_batch", "actor.", "device"))]
-    own_critic = not recipe.startswith(("mat_", "sable_", "magpo_"))
-    return [size for size in TINY if own_critic or not size.startswith("critic.")]
+    joint = {"actor=mat", "actor=sable"} & set(overrides)
+    unread = ("critic.", "actor.hidden_sizes") if joint else ("critic.",) if recipe == "magpo_vmas" else ()
+    return [size for size in TINY if not size.startswith(unread)]
 
 
 def start_recipe(folder: Path, *overrides: str, recipe: str = "mars_vmas") -> subprocess.Popen:
     """Start a recipe as a process."""
-    command = [sys.executable, str(RECIPES / f"{recipe}.py"), *sizes(recipe), f"folder={folder}", *overrides]
+    command = [
+        sys.executable,
+        str(RECIPES / f"{recipe}.py"),
+        *sizes(recipe, *overrides),
+        f"folder={folder}",
+        *overrides,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -25,15 +25,15 @@ def last_value(folder: Path, metric: str) -> float:
     return float((folder / "scalars" / f"{metric}.csv").read_text().split()[-1].split(",")[1])
 
 
-@pytest.mark.parametrize("recipe", ["mat_vmas", "sable_vmas"])
+@pytest.mark.parametrize("network", ["mat", "sable"])
 @pytest.mark.parametrize("method", ["mars", "mappo"])
 def test_a_centralised_actor_trains_with_any_ratio_loss(
-    recipe: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    network: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tests.recipes.runs.TINY", [*SMALL, "actor.embed_dim=16"])
-    run_recipe(monkeypatch, tmp_path, f"loss={method}", "total_frames=160", recipe=recipe)
+    run_recipe(monkeypatch, tmp_path, f"actor={network}", f"loss={method}", "total_frames=160")
     (folder,) = run_folders(tmp_path)
-    assert f"{recipe[:-5]}_{method} on navigation, seed 0" in capsys.readouterr().out
+    assert f"{network}_{method} on navigation, seed 0" in capsys.readouterr().out
     assert json.loads((folder / "summary.json").read_text())["frames"] == 160
     assert last_value(folder, "train/agents/min_ratio") < 1 < last_value(folder, "train/agents/max_ratio")
 
@@ -76,11 +76,11 @@ def test_a_learner_with_a_memory_follows_the_guider(tmp_path: Path, monkeypatch:
 
 def test_sable_goes_on_bit_for_bit_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.recipes.runs.TINY", [*SMALL, "actor.embed_dim=8"])
-    run_recipe(monkeypatch, tmp_path / "whole", "total_frames=160", recipe="sable_vmas")
-    run_recipe(monkeypatch, tmp_path / "half", "total_frames=80", recipe="sable_vmas")
+    run_recipe(monkeypatch, tmp_path / "whole", "actor=sable", "total_frames=160")
+    run_recipe(monkeypatch, tmp_path / "half", "actor=sable", "total_frames=80")
     (whole,), (half,) = (run_folders(tmp_path / name) for name in ("whole", "half"))
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
-    run_recipe(monkeypatch, tmp_path, f"resume={half}", "total_frames=160", recipe="sable_vmas")
+    run_recipe(monkeypatch, tmp_path, f"resume={half}", "total_frames=160")
     # both parts have measured their best parameters at the end; all else is one course
     at_the_end = ("absolute", "last_fifth")
     resumed, straight = (
@@ -92,7 +92,7 @@ def test_sable_goes_on_bit_for_bit_from_a_checkpoint(tmp_path: Path, monkeypatch
 
 def test_a_centralised_policy_is_loaded_into_its_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.recipes.runs.TINY", [*SMALL, "actor.embed_dim=8"])
-    run_recipe(monkeypatch, tmp_path, "total_frames=80", recipe="sable_vmas")
+    run_recipe(monkeypatch, tmp_path, "actor=sable", "total_frames=80")
     (folder,) = run_folders(tmp_path)
     with pytest.raises(ValueError, match=r"built by torchrl_marl.modules.make_sable"):
         load_policy(folder)
@@ -126,7 +126,7 @@ def test_what_the_guider_alone_sees_is_not_asked_of_the_learner(
     sizes = ["actor.recurrent_size=8", "actor.hidden_sizes=[8]", "guider.embed_dim=8", "epochs=1", "total_frames=80"]
     monkeypatch.setattr("tests.recipes.runs.TINY", [*SMALL, *sizes])
     options = ["guider.observes=observation_and_state", "loss=magpo_adaptive", "loss.adapt_ratio.target=0.5"]
-    run_recipe(monkeypatch, tmp_path, *options, recipe="magpo_coordsum")
+    run_recipe(monkeypatch, tmp_path, "experiment=magpo_coordsum", *options, recipe="magpo_vmas")
     (folder,) = run_folders(tmp_path)
     assert set(load_policy(folder).in_keys) == {("agents", "observation"), ("agents", "recurrent_state"), "is_init"}
     # a fresh learner is closer than that: the bound widens
@@ -136,7 +136,7 @@ def test_what_the_guider_alone_sees_is_not_asked_of_the_learner(
 @pytest.mark.parametrize("setting", ["light", "paper_3x10", "paper_5x20"])
 def test_the_recipe_overrides_nothing_of_a_setting(setting: str) -> None:
     with initialize_config_dir(str(RECIPES / "config"), version_base=None):
-        cfg = compose("magpo_coordsum", overrides=[f"setting={setting}"])
+        cfg = compose("magpo_vmas", overrides=["experiment=magpo_coordsum", f"setting={setting}"])
     own = OmegaConf.load(RECIPES / f"config/setting/{setting}.yaml")
     assert OmegaConf.merge(OmegaConf.masked_copy(cfg, list(own)), own) == OmegaConf.masked_copy(cfg, list(own))
 
@@ -148,7 +148,7 @@ def test_coordsum_trains_in_every_setting(
 ) -> None:
     monkeypatch.setattr("tests.recipes.runs.TINY", [*SMALL, "actor.recurrent_size=8", "actor.hidden_sizes=[8]"])
     options = [f"setting={setting}", f"loss={method}", "epochs=1", "total_frames=80", "guider.embed_dim=8"]
-    run_recipe(monkeypatch, tmp_path, *options, recipe="magpo_coordsum")
+    run_recipe(monkeypatch, tmp_path, "experiment=magpo_coordsum", *options, recipe="magpo_vmas")
     (folder,) = run_folders(tmp_path)
     assert json.loads((folder / "summary.json").read_text())["frames"] == 80
     assert last_value(folder, "train/agents/loss_learner_kl") > 0

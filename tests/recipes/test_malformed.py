@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from tests.recipes.runs import run_folders, run_recipe
 from torchrl_marl.envs import make_env
 from torchrl_marl.objectives.surrogates import Gain
-from torchrl_marl.run.config import check_types
+from torchrl_marl.run.checks import check_types
 from torchrl_marl.run.run import Run
 
 
@@ -29,7 +29,6 @@ from torchrl_marl.run.run import Run
         ("mars_vmas", "~evaluation.video", "evaluation.video must be true or false; got null"),
         ("mars_vmas", "seed=4294967296", "seed must be an integer of at least 0, at most 4291967286"),
         ("mars_vmas", "seed=[1,2]", "seed must be an integer"),
-        ("seeds", "seed=[1,1]", "seed must be an integer of .* or a list of different ones; got \\[1, 1\\]"),
         ("mars_vmas", "gamma=true", "gamma must be between 0 and 1; got True"),
         ("mars_vmas", "max_grad_norm=0", "max_grad_norm must be a number above 0 \\(inf: no limit\\); got 0"),
         ("mars_vmas", "evaluation.video=maybe", "evaluation.video must be true or false; got maybe"),
@@ -46,11 +45,22 @@ from torchrl_marl.run.run import Run
         ("mars_vmas", "evaluation.interval=79", "evaluation.interval is 79, .* at least num_envs \\* max_steps = 80"),
         ("mars_vmas", "processes=2", "The configuration says processes=2, but 1 learn together"),
         ("mars_vmas", "chunk_length=7", "chunk_length must divide the 10 steps that each environment takes, got 7"),
-        ("mat_vmas", "chunk_length=5", "chunk_length=5 has no effect: mat_vmas has no use for chunk_length"),
-        ("mat_vmas", "actor=gru", "actor=gru has no effect: mat_vmas sets actor to torchrl_marl.modules.make_mat"),
+        ("magpo_vmas", "chunk_length=5", "chunk_length=5 has no effect: magpo_vmas has no use for chunk_length"),
+        (
+            "mars_vmas",
+            "actor=sable chunk_length=5",
+            "chunk_length must be null: whole sequences are learnt from; got 5",
+        ),
+        ("mars_vmas", "actor=mat critic=mlp", "critic=mlp has no effect: other choices set critic to null"),
+        ("mars_vmas", "actor=mat critic.observes=state", "critic.observes has no effect: .* no critic is built"),
+        ("magpo_vmas", "actor=mat", "loss: learner_network must be a network; got tuple"),
+        ("mars_vmas", "+experiment=mappo_mase", "experiment=mappo_mase is not a choice; nearest: .*=mappo_maze"),
+        ("mars_vmas", "experiment=magpo_coordsum", "guider.value_norm has no effect: .* no guider is built"),
         ("magpo_vmas", "critic=mlp", "critic=mlp has no effect: magpo_vmas has no use for critic"),
-        ("magpo_vmas", "collector=compiled", "magpo_vmas does not collect with .*; it takes collector=sequences"),
-        ("mars_vmas", "collector=sequences", "mars_vmas does not collect with .*SequenceCollector; it takes .*default"),
+        ("magpo_vmas", "collector=compiled", "collector=compiled is no choice any more: compile=true compiles"),
+        ("mars_vmas", "collector=sequences", "collector=sequences is no choice any more: leave it out"),
+        ("mars_vmas", "collector.foo=1", "collector.foo has no effect: with these choices no collector is built"),
+        ("mars_vmas", "env.compile=true", "env.compile is not an argument of torchrl_marl.envs.make_env"),
         ("magpo_vmas", "minibatch_size=9", "minibatch_size must be at least the 10 steps of a sequence; got 9"),
         ("mars_vmas", "loss.gain=5", "loss.gain must be a _target_ that makes a Gain; got 5"),
         ("mars_vmas", "loss.entropy_coeff=nan", "loss.entropy_coeff must be a number; got nan"),
@@ -63,7 +73,11 @@ from torchrl_marl.run.run import Run
             "env.scenario_kwargs.n_agents=2.5",
             "env: scenario_kwargs.n_agents must be an integer",
         ),
-        ("oatrpo_vmas", "loss.reduction=sum", "loss.reduction must be mean, as a natural step compares means; got sum"),
+        (
+            "oappo_vmas",
+            "loss=oatrpo loss.reduction=sum",
+            "loss.reduction must be mean, as a natural step compares means; got sum",
+        ),
         ("groups_vmas", "env.scenario_kwargs.num_good_agents=-1", "env: scenario_kwargs.num_good_agents must be"),
         ("mars_vmas", "env.scenario=nowhere", "env: VMAS has no scenario 'nowhere'"),
         ("mars_vmas", "actor.hidden_sizes=[-4]", "actor: hidden_sizes must be at least 1 each, got \\[-4\\]"),
@@ -75,7 +89,7 @@ def test_a_malformed_command_line_ends_in_one_line(
     recipe: str, override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit, match=f"^{message}") as refused:
-        run_recipe(monkeypatch, tmp_path, override, recipe=recipe)
+        run_recipe(monkeypatch, tmp_path, *override.split(), recipe=recipe)
     assert "\n" not in str(refused.value)
     assert not run_folders(tmp_path)
 

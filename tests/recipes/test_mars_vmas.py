@@ -4,7 +4,9 @@ import json
 import os
 import re
 import signal
+import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
 from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe, start_recipe
+from tests.run.test_checkpoints import rewrite
+from torchrl_marl.__main__ import main as evaluate_command
+from torchrl_marl.collectors import CompiledCollector
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import Episodes, evaluate
 from torchrl_marl.objectives import IPPOLoss
@@ -33,8 +38,7 @@ METHODS = sorted(path.stem for path in (RECIPES / "config" / "loss").glob("*.yam
 RECIPE_OF = {  # the others are mars_vmas.py's
     **dict.fromkeys(("marpo", "rpo"), "marpo_vmas"),
     **dict.fromkeys(("magpo", "magpo_adaptive", "ctds"), "magpo_vmas"),
-    **dict.fromkeys(("happo", "oappo"), "oappo_vmas"),
-    **dict.fromkeys(("hatrpo", "oatrpo"), "oatrpo_vmas"),
+    **dict.fromkeys(("happo", "oappo", "hatrpo", "oatrpo"), "oappo_vmas"),
 }
 
 
@@ -130,13 +134,29 @@ def test_a_grid_gives_one_run_for_each_cell(tmp_path: Path, monkeypatch: pytest.
     assert {(config.method, config.seed) for config in configs} == {(m, s) for m in ("mars", "mappo") for s in (0, 1)}
 
 
-def test_the_compiled_collector_trains_as_torchrls_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for collector in ("default", "compiled"):
-        own = ["collector.compile=false"] if collector == "compiled" else []
-        game = ["env=coordsum", *GRU]
-        run_recipe(monkeypatch, tmp_path / collector, *game, f"collector={collector}", *own)
-    default, compiled = (curves(run_folders(tmp_path / name)[0]) for name in ("default", "compiled"))
-    assert compiled == default
+@pytest.mark.parametrize("game", [["env=coordsum"], ["env=vmas"]], ids=["coordsum", "vmas"])
+def test_compiled_collection_is_torchrls_and_compile_decides_it(
+    game: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    start = CompiledCollector.__init__
+
+    def start_uncompiled(collector: CompiledCollector, *networks: Any, **options: Any) -> None:
+        made.append(collector)
+        start(collector, *networks, **options, compile=False)
+
+    monkeypatch.setattr(CompiledCollector, "__init__", start_uncompiled)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the update's gradients, not its code
+    for compiled in ("false", "true"):
+        run_recipe(monkeypatch, tmp_path / compiled, *game, *GRU, f"compile={compiled}", "total_frames=80")
+    assert len(made) == 1
+    eager, compiled = (curves(run_folders(tmp_path / name)[0]) for name in ("false", "true"))
+    collected = [name for name in eager if "collection/" in name or "eval/reward" in name]
+    assert len(collected) > 4
+    for name in collected:
+        first, other = (curve[name].split()[0].split(",") for curve in (eager, compiled))
+        assert first[0] == other[0]
+        assert float(first[1]) == pytest.approx(float(other[1]), rel=1e-5), name
 
 
 def test_the_same_seed_gives_the_same_curves_and_another_seed_others(
@@ -332,12 +352,26 @@ def test_a_checkpoint_of_before_a_key_of_the_configuration_says_what_still_takes
         run_recipe(monkeypatch, tmp_path, f"resume={checkpoint}")
 
 
-def test_compile_of_a_resumed_run_is_that_of_vmas_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_before_compile_was_one_door_is_evaluated_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_recipe(monkeypatch, tmp_path, "total_frames=80")
     (folder,) = run_folders(tmp_path)
-    for overrides, compiled in ((["total_frames=160"], False), (["compile=true"], True)):
-        cfg = _stored_config(str(folder), overrides)
-        assert (cfg.compile, cfg.env.compile) == (compiled, compiled)
+    checkpoint = find_checkpoint(folder)
+    with zipfile.ZipFile(checkpoint) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("manifest.json"))
+        manifest = json.loads(archive.read(name))
+    config = manifest["metadata"]["config"]
+    config["env"]["compile"] = True
+    config["collector"] = {"_target_": "torchrl_marl.collectors.CompiledCollector", "compile": False}
+    rewrite(checkpoint, {name: json.dumps(manifest).encode()})
+    monkeypatch.setattr(sys, "argv", ["torchrl_marl", "evaluate", str(checkpoint), "--episodes", "2"])
+    evaluate_command()
+    assert "mars on navigation after 80 frames" in capsys.readouterr().out
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={folder}", "total_frames=160")
+    assert (folder / "scalars/counters/iter.csv").read_text() == "80,1.0\n160,2.0\n"
+    assert _stored_config(str(folder), ["compile=true"]).compile
 
 
 def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(

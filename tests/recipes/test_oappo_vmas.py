@@ -1,10 +1,12 @@
 """The recipes of sequential methods: what they log, and that they are one another where the methods are."""
 
+import runpy
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from tests.recipes.runs import curves, run_folders, run_recipe
+from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe
 
 GRU = ["actor=gru", "actor.recurrent_size=8", "actor.head_sizes=[]", "chunk_length=5"]
 
@@ -15,7 +17,7 @@ def series(folder: Path, metric: str) -> list[float]:
 
 
 def test_the_reuse_matrix_is_logged_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_recipe(monkeypatch, tmp_path, recipe="oatrpo_vmas")
+    run_recipe(monkeypatch, tmp_path, "loss=oatrpo", recipe="oappo_vmas")
     (folder,) = run_folders(tmp_path)
     for agent in (0, 1):
         shares = [series(folder, f"reuse_{agent}_{source}") for source in (0, 1)]
@@ -39,11 +41,8 @@ def test_without_reuse_a_whole_run_is_happos_bit_for_bit(
 def test_one_loop_serves_clips_and_natural_gradients(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for recipe in ("oappo_vmas", "oatrpo_vmas"):
-        run_recipe(monkeypatch, tmp_path / recipe, f"loss={method}", "total_frames=80", recipe=recipe)
-    one, other = (curves(run_folders(tmp_path / recipe)[0]) for recipe in ("oappo_vmas", "oatrpo_vmas"))
-    assert one == other
-    assert "scalars/train/agents/step_fraction.csv" in one
+    run_recipe(monkeypatch, tmp_path, f"loss={method}", "total_frames=80", recipe="oappo_vmas")
+    assert "scalars/train/agents/step_fraction.csv" in curves(run_folders(tmp_path)[0])
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +68,7 @@ def test_a_mapping_can_be_fixed_on_the_command_line(tmp_path: Path, monkeypatch:
 
 def test_actors_and_critic_may_have_memories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = ["critic=gru", "critic.recurrent_size=8", "critic.head_sizes=[]", "loss.reuse=sampled", "total_frames=80"]
-    run_recipe(monkeypatch, tmp_path, *sizes, *GRU, recipe="oatrpo_vmas")
+    run_recipe(monkeypatch, tmp_path, "loss=oatrpo", *sizes, *GRU, recipe="oappo_vmas")
     (folder,) = run_folders(tmp_path)
     assert series(folder, "loss_critic")[0] > 0
     assert 0 < series(folder, "kl")[0] < 0.01
@@ -94,16 +93,44 @@ def test_who_is_alike_is_printed_as_an_override_that_recipes_take(
     assert (folder / "summary.json").exists()
 
 
-@pytest.mark.parametrize("recipe", ["mappo_maze", "oappo_maze", "oatrpo_maze"])
-def test_recipes_play_in_the_mazes(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_recipe(monkeypatch, tmp_path, "total_frames=80", recipe=recipe)
+@pytest.mark.parametrize(
+    ("recipe", "choices", "method"),
+    [
+        ("mars_vmas", ["+experiment=mappo_maze"], "mappo"),
+        ("oappo_vmas", ["experiment=oappo_maze"], "oappo"),
+        ("oappo_vmas", ["+experiment=oappo_maze", "loss=oatrpo"], "oatrpo"),
+    ],
+)
+def test_experiments_play_in_the_mazes_and_resume_without_being_named_again(
+    recipe: str, choices: list[str], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_recipe(monkeypatch, tmp_path, *choices, "total_frames=80", recipe=recipe)
     (folder,) = run_folders(tmp_path)
-    assert folder.parts[-4:-1] == (recipe, "black_red", recipe.split("_")[0])
-    assert (folder / "reuse_matrix.png").exists() == (recipe != "mappo_maze")
+    assert folder.parts[-4:-1] == (recipe, "black_red", method)
+    assert (folder / "reuse_matrix.png").exists() == (method != "mappo")
+    config = OmegaConf.load(folder / "config.yaml")
+    assert config.optimizer.lr == 3e-3
+    assert config.actor.get("share_parameters", True) == (method == "mappo")
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={folder}", "total_frames=160", recipe=recipe)
+    assert len((folder / "scalars/train/agents/loss_objective.csv").read_text().split()) == 2
 
 
-def test_a_recipes_loop_takes_the_values_of_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_recipe(monkeypatch, tmp_path / "script", "total_frames=80", recipe="oappo_maze")
-    run_recipe(monkeypatch, tmp_path / "name", "--config-name=oappo_maze", "total_frames=80", recipe="oappo_vmas")
-    script, name = (curves(run_folders(tmp_path / way)[0]) for way in ("script", "name"))
-    assert script == name
+def test_the_command_line_decides_over_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ["loss=happo", "env.scenario=black_blue_red", "optimizer.lr=0.5"]
+    for words in (["experiment=oappo_maze", *own], [*own, "+experiment=oappo_maze"]):
+        run_recipe(monkeypatch, tmp_path, *words, "total_frames=80", recipe="oappo_vmas")
+    for folder in run_folders(tmp_path):
+        assert folder.parts[-4:-1] == ("oappo_vmas", "black_blue_red", "happo")
+        assert OmegaConf.load(folder / "config.yaml").optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize("path", sorted(path for path in RECIPES.glob("*.py") if '"""Moved to' in path.read_text()))
+def test_a_script_of_before_names_the_command_of_now(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        SystemExit, match=rf"^{path.name} has moved: python recipes/\w+\.py [+=\w]+( loss=oatrpo)?$"
+    ) as end:
+        runpy.run_path(str(path))
+    script, *words = str(end.value).partition("python recipes/")[2].split()
+    monkeypatch.syspath_prepend(str(RECIPES))
+    assert runpy.run_path(str(RECIPES / script))["main"].compose(words).recipe == Path(script).stem

@@ -12,7 +12,7 @@ from tests.recipes.runs import run_folders, run_recipe
     ("recipe", "loss", "taken"),
     [
         ("mars_vmas", "magpo_adaptive", "seac"),
-        ("mat_vmas", "magpo", "seac"),
+        ("oappo_vmas", "magpo", "seac"),
         ("groups_vmas", "ctds", "seac"),
         ("magpo_vmas", "mappo", "ctds, magpo, magpo_adaptive"),
     ],

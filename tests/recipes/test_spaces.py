@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from tests.recipes.runs import RECIPES, run_folders, run_recipe
 from tests.recipes.test_mars_vmas import METHODS, RECIPE_OF
 from torchrl_marl.modules import GroupSpec
-from torchrl_marl.run.config import check_keys
+from torchrl_marl.run.checks import check_keys
 from torchrl_marl.run.logger import LAST_FIFTH
 
 pytest.importorskip("optuna")

@@ -83,6 +83,15 @@ class CompiledCollector:
         else:
             self._game = _VmasGame(game, limit, self._scribe, compile, [acted[key] for key in game.action_keys])
 
+    @staticmethod
+    def takes(env: EnvBase) -> bool:
+        """Whether it can play an environment."""
+        try:
+            _game(env)
+        except ValueError:
+            return False
+        return True
+
     def __iter__(self) -> Iterator[TensorDictBase]:
         while True:
             yield self._collect()
@@ -296,12 +305,12 @@ def _game(env: EnvBase) -> tuple[TensorEnv | VmasEnv, int | None]:
         raise ValueError(
             "CompiledCollector takes a TensorEnv (CoordSumEnv, MazeEnv, PaxMenEnv, AeroCombatEnv or your own) or VMAS, "
             f"under no transforms but those of make_env and with_recurrent_state; got {found}. TorchRL's Collector "
-            "(recipes: collector=default) takes any environment."
+            "takes any environment."
         )
     if isinstance(game, VmasEnv) and any(game.het_specs_map.values()):
         raise ValueError(
             f"CompiledCollector takes groups of agents with equal spaces; in {game.scenario_name!r} they differ. "
-            "TorchRL's Collector (recipes: collector=default) takes any environment."
+            "TorchRL's Collector takes any environment."
         )
     return game, next((one.max_steps for one in transforms if isinstance(one, StepCounter)), None)
 

@@ -15,7 +15,6 @@ import torch
 from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEnv, VmasEnv
 
 from torchrl_marl.envs.base import check_positive
-from torchrl_marl.envs.vmas_graph import CompiledVmasEnv
 from torchrl_marl.extras import import_vmas
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ def make_env(
     seed: int | None = None,
     device: torch.device | str = "cpu",
     scenario_kwargs: Mapping[str, Any] | None = None,
-    compile: bool = False,
 ) -> EnvBase:
     """Build a batch of VMAS environments.
 
@@ -57,8 +55,6 @@ def make_env(
         seed: restarts VMAS's random stream; None goes on from where it is.
         device: where VMAS simulates.
         scenario_kwargs: options of the scenario, such as ``{"n_agents": 4}``.
-        compile: whether to compile steps and the resets of a part of the batch, several times as fast and equal up to
-            rounding: :class:`~torchrl_marl.envs.CompiledVmasEnv`. The first step then takes up to a minute.
 
     Returns:
         A ``TransformedEnv`` over ``VmasEnv`` with batch size ``[num_envs]``.
@@ -81,7 +77,7 @@ def make_env(
         _check_scenario(import_vmas(), scenario, scenario_kwargs)
     truncate = time_limit == "truncate"
     with _options_named(scenario, scenario_kwargs):
-        env = (CompiledVmasEnv if compile else VmasEnv)(
+        env = VmasEnv(
             scenario,
             num_envs=num_envs,
             max_steps=None if truncate else max_steps,

@@ -52,7 +52,7 @@ class GroupSpec:
         if group is None and len(groups) != 1:
             raise ValueError(
                 f"The environment has the groups {', '.join(groups)}: name one with group=, or train all of them with "
-                "recipes/groups_vmas.py."
+                "a recipe for groups."
             )
         group = groups[0] if group is None else group
         if group not in groups:

@@ -178,7 +178,8 @@ class CTDSLoss(RatioLoss):
         rows.set(sibling(self.tensor_keys.action, "order"), order.expand(stored.shape))
 
     @property
-    def _learns_sequences(self) -> bool:
+    def learns_sequences(self) -> bool:
+        """Always, for guider and learner."""
         return True
 
     def _output(self, entries: dict[str, Tensor]) -> TensorDict:
@@ -319,6 +320,8 @@ class MAGPOLoss(CTDSLoss):
         device = self.ratio_low.device
         self.register_coeff_buffer("guider_learner_ratio", float(guider_learner_ratio), device=device)
         self.register_coeff_buffer("rl_coeff", float(rl_coeff), device=device)
+        if adapt_ratio is not None:
+            adapt_ratio(self.guider_learner_ratio, self.guider_learner_ratio.log())  # which refuses its own options
 
     def _computed_keys(self) -> list[str]:
         losses = ["loss_guider_kl", "loss_learner_kl", "loss_learner_objective"]

@@ -199,6 +199,8 @@ class RatioLoss(LossModule):
         )
 
     def _hold(self, name: str, network: Any) -> None:
+        if isinstance(network, tuple):  # an actor that comes with a critic
+            raise TypeError(f"{name} must be a network; got {type(network).__name__}.")
         if self._functional:
             self.convert_to_functional(network, name, create_target_params=False)
         else:
@@ -328,19 +330,25 @@ class RatioLoss(LossModule):
         """
         yield self._phase(batch, chunk_length)
 
-    def check_loop(self, num_steps: int, *, minibatch_size: int, chunk_length: int | None) -> None:
+    def check_loop(
+        self, frames_per_batch: int, num_envs: int, minibatch_size: int, chunk_length: int | None = None
+    ) -> None:
         """Refuse what :meth:`phases` could not use, before anything is collected.
 
         Args:
-            num_steps: steps of a batch in each environment.
+            frames_per_batch: steps of a batch, in all environments together; rounded up to whole ones of each.
+            num_envs: number of environments.
             minibatch_size: steps of a minibatch.
             chunk_length: see :meth:`phases`.
 
         Raises:
             ValueError: with what is allowed.
         """
-        if self._learns_sequences:
+        num_steps = -(-frames_per_batch // num_envs)
+        if self.learns_sequences:
             sequences_in(minibatch_size, num_steps)
+            if chunk_length is not None:
+                raise ValueError(f"chunk_length must be null: whole sequences are learnt from; got {chunk_length}.")
             return
         chunk_length = self._chunk_length(chunk_length, num_steps)
         check_chunks(num_steps, chunk_length)
@@ -374,7 +382,7 @@ class RatioLoss(LossModule):
 
     def _phase(self, batch: TensorDictBase, chunk_length: int | None, **options: Any) -> Phase:
         data = batch.select(*self.in_keys, strict=False)
-        if not self._learns_sequences:
+        if not self.learns_sequences:
             return Phase(split_into_chunks(data, self._chunk_length(chunk_length, batch.shape[-1])), **options)
         if chunk_length is not None:
             raise ValueError(f"{type(self).__name__} learns whole sequences here: chunk_length must be None.")
@@ -389,7 +397,8 @@ class RatioLoss(LossModule):
         return self.actor_network.memory_keys if isinstance(self.actor_network, Remembering) else []
 
     @property
-    def _learns_sequences(self) -> bool:
+    def learns_sequences(self) -> bool:
+        """Whether minibatches are whole sequences, of which the first memory alone counts."""
         return bool(self._memory_keys)
 
     @torch.no_grad()

@@ -454,9 +454,11 @@ class NaturalGradientLoss(SequentialLoss):
         )
         self.register_coeff_buffer("max_kl", max_kl, device=self.ratio_low.device)
 
-    def check_loop(self, num_steps: int, *, minibatch_size: int, chunk_length: int | None) -> None:
+    def check_loop(
+        self, frames_per_batch: int, num_envs: int, minibatch_size: int, chunk_length: int | None = None
+    ) -> None:
         """Refuse what :meth:`phases` could not use, and what a step cannot be taken on."""
-        super().check_loop(num_steps, minibatch_size=minibatch_size, chunk_length=chunk_length)
+        super().check_loop(frames_per_batch, num_envs, minibatch_size, chunk_length)
         if world_size() > 1:
             raise ValueError(f"{type(self).__name__} takes steps on a whole batch: it learns in one process.")
         if self.reduction != "mean":

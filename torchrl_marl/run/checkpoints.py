@@ -155,7 +155,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is damaged, foreign, of another version or no file.
     """
-    return _read_manifest(path)["metadata"]
+    metadata = _read_manifest(path)["metadata"]
+    if isinstance(env := metadata["config"].get("env"), dict):
+        env.pop("compile", None)  # of before compile= alone decided it
+    return metadata
 
 
 def load_policy(

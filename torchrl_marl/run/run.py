@@ -12,9 +12,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from threading import RLock
+from threading import RLock, current_thread, main_thread
 from typing import Any, NoReturn, cast
 
 import torch
@@ -92,7 +91,7 @@ class Run:
         if cfg.processes != world_size():
             raise ValueError(
                 f"The configuration says processes={cfg.processes}, but {world_size()} learn together: start with "
-                f"torchrun --nproc-per-node {cfg.processes}; groups_vmas.py and seeds.py learn in one process."
+                f"torchrun --nproc-per-node {cfg.processes}, if the recipe is made for it."
             )
         shortest = cfg.processes * cfg.env.num_envs * cfg.env.max_steps
         if cfg.evaluation.interval < shortest:
@@ -102,8 +101,6 @@ class Run:
                 "processes."
             )
         self.cfg = cfg
-        if cfg.env.get("compile"):
-            make_env = partial(make_env, compile=False)  # a few episodes end before a compiler does
         self._actor, self._shape, self._make_env = actor, shape, make_env
         self._env = env
         self._prefix = f"train/{shape.name}" if isinstance(shape, GroupSpec) else "train"
@@ -130,8 +127,8 @@ class Run:
         self._asked_to_stop = self._interrupted = False
         self.trained_with: list[str] = []
         """Names of folders of runs, this one among them, that are trained in one group; empty for a run alone."""
-        self._leads = rank() == 0
-        if self._leads:
+        self._is_main = rank() == 0
+        if self._is_main:
             self._open_logs(resumed_at=None if resumed is None else self._progress["frames"])
             with preserve_random_state():
                 self._evaluation_env = make_env(num_envs=cfg.evaluation.episodes, seed=self.seed(1))
@@ -172,7 +169,7 @@ class Run:
             RuntimeError: if collecting, evaluating or saving fails: a worker has died, the disk is full, ...; it names
                 the last good checkpoint.
         """
-        bar = progress_bar(self.cfg.method, self.cfg.total_frames, initial=self.frames, disable=not self._leads)
+        bar = progress_bar(self.cfg.method, self.cfg.total_frames, initial=self.frames, disable=not self._is_main)
         with ExitStack() as stack, self._failures_named(), bar, stop_signals(self.interrupt):
             stack.callback(collector.shutdown)
             if not self._progress["evaluations"]:
@@ -222,7 +219,7 @@ class Run:
         Raises:
             RuntimeError: if something of it fails, as on a full disk; it names the last good checkpoint.
         """
-        if not self._leads:
+        if not self._is_main:
             return math.nan
         with self._failures_named():
             return self._conclude()
@@ -293,7 +290,7 @@ class Run:
         recorded = reduce_records(self._records)
         metrics = {f"{self._prefix}/{name}": value.item() for name, value in recorded.items()}
         self._records.clear()
-        if not self._leads:
+        if not self._is_main:
             return
         returns = ended_episode_returns(batch)
         if returns.numel():
@@ -328,7 +325,7 @@ class Run:
 
     def evaluate_and_save(self, episodes: Episodes | None = None) -> None:
         """Evaluate the policy and write a checkpoint; ``episodes`` are given where someone else has played them."""
-        if not self._leads:
+        if not self._is_main:
             return
         for name, parameter in self._actor.named_parameters():
             if not parameter.isfinite().all():
@@ -404,7 +401,7 @@ class Run:
 
     def fail(self) -> None:
         """Close the logs of a run that cannot go on; W&B marks it as failed."""
-        if self._leads:
+        if self._is_main:
             with suppress(Exception):  # a full disk stops the logs, too
                 self._log.finish(failed=True)
 
@@ -483,13 +480,8 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _statistics(name: str, values: Tensor) -> dict[str, float]:
-    spread = values.std(correction=0)
-    return {
-        f"{name}_mean": values.mean().item(),
-        f"{name}_std": spread.item(),
-        f"{name}_min": values.min().item(),
-        f"{name}_max": values.max().item(),
-    }
+    found = {"mean": values.mean(), "std": values.std(correction=0), "min": values.min(), "max": values.max()}
+    return {f"{name}_{statistic}": value.item() for statistic, value in found.items()}
 
 
 @contextmanager
@@ -507,17 +499,15 @@ def stop_signals(interrupt: Callable[[], None]) -> Iterator[None]:
     def handle(number: int, frame: object) -> None:
         print("\nStopping after this iteration (again to stop at once).")
         interrupt()
-        for which, handler in previous.items():
-            signal.signal(which, handler)
+        restore()
 
-    previous: dict[signal.Signals, Any] = {}
-    try:
-        for which in (signal.SIGINT, signal.SIGTERM):
-            previous[which] = signal.signal(which, handle)
-    except ValueError:  # not the main thread: leave signals alone
-        previous.clear()
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()  # no other may set them
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
-        for which, handler in previous.items():
-            signal.signal(which, handler)
+        restore()

@@ -27,7 +27,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
-from torchrl_marl.collectors import SequenceCollector, WorkerCollector
+from torchrl_marl.collectors import CompiledCollector, SequenceCollector, WorkerCollector
 from torchrl_marl.distributed import any_process, broadcast_from_main, rank, world_size
 from torchrl_marl.envs import RandomState, preserve_random_state, render_episode, reseed
 from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve, plot_method
@@ -39,6 +39,8 @@ from torchrl_marl.run.logger import ABSOLUTE, LAST_FIFTH, MetricLog, git_commit,
 from torchrl_marl.run.records import EvaluationRecord, metric_files, read_metric
 
 __all__ = ["Run", "progress_bar", "reduce_records", "stop_signals"]
+
+_Collector = Collector | CompiledCollector | SequenceCollector | WorkerCollector
 
 
 class Run:
@@ -161,7 +163,7 @@ class Run:
             resumed_at=resumed_at,
         )
 
-    def batches(self, collector: Collector | SequenceCollector | WorkerCollector) -> Iterator[TensorDictBase]:
+    def batches(self, collector: _Collector) -> Iterator[TensorDictBase]:
         """Yield batches until ``total_frames``; what the loop's body does with one ends its iteration.
 
         Raises:
@@ -316,7 +318,7 @@ class Run:
         passed = frames // interval > (frames - frames_of_a_process * world_size()) // interval
         return passed or frames >= self.cfg.total_frames
 
-    def _begin_episodes(self, collector: Collector | SequenceCollector | WorkerCollector) -> None:
+    def _begin_episodes(self, collector: _Collector) -> None:
         """Start new episodes; several processes also begin their random states anew, from a seed of the first one."""
         if world_size() > 1:
             seed = broadcast_from_main(lambda: int(torch.randint(2**31 - 1, ())))

@@ -117,12 +117,12 @@ def test_experiments_play_in_the_mazes_and_resume_without_being_named_again(
 
 
 def test_the_command_line_decides_over_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = ["loss=happo", "env.scenario=black_blue_red", "optimizer.lr=0.5"]
+    own = ["loss=happo", "env.scenario=black_blue_red", "optimizer.lr=0.002"]
     for words in (["experiment=oappo_maze", *own], [*own, "+experiment=oappo_maze"]):
         run_recipe(monkeypatch, tmp_path, *words, "total_frames=80", recipe="oappo_vmas")
     for folder in run_folders(tmp_path):
         assert folder.parts[-4:-1] == ("oappo_vmas", "black_blue_red", "happo")
-        assert OmegaConf.load(folder / "config.yaml").optimizer.lr == 0.5
+        assert OmegaConf.load(folder / "config.yaml").optimizer.lr == 0.002
 
 
 @pytest.mark.parametrize("path", sorted(path for path in RECIPES.glob("*.py") if '"""Moved to' in path.read_text()))

@@ -28,7 +28,8 @@ def composed(command: str) -> DictConfig:
     assert (RECIPES / script).exists()
     flags = dict(word.removeprefix("--").split("=") for word in words if word.startswith("--"))
     name = flags.get("config-name", Path(script).stem)
-    main = recipe(CONFIG, name)(lambda _: 0.0)
+    guided = {"networks": ("guider_network", "critic_network", "learner_network")} if name == "magpo_vmas" else {}
+    main = recipe(CONFIG, name, **guided)(lambda _: 0.0)
     overrides = [main._checked_override(word) for word in words if not word.startswith("--")]
     with initialize_config_dir(str(CONFIG), version_base=None):
         config = compose(name, overrides=[*overrides, "method=its", "environment=its"])  # Hydra's, once it runs

@@ -200,16 +200,16 @@ def check_loss(cfg: DictConfig, networks: tuple[str, ...], folder: Path) -> None
         SystemExit: with the choices of ``loss=`` that the loop trains.
     """
     _located(cfg.loss.get("_target_"), "loss.")
-    if not _trains(networks, cfg.loss):
+    if not trains(networks, cfg.loss):
         files = {path.stem: DictConfig(OmegaConf.load(path)) for path in sorted((folder / "loss").glob("*.yaml"))}
-        fitting = [name for name, node in files.items() if _trains(networks, node.get("loss", node))]
+        fitting = [name for name, node in files.items() if trains(networks, node.get("loss", node))]
         raise SystemExit(
             f"{cfg.recipe} does not train {cfg.loss._target_.rpartition('.')[2]}, which needs another loop; it takes "
             f"loss={', '.join(fitting)}. The README's table of methods says which recipe trains which loss."
         )
 
 
-def _trains(networks: tuple[str, ...], node: DictConfig) -> bool:
+def trains(networks: tuple[str, ...], node: DictConfig) -> bool:
     arguments = inspect.signature(get_object(node._target_)).parameters.values()
     needed = tuple(argument.name for argument in arguments if argument.kind is argument.POSITIONAL_OR_KEYWORD)
     return needed == networks or not isinstance(get_object(node._target_), type)

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torchrl_marl.run import checks
 from torchrl_marl.run.checkpoints import check_resumable, find_checkpoint, read_metadata
 from torchrl_marl.run.logger import MetricLog
+from torchrl_marl.run.settings import check_setting, read_settings, store_settings
 from torchrl_marl.trust import foreign_code
 
 __all__ = ["Recipe", "end_if_refused", "recipe"]
@@ -156,6 +157,8 @@ class Recipe:
         )
         checks.check_values(resolved, self._unread)
         checks.check_loss(resolved, self._networks, self._folder)
+        if resolved.resume is None:
+            check_setting(resolved, HydraConfig.get().runtime.choices, self._folder)
         checks.check_keys(resolved, known)
         checks.check_types(resolved.logger, MetricLog, "logger.")
         return resolved
@@ -183,17 +186,25 @@ class Recipe:
             raise SystemExit(f"{argument} has no effect: {name} has no use for {root}; leave it out.")
         if below:
             return argument if plus else f"++{argument}"
-        if root in groups and re.fullmatch(r"\w+(\s*,\s*\w+)*", value):  # Hydra checks choice(...) and the like itself
+        if root == "setting":
+            store_settings(self._folder, argument, self._takes_setting)
+        if root in groups and re.fullmatch(r"[\w/-]+(\s*,\s*[\w/-]+)*", value):  # Hydra checks choice(...) and the like
+            choices = [*sorted(groups[root]), *(read_settings(self._folder) if root == "setting" else ())]
             for choice in re.split(r"\s*,\s*", value):
-                _check_choice(root, choice, groups[root])
-        return argument.lstrip("+") if root == "experiment" else argument  # which recipes list, without a choice
+                _check_choice(root, choice, choices)
+        listed = root in ("experiment", "setting")  # by recipes, without a choice
+        return argument.lstrip("+") if listed else argument
+
+    def _takes_setting(self, loss: str) -> bool:
+        node = _load(self._folder / "loss", loss)
+        return checks.trains(self._networks, node.get("loss", node))
 
 
 def _check_choice(group: str, choice: str, choices: Sequence[str]) -> None:
     if (chosen := f"{group}={choice}") in _GONE:
         raise SystemExit(f"{chosen} is no choice any more: {_GONE[chosen]}.")
     if choice not in choices:
-        checks.fail(chosen, "a choice", [f"{group}={known}" for known in sorted(choices)])
+        checks.fail(chosen, "a choice", [f"{group}={known}" for known in choices])
 
 
 def end_if_refused(error: Exception, script: str) -> None:

@@ -1,0 +1,86 @@
+"""Settings of papers: a table whose rows are choices of ``setting=`` on the command line of recipes."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+__all__ = ["check_setting", "read_settings", "store_settings"]
+
+
+@functools.cache
+def read_settings(folder: Path) -> dict[str, dict[str, str]]:
+    """Rows of ``folder/settings.csv`` by the name of their setting, ``METHOD/SCENARIO``; none without a table.
+
+    Columns are dotted keys of the configuration, but for ``method``, whose common values are in
+    ``folder/setting/METHOD.yaml``, and ``env``, a choice of that group. An empty cell says nothing.
+
+    Args:
+        folder: of the recipes' YAML files.
+    """
+    table = folder / "settings.csv"
+    rows = csv.DictReader(table.read_text().splitlines()) if table.exists() else []
+    return {f"{row['method']}/{row['env.scenario']}": {k: v for k, v in row.items() if v} for row in rows}
+
+
+def store_settings(folder: Path, override: str, takes: Callable[[str], bool]) -> None:
+    """Let Hydra know the rows that an override names; to store all of them would cost every start half a second.
+
+    Args:
+        folder: of the recipes' YAML files.
+        override: a word of the command line, ``setting=NAME``, or several names.
+        takes: whether the recipe trains a choice of ``loss=``.
+
+    Raises:
+        SystemExit: if the recipe does not train the loss that a row is for, with the methods of those that it takes.
+    """
+    table, words = read_settings(folder), set(re.findall(r"[\w/-]+", override))
+    for name, row in table.items():
+        if name not in words:
+            continue
+        if not takes(loss := _loss_of(folder, row["method"])):
+            methods = dict.fromkeys(other["method"] for other in table.values())
+            taken = [f"{method}/TASK" for method in methods if takes(_loss_of(folder, method))]
+            raise SystemExit(
+                f"setting={name} is for loss={loss}, which this recipe does not train; of the settings for one task it "
+                f"takes {', '.join(taken) or 'none'}."
+            )
+        values = OmegaConf.from_dotlist([f"{key}={row[key]}" for key in row if key not in ("method", "env")])
+        defaults = [f"/setting/{row['method']}", "_self_", {"override /env": row["env"]}]
+        group, scenario = f"setting/{row['method']}", row["env.scenario"]
+        node = OmegaConf.merge({"defaults": defaults}, values)
+        ConfigStore.instance().store(scenario, node, group=group, package="_global_")
+
+
+@functools.cache
+def _loss_of(folder: Path, method: str) -> str:
+    """The choice of ``loss=`` that the common values of a method are for."""
+    entries = OmegaConf.load(folder / "setting" / f"{method}.yaml").defaults
+    return next(entry["override /loss"] for entry in entries if "override /loss" in entry)
+
+
+def check_setting(cfg: DictConfig, choices: Mapping[str, str | None], folder: Path) -> None:
+    """End the program if overrides have taken a setting's method or task away, for which alone its values are.
+
+    Args:
+        cfg: the configuration.
+        choices: of Hydra's groups.
+        folder: of the recipes' YAML files.
+
+    Raises:
+        SystemExit: with what the setting is for.
+    """
+    name = choices.get("setting") or ""
+    if (row := read_settings(folder).get(name)) is None:
+        return
+    wanted = {"loss": _loss_of(folder, row["method"]), "env": row["env"], "env.scenario": row["env.scenario"]}
+    found = {**choices, "env.scenario": cfg.env.scenario}
+    if changed := [f"{key}={found.get(key)}" for key, value in wanted.items() if found.get(key) != value]:
+        takes = " ".join(f"{key}={value}" for key, value in wanted.items())
+        raise SystemExit(f"setting={name} is tuned for {takes}; got {' '.join(changed)}.")

@@ -20,7 +20,7 @@ _TARGETS = {
     r"optimizer": r"torch\.optim\.[A-Z]\w+",
     r"collector": r"torchrl\.collectors\.Collector|torchrl_marl\.collectors\.\w*[cC]ollector",
     r"collector\.make_env": r"hydra\.utils\.instantiate",
-    r"encode|cluster": r"torchrl_marl\.collectors\.(encode|cluster)_agents",
+    r"encode|cluster": r"torchrl_marl\.modules\.(encode|cluster)_agents",
 }
 
 # Arguments that name code, or a machine that sends some, and what they may be without being said again.

@@ -1,12 +1,13 @@
-"""Signatures of functions that hand options on."""
+"""Options: how they are handed on, and how bad ones are refused."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_type_hints
 
-__all__ = ["hands_on_to"]
+__all__ = ["check_at_least_0", "check_choice", "hands_on_to", "take_options"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,3 +42,38 @@ def hands_on_to(target: Callable[..., Any]) -> Callable[[Function], Function]:
         return function
 
     return decorate
+
+
+def take_options(options: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Take those options out of ``options`` that a ``TypedDict`` names.
+
+    Example:
+        >>> from typing_extensions import TypedDict
+        >>> class Options(TypedDict, total=False):
+        ...     width: int
+        >>> options = {"width": 64, "depth": 2}
+        >>> take_options(options, Options), options
+        ({'width': 64}, {'depth': 2})
+    """
+    return {name: options.pop(name) for name in kind.__annotations__ if name in options}
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        ValueError: with the name, the choices and the value.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+
+
+def check_at_least_0(**values: float) -> None:
+    """Refuse numbers below 0, NaN and infinity.
+
+    Raises:
+        ValueError: with the name and the value.
+    """
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number of at least 0; got {value}.")

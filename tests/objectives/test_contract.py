@@ -200,6 +200,27 @@ def test_losses_are_means_of_the_papers_equations(method, space, live):
     assert_close(output["loss_entropy"], -0.03 * output["entropy"], **TOLERANCE)
 
 
+@every_method
+@pytest.mark.parametrize("live", [None, 0.6], ids=["all-live", "some-dead"])
+def test_a_clipped_value_costs_the_larger_of_two_distances_in_every_method(method, live):
+    """PPO's clipped value loss (MARS Table 2 tunes it): max((v - R)^2, (v_old + clip(v - v_old, -e, e) - R)^2)."""
+    loss, actor, critic = make(method, clip_value=0.1, loss_critic_type="l2", critic_coeff=1.0)
+    data = make_batch(actor, "categorical", live=live)
+    with torch.no_grad():
+        value = critic(data.clone())["agents", "state_value"]
+    data["agents", "state_value"] = value + torch.linspace(-0.3, 0.3, value.numel()).view_as(value)
+    assert ("agents", "state_value") in loss.in_keys
+    error, expected = value - data["value_target"], []
+    for v, old, e in zip(value.flatten(), data["agents", "state_value"].flatten(), error.flatten(), strict=True):
+        target, clipped = v - e, old + max(-0.1, min(0.1, v - old))
+        expected.append(max(e**2, (clipped - target) ** 2))
+    found = run(loss, data)["loss_critic"]
+    assert_close(found, sum(expected) / len(expected), **TOLERANCE)
+    assert found > error.square().mean()  # some moved too far
+    with pytest.raises(KeyError, match="state_value"):
+        loss(data.exclude(("agents", "state_value")))
+
+
 @every_space
 @pytest.mark.parametrize("live", [None, 0.6], ids=["all-live", "some-dead"])
 def test_diagnostics_are_what_their_names_say(space, live):

@@ -358,6 +358,34 @@ def test_magpo_without_its_bound_and_its_own_objective_is_ctds(network, space):
 
 @every_network
 @every_space
+@pytest.mark.parametrize("live", [None, 0.6], ids=["all-live", "some-dead"])
+def test_ctds_with_rl_adds_the_learners_clipped_ratio_to_the_old_guider(network, space, live):
+    """Fig. 5b: MAGPO's Eq. (10), -lambda mean(min(r A, clip(r) A)) with r = pi / mu_old, for lambda in 1, 2, 4."""
+    options = {"clip_epsilon": 0.3, "normalize_advantage": False}
+    ctds, guider, critic, learner = make(network, space, CTDSLoss, rl_coeff=2.0, **options)
+    data = sequences(guider, space, live=live)
+    output = run(ctds, data)
+    ratio = learner.get_dist(data.clone()).log_prob(data["agents", "action"]) - data["agents", "action_log_prob"]
+    ratio, advantage = ratio.exp(), data["advantage"].squeeze(-1)
+    mask = data.get(("agents", "mask"), torch.ones_like(ratio, dtype=torch.bool))
+    gain = torch.minimum(ratio * advantage, ratio.clamp(0.7, 1.3) * advantage)[mask].mean()
+    assert_close(output["loss_learner_objective"], -2 * gain)
+    assert_close((output["learner_min_ratio"], output["learner_max_ratio"]), (ratio[mask].min(), ratio[mask].max()))
+    own = {"loss_learner_objective": output["loss_learner_objective"]}
+    assert_close(gradients(own, learner), gradients({"loss_": -2 * gain}, learner))
+    assert not any(gradient.any() for gradient in gradients(own, guider, critic))  # mu is a constant for the learner
+    magpo = MAGPOLoss(guider, critic, learner, guider_learner_ratio=math.inf, rl_coeff=2.0, **options)
+    theirs = run(magpo, data)
+    assert_close({key: theirs[key] for key in ctds.out_keys}, dict(output.items()), rtol=0, atol=0)
+    assert_close(*(gradients(losses, guider, critic, learner) for losses in (output, theirs)), rtol=0, atol=0)
+    plain = run(CTDSLoss(guider, critic, learner, **options), data)
+    assert not plain["loss_learner_objective"]
+    for key in ("loss_objective", "loss_critic", "loss_learner_kl"):
+        assert torch.equal(plain[key], output[key])
+
+
+@every_network
+@every_space
 def test_the_guider_of_ctds_is_trained_as_mappo_trains_an_actor(network, space):
     ctds, guider, critic, _ = make(network, space, CTDSLoss)
     data = sequences(guider, space)

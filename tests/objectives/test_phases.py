@@ -6,7 +6,7 @@ from tensordict import TensorDict
 from torch.testing import assert_close
 from torchrl.modules import PopArtValueNorm
 
-from tests.objectives.loss_factories import AGENTS, add_transition, make_batch, make_networks
+from tests.objectives.loss_factories import AGENTS, add_transition, make_batch, make_networks, make_team_critic
 from torchrl_marl.collectors import NextStepKeys, minibatches, split_into_chunks
 from torchrl_marl.modules import GroupSpec, make_actor, make_sable
 from torchrl_marl.objectives import (
@@ -52,6 +52,35 @@ def test_a_prepared_batch_holds_what_a_loop_by_hand_writes_bit_for_bit():
     assert_close(list(loss.buffers()), list(by_hand.buffers()), rtol=0, atol=0)
     live = data["advantage"][data["agents", "mask"]]
     assert_close((live.mean(), live.std()), (torch.tensor(0.0), torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("cls", [MAPPOLoss, MARPOLoss, HAPPOLoss])
+def test_advantages_of_each_agent_can_be_standardised_by_themselves(cls):
+    loss, data = make(cls, standardize_per_agent=True)
+    plain, by_hand = make(cls)
+    loss.prepare(data)
+    with torch.no_grad():
+        plain.value_estimator(by_hand)
+    mask = data["agents", "mask"]
+    for agent in range(AGENTS):
+        found, advantage = (batch["advantage"][..., agent, 0][mask[..., agent]] for batch in (data, by_hand))
+        assert_close(found, (advantage - advantage.mean()) / advantage.std())
+    together, data = make(cls)
+    together.prepare(data)
+    assert data["advantage"][..., 0, 0][mask[..., 0]].mean().abs() > 0.01  # over all agents: not each agent's is zero
+
+
+def test_a_teams_advantage_is_standardised_as_one():
+    actor, critic = make_networks("categorical")[0], make_team_critic()
+    prepared = []
+    for apart in (True, False):
+        loss = MAPPOLoss(actor, critic, functional=False, standardize_per_agent=apart)
+        loss.set_keys(reward="reward")
+        data = add_transition(make_batch(actor, "categorical", (4, 6), team=True), team=True)
+        data.names = [None, "time"]
+        prepared.append(loss.make_value_estimator().prepare(data)["advantage"])
+    assert torch.equal(*prepared)
+    assert_close((prepared[0].mean(), prepared[0].std()), (torch.tensor(0.0), torch.tensor(1.0)))
 
 
 def test_marpo_prepares_the_next_step_from_standardised_advantages():

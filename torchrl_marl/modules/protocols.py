@@ -1,12 +1,18 @@
-"""What a network may be able to do besides computing: losses and loops ask for it by these names."""
+"""What losses and loops know of a network: its kind, and what it may be able to do besides computing."""
 
 from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
 from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 
-__all__ = ["Bootstrapping", "Remembering"]
+__all__ = ["Actor", "Bootstrapping", "Critic", "Remembering"]
+
+Actor = ProbabilisticTensorDictSequential
+"""A policy: its ``get_dist`` gives the distribution of each agent's action."""
+Critic = TensorDictModuleBase
+"""Writes the value of each agent, or of the team."""
 
 
 @runtime_checkable

@@ -1,16 +1,17 @@
 """Losses, one class per method, and the equations that they are made of."""
 
+from torchrl_marl.objectives.ctds import CTDSLoss
 from torchrl_marl.objectives.happo import HAPPOLoss, HATRPOLoss
-from torchrl_marl.objectives.magpo import CTDSLoss, MAGPOLoss
+from torchrl_marl.objectives.magpo import MAGPOLoss
 from torchrl_marl.objectives.marpo import MARPOLoss
 from torchrl_marl.objectives.mars import MARSLoss
 from torchrl_marl.objectives.masking import standardize
-from torchrl_marl.objectives.maspo import MASPOLoss
+from torchrl_marl.objectives.natural_gradient import NaturalGradientLoss
 from torchrl_marl.objectives.off_agent import OAPPOLoss, OATRPOLoss
-from torchrl_marl.objectives.ppo import IPPOLoss, MAPPOLoss
+from torchrl_marl.objectives.ppo import IPPOLoss, MAPPOLoss, MASPOLoss
 from torchrl_marl.objectives.ratio import RatioLoss
 from torchrl_marl.objectives.seac import SEACLoss
-from torchrl_marl.objectives.sequential import NaturalGradientLoss, SequentialLoss
+from torchrl_marl.objectives.sequential import SequentialLoss
 
 __all__ = [
     "CTDSLoss",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from typing_extensions import Unpack
 
-from torchrl_marl.objectives.sequential import (
-    NaturalGradientLoss,
-    NaturalGradientOptions,
-    SequentialLoss,
-    SequentialOptions,
-)
+from torchrl_marl.modules.protocols import Actor, Critic
+from torchrl_marl.objectives.natural_gradient import NaturalGradientLoss, NaturalGradientOptions
+from torchrl_marl.objectives.ratio import ClipOptions
+from torchrl_marl.objectives.sequential import SequentialLoss
 
 __all__ = ["HAPPOLoss", "HATRPOLoss"]
 
@@ -31,7 +28,7 @@ class HAPPOLoss(SequentialLoss):
     Args:
         actor_network: decentralised policy with a network for each agent.
         critic_network: sees the joint observations or the state.
-        **options: :class:`~torchrl_marl.objectives.sequential.SequentialOptions`.
+        **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
@@ -42,12 +39,7 @@ class HAPPOLoss(SequentialLoss):
         ...         losses = loss(minibatch)
     """
 
-    def __init__(
-        self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
-        **options: Unpack[SequentialOptions],
-    ) -> None:
+    def __init__(self, actor_network: Actor, critic_network: Critic, **options: Unpack[ClipOptions]) -> None:
         super().__init__(actor_network, critic_network, reuse=None, sampled=False, **options)
 
 
@@ -60,22 +52,17 @@ class HATRPOLoss(NaturalGradientLoss):
     HARL's, sums an unweighted ``r - 1 - ln r`` over all actions in place of the KL of categorical policies, which
     tightens the bound by about the number of actions; here it is exact, and over live agents only. Defaults are HARL's.
 
-    The loop: :class:`~torchrl_marl.objectives.sequential.NaturalGradientLoss`; keys, shapes, outputs and errors:
+    The loop: :class:`~torchrl_marl.objectives.natural_gradient.NaturalGradientLoss`; keys, shapes, outputs and errors:
     :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.
 
     Args:
         actor_network: decentralised policy with a network for each agent.
         critic_network: sees the joint observations or the state.
-        **options: :class:`~torchrl_marl.objectives.sequential.NaturalGradientOptions`.
+        **options: :class:`~torchrl_marl.objectives.natural_gradient.NaturalGradientOptions`.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
     """
 
-    def __init__(
-        self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
-        **options: Unpack[NaturalGradientOptions],
-    ) -> None:
+    def __init__(self, actor_network: Actor, critic_network: Critic, **options: Unpack[NaturalGradientOptions]) -> None:
         super().__init__(actor_network, critic_network, reuse=None, sampled=False, **options)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 from typing_extensions import Unpack
 
+from torchrl_marl.modules.protocols import Actor, Critic
 from torchrl_marl.objectives.ratio import RatioLoss, RatioOptions, surround_one
 from torchrl_marl.objectives.surrogates import Gain, barrier_gain
 
@@ -41,22 +41,15 @@ class MARSLoss(RatioLoss):
 
     def __init__(
         self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
+        actor_network: Actor,
+        critic_network: Critic,
         *,
         target_ratios: Sequence[float] = (0.8, 1.25),
         gain: Gain = barrier_gain,
         **options: Unpack[RatioOptions],
     ) -> None:
         low, high = _checked(target_ratios)
-        super().__init__(
-            actor_network,
-            critic_network,
-            gain=gain,
-            low=low,
-            high=high,
-            **options,
-        )
+        super().__init__(actor_network, critic_network, gain=gain, low=low, high=high, **options)
 
 
 def multiplicative_target_ratios(ratio: float) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-__all__ = ["Gather", "expand_mask", "masked_mean", "mean_and_deviation", "per_agent", "standardize", "variance"]
+__all__ = ["Gather", "masked_mean", "per_agent", "standardize", "where_live"]
 
 Gather = Callable[[Tensor], Tensor]
 """Joins what several processes hold of one batch, along the first dimension."""
@@ -41,7 +41,19 @@ def standardize(
     """
     mean, deviation = mean_and_deviation(gather(values), None if mask is None else gather(mask), exclude_dims)
     standardized = (values - mean) / deviation
-    return standardized if mask is None else torch.where(_fit_mask(mask, values), standardized, 0.0)
+    return where_live(standardized, None if mask is None else _fit_mask(mask, values))
+
+
+def where_live(values: Tensor, mask: Tensor | None) -> Tensor:
+    """What counts of values, else 0, gradients included; ``mask``, of the same shape, is ``None`` if all counts."""
+    return values if mask is None else torch.where(mask, values, 0.0)
+
+
+def extremes(ratio: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of what counts of positive numbers; infinity and 0 where nothing does."""
+    if mask is None:
+        return ratio.min(), ratio.max()
+    return ratio.where(mask, torch.inf).min(), ratio.where(mask, 0.0).max()
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
-from torch import Tensor
 from typing_extensions import Unpack
 
 from torchrl_marl.modules.agent_networks import count_agents
-from torchrl_marl.objectives.reuse import ReuseMappingSampler, ReuseScheme
-from torchrl_marl.objectives.sequential import (
-    NaturalGradientLoss,
-    NaturalGradientOptions,
-    SequentialLoss,
-    SequentialOptions,
-)
+from torchrl_marl.modules.protocols import Actor, Critic
+from torchrl_marl.objectives.natural_gradient import NaturalGradientLoss, NaturalGradientOptions
+from torchrl_marl.objectives.ratio import ClipOptions
+from torchrl_marl.objectives.reuse import ReuseMappingSampler, ReuseOptions
+from torchrl_marl.objectives.sequential import SequentialLoss
+from torchrl_marl.signatures import take_options
 
 __all__ = ["OAPPOLoss", "OATRPOLoss"]
+
+Reuse = Literal["weighted", "sampled"]
+
+
+class OAPPOOptions(ClipOptions, ReuseOptions, total=False):
+    """Options of :class:`OAPPOLoss`; defaults are those of their owners."""
+
+
+class OATRPOOptions(NaturalGradientOptions, ReuseOptions, total=False):
+    """Options of :class:`OATRPOLoss`; defaults are those of their owners."""
 
 
 class OAPPOLoss(SequentialLoss):
@@ -47,7 +53,7 @@ class OAPPOLoss(SequentialLoss):
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
         kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
-        **options: :class:`~torchrl_marl.objectives.sequential.SequentialOptions`.
+        **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
@@ -55,24 +61,13 @@ class OAPPOLoss(SequentialLoss):
 
     def __init__(
         self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
+        actor_network: Actor,
+        critic_network: Critic,
         *,
-        own_weight: float = 0.7,
-        kl_threshold: float = 0.1,
-        reuse_matrix: ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
-        reuse: Literal["weighted", "sampled"] = "weighted",
-        kl_reduction: Literal["mean", "max"] = "mean",
-        **options: Unpack[SequentialOptions],
+        reuse: Reuse = "weighted",
+        **options: Unpack[OAPPOOptions],
     ) -> None:
-        sampler = ReuseMappingSampler(
-            count_agents(actor_network),
-            own_weight=own_weight,
-            kl_threshold=kl_threshold,
-            reuse_matrix=reuse_matrix,
-            kl_reduction=kl_reduction,
-        )
-        super().__init__(actor_network, critic_network, reuse=sampler, sampled=_is_sampled(reuse), **options)
+        super().__init__(actor_network, critic_network, **_with_sampler(actor_network, reuse, options))
 
 
 class OATRPOLoss(NaturalGradientLoss):
@@ -87,7 +82,7 @@ class OATRPOLoss(NaturalGradientLoss):
     Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, Eqs. (7), (9), Algorithm 1; choices
     as for :class:`OAPPOLoss`.
 
-    The loop: :class:`~torchrl_marl.objectives.sequential.NaturalGradientLoss`; keys, shapes, outputs and errors:
+    The loop: :class:`~torchrl_marl.objectives.natural_gradient.NaturalGradientLoss`; keys, shapes, outputs and errors:
     :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.
 
     Args:
@@ -100,7 +95,7 @@ class OATRPOLoss(NaturalGradientLoss):
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
         kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
-        **options: :class:`~torchrl_marl.objectives.sequential.NaturalGradientOptions`.
+        **options: :class:`~torchrl_marl.objectives.natural_gradient.NaturalGradientOptions`.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
@@ -108,27 +103,18 @@ class OATRPOLoss(NaturalGradientLoss):
 
     def __init__(
         self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
+        actor_network: Actor,
+        critic_network: Critic,
         *,
-        own_weight: float = 0.7,
-        kl_threshold: float = 0.1,
-        reuse_matrix: ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
-        reuse: Literal["weighted", "sampled"] = "weighted",
-        kl_reduction: Literal["mean", "max"] = "mean",
-        **options: Unpack[NaturalGradientOptions],
+        reuse: Reuse = "weighted",
+        **options: Unpack[OATRPOOptions],
     ) -> None:
-        sampler = ReuseMappingSampler(
-            count_agents(actor_network),
-            own_weight=own_weight,
-            kl_threshold=kl_threshold,
-            reuse_matrix=reuse_matrix,
-            kl_reduction=kl_reduction,
-        )
-        super().__init__(actor_network, critic_network, reuse=sampler, sampled=_is_sampled(reuse), **options)
+        super().__init__(actor_network, critic_network, **_with_sampler(actor_network, reuse, options))
 
 
-def _is_sampled(reuse: str) -> bool:
-    if reuse not in ("weighted", "sampled"):
+def _with_sampler(actor: Actor, reuse: str, options: Any) -> Any:
+    """Options of the sequential loss: a sampler in place of what it is made of."""
+    if reuse not in get_args(Reuse):
         raise ValueError(f"reuse must be weighted or sampled; got {reuse!r}.")
-    return reuse == "sampled"
+    sampler = ReuseMappingSampler(count_agents(actor), **take_options(options, ReuseOptions))
+    return {**options, "reuse": sampler, "sampled": reuse == "sampled"}

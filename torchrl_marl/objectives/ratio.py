@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import (
-    ProbabilisticTensorDictSequential,
-    TensorDictModuleBase,
-    TensorDictParams,
-    dispatch,
-)
+from tensordict.nn import TensorDictParams, dispatch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torchrl.modules import ValueNorm
@@ -24,37 +18,22 @@ from torchrl.objectives import LossModule, ValueEstimators, distance_loss
 from torchrl.objectives.common import AUTO_LOSS_MASK_KEYS
 from torchrl.objectives.utils import dispatch_value_estimator
 from torchrl.objectives.value import MultiAgentGAE, ValueEstimatorBase
+from typing_extensions import Unpack
 
 from torchrl_marl.distributed import gather
 from torchrl_marl.keys import sibling
-from torchrl_marl.modules.protocols import Bootstrapping, Remembering
-from torchrl_marl.objectives.masking import (
-    Gather,
-    alone,
-    expand_mask,
-    masked_mean,
-    mean_and_deviation,
-    per_agent,
-    standardize,
-    variance,
-)
-from torchrl_marl.objectives.minibatches import check_chunks, sequences_in, split_into_chunks
-from torchrl_marl.objectives.phases import Phase
-from torchrl_marl.objectives.surrogates import Gain
+from torchrl_marl.modules.protocols import Actor, Bootstrapping, Critic, Remembering
+from torchrl_marl.objectives import masking
+from torchrl_marl.objectives.masking import Gather, alone, expand_mask, masked_mean, per_agent, where_live
+from torchrl_marl.objectives.minibatches import Phase, check_chunks, sequences_in, split_into_chunks
+from torchrl_marl.objectives.surrogates import Gain, clip_gain
+from torchrl_marl.signatures import check_at_least_0, check_choice
 
-__all__ = ["RatioLoss", "RatioOptions", "clip_bounds"]
+__all__ = ["ClipLoss", "ClipOptions", "RatioLoss", "RatioOptions", "ScoredBatch", "clip_bounds"]
 
-OUT_KEYS = (
-    "loss_objective",
-    "loss_entropy",
-    "loss_critic",
-    "entropy",
-    "kl_approx",
-    "clip_fraction",
-    "min_ratio",
-    "max_ratio",
-    "explained_variance",
-)
+LOSSES = ("loss_objective", "loss_entropy", "loss_critic")
+DIAGNOSTICS = ("entropy", "kl_approx", "clip_fraction", "min_ratio", "max_ratio")
+OUT_KEYS = (*LOSSES, *DIAGNOSTICS, "explained_variance")
 """What ``forward`` of every ratio loss returns; a method may add to it."""
 
 
@@ -69,6 +48,28 @@ class RatioOptions(TypedDict, total=False):
     functional: bool
     reduction: str
     clip_value: float | None
+    standardize_per_agent: bool
+
+
+class ClipOptions(RatioOptions, total=False):
+    """Options of losses with a clip; meanings and defaults are those of :class:`ClipLoss`."""
+
+    clip_epsilon: float | Sequence[float]
+    gain: Gain
+
+
+class ScoredBatch(NamedTuple):
+    """A batch and what the current policy makes of it: what an objective is computed from."""
+
+    data: TensorDictBase
+    """As it was collected: what it stores of the old policy is still there."""
+    policy: Distribution
+    log_ratio: Tensor
+    """``[B, N]``, zero for dead agents."""
+    advantage: Tensor
+    """``[B, N]``, standardised if the loss does so, zero for dead agents."""
+    mask: Tensor | None
+    """Live agents ``[B, N]``; ``None`` if all live."""
 
 
 class RatioLoss(LossModule):
@@ -108,6 +109,8 @@ class RatioLoss(LossModule):
             dead agents).
         clip_value: how far, in units of the value scale, a value may move from the stored one before it counts as not
             moving; the larger of both distances is the loss. ``None``: as far as it likes.
+        standardize_per_agent: let :meth:`prepare` standardise each agent's advantages by themselves, where agents have
+            their own ones; otherwise all agents' together.
 
     Raises:
         ValueError: if the bounds are on the wrong side of 1, or an option is not one of those listed.
@@ -130,11 +133,16 @@ class RatioLoss(LossModule):
     default_value_estimator = ValueEstimators.MAGAE
     _schedulable_buffers = frozenset({"ratio_low", "ratio_high", "entropy_coeff", "critic_coeff"})
 
+    abstract = True  # in the class itself: its subclasses are not
     moves_buffers = False
     """Whether ``forward`` itself moves a buffer in training mode, as MARPO's KL target."""
+    trains_in_parts = False
+    """Whether some phases leave parameters alone, which must then have no gradient at all."""
+    clipped_apart: str | None = None
+    """Whose gradients have a norm of their own, such as ``"critic"``; ``None``: all have one norm."""
 
-    actor_network: ProbabilisticTensorDictSequential
-    critic_network: TensorDictModuleBase
+    actor_network: Actor
+    critic_network: Critic
     ratio_low: Tensor
     ratio_high: Tensor
     entropy_coeff: Tensor
@@ -146,8 +154,8 @@ class RatioLoss(LossModule):
 
     def __init__(
         self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
+        actor_network: Actor,
+        critic_network: Critic,
         *,
         gain: Gain,
         low: float,
@@ -160,15 +168,17 @@ class RatioLoss(LossModule):
         functional: bool = True,
         reduction: str = "mean",
         clip_value: float | None = None,
+        standardize_per_agent: bool = False,
     ) -> None:
-        if type(self) is RatioLoss:
-            raise TypeError("RatioLoss is abstract: use MAPPOLoss, IPPOLoss, MASPOLoss, MARSLoss or a subclass.")
+        if "abstract" in vars(type(self)):
+            made_of_it = ", ".join(method.__name__ for method in type(self).__subclasses__())
+            raise TypeError(f"{type(self).__name__} is abstract: use {made_of_it} or a subclass.")
         if not surround_one(low, high):
             raise ValueError(
                 f"Ratio bounds must satisfy 0 < low < 1 < high, got low={low!r} and high={high!r}, in float32."
             )
-        _check_choice("loss_critic_type", loss_critic_type, ("smooth_l1", "l2", "l1"))
-        _check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_choice("loss_critic_type", loss_critic_type, ("smooth_l1", "l2", "l1"))
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
         if clip_value is not None and not clip_value > 0:
             raise ValueError(f"clip_value must be above 0, or None for no clipping; got {clip_value!r}.")
         check_at_least_0(entropy_coeff=entropy_coeff, critic_coeff=critic_coeff)
@@ -182,13 +192,11 @@ class RatioLoss(LossModule):
         self.normalize_advantage = normalize_advantage
         self.normalize_advantage_exclude_dims = tuple(normalize_advantage_exclude_dims)
         self.reduction = reduction
-        self.clip_value = clip_value
+        self.clip_value, self.standardize_per_agent = clip_value, standardize_per_agent
         self._shared_keys = [key for key in critic_network.in_keys if key in actor_network.out_keys]
-        device = next((parameter.device for parameter in self.parameters()), None)
-        self.register_coeff_buffer("ratio_low", float(low), device=device)
-        self.register_coeff_buffer("ratio_high", float(high), device=device)
-        self.register_coeff_buffer("entropy_coeff", entropy_coeff, device=device)
-        self.register_coeff_buffer("critic_coeff", critic_coeff, device=device)
+        self._device = next((parameter.device for parameter in self.parameters()), None)
+        self._register(ratio_low=float(low), ratio_high=float(high))
+        self._register(entropy_coeff=entropy_coeff, critic_coeff=critic_coeff)
         action = actor_network.dist_sample_keys[0]
         self.set_keys(
             action=action,
@@ -197,6 +205,11 @@ class RatioLoss(LossModule):
             mask=sibling(action, "mask"),
             reward=sibling(action, "reward"),
         )
+
+    def _register(self, **coefficients: float) -> None:
+        """Hold coefficients as buffers, which a schedule may assign to."""
+        for name, value in coefficients.items():
+            self.register_coeff_buffer(name, value, device=self._device)
 
     def _hold(self, name: str, network: Any) -> None:
         if isinstance(network, tuple):  # an actor that comes with a critic
@@ -269,32 +282,28 @@ class RatioLoss(LossModule):
         Returns:
             The loss itself.
         """
-        keys = self.tensor_keys
         names = ("advantage", "value_target", "value", "reward", "done", "terminated")
-        tensor_keys = {name: getattr(keys, name) for name in names}
-        if isinstance(value_type, (ValueEstimatorBase, type)):
-            super().make_value_estimator(cast("Any", value_type), **hyperparams)
-            self.value_estimator.set_keys(**tensor_keys)
-            return self
-        if value_type in (None, self.default_value_estimator) and self._memory_keys:  # prepare asks the critic itself
-            settings = {"gamma": 0.99, "lmbda": 0.95, **hyperparams}
-            return self.make_value_estimator(MultiAgentGAE(value_network=None, **settings))  # pyright: ignore
-        dispatch_value_estimator(
-            self,
-            value_type or self.default_value_estimator,
-            supported=[known for known in ValueEstimators if known is not ValueEstimators.VTrace],
-            tensor_keys=tensor_keys,
-            **hyperparams,
-        )
+        keys = {name: getattr(self.tensor_keys, name) for name in names}
+        chosen = value_type or self.default_value_estimator
+        if chosen is self.default_value_estimator and self._memory_keys:  # prepare asks the critic itself
+            settings: Any = {"gamma": 0.99, "lmbda": 0.95, **hyperparams}
+            chosen, hyperparams = MultiAgentGAE(value_network=None, **settings), {}
+        if isinstance(chosen, ValueEstimators):
+            supported = [known for known in ValueEstimators if known is not ValueEstimators.VTrace]
+            dispatch_value_estimator(self, chosen, supported=supported, tensor_keys=keys, **hyperparams)
+        else:
+            super().make_value_estimator(cast("Any", chosen), **hyperparams)
+            self.value_estimator.set_keys(**keys)
         return self
 
     @torch.no_grad()
     def prepare(self, batch: TensorDictBase) -> TensorDictBase:
         """Write into a batch, in time order, what learning from it needs, once for all epochs.
 
-        Advantages, standardised over the whole batch and its live agents as MAPPO's authors do, value targets, and what
-        a method adds; the critic's value statistics follow the targets. Standardisation and statistics are those of all
-        processes of ``torch.distributed``. A loop that wants advantages of another kind calls the parts itself.
+        Advantages, standardised over the whole batch and its live agents as MAPPO's authors do (or agent by agent, with
+        ``standardize_per_agent``), value targets, and what a method adds; the critic's value statistics follow the
+        targets. Standardisation and statistics are those of all processes of ``torch.distributed``. A loop that wants
+        advantages of another kind calls the parts itself.
 
         Args:
             batch: as a collector yields it, ``[*B, T]``; it is changed.
@@ -305,8 +314,10 @@ class RatioLoss(LossModule):
         keys = self.tensor_keys
         self._estimate(batch)
         self.update_value_norm(batch, gather=gather)
-        mask = self._mask(batch, batch.get(keys.advantage).shape[:-1])
-        batch.set(keys.advantage, standardize(batch.get(keys.advantage), mask, gather=gather))
+        advantage = batch.get(keys.advantage)
+        mask = self._mask(batch, advantage.shape[:-1])
+        apart = (-2,) if self.standardize_per_agent and advantage.ndim > batch.ndim + 1 else ()  # a team has one
+        batch.set(keys.advantage, masking.standardize(advantage, mask, exclude_dims=apart, gather=gather))
         self._complete(batch)
         return batch
 
@@ -357,12 +368,13 @@ class RatioLoss(LossModule):
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters whose gradients are scaled down to one norm together, by the name under which it is logged."""
-        return {"grad_norm": list(self.parameters())}
-
-    @property
-    def trains_in_parts(self) -> bool:
-        """Whether some phases leave parameters alone, which must then have no gradient at all."""
-        return False
+        if self.clipped_apart is None:
+            return {"grad_norm": list(self.parameters())}
+        apart = set(getattr(self, f"{self.clipped_apart}_network").parameters())
+        return {
+            "grad_norm": [parameter for parameter in self.parameters() if parameter not in apart],
+            f"{self.clipped_apart}_grad_norm": [parameter for parameter in self.parameters() if parameter in apart],
+        }
 
     @property
     def takes_steps(self) -> bool:
@@ -442,25 +454,12 @@ class RatioLoss(LossModule):
         losses, _ = self._actor_losses(tensordict, self.actor_network)
         return self._output({**losses, **self._critic_losses(tensordict)})
 
-    def objective(
-        self,
-        tensordict: TensorDictBase,
-        distribution: Distribution,
-        log_ratio: Tensor,
-        advantage: Tensor,
-        mask: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``loss_objective``, reduced, and a method's own diagnostics; the hook of methods that add terms.
+    def objective(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``loss_objective``, reduced, and a method's own losses and diagnostics; the hook of methods."""
+        return self._reduce(-self._gain_of(batch.log_ratio, batch.advantage), batch.mask), {}
 
-        Args:
-            tensordict: the batch, as it was collected: what it stores of the old policy is still there.
-            distribution: the current policy's.
-            log_ratio: ``[B, N]``, zero for dead agents.
-            advantage: ``[B, N]``, standardised if the loss does so, zero for dead agents.
-            mask: live agents ``[B, N]``; ``None`` if all live.
-        """
-        gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
-        return self._reduce(-gain, mask), {}
+    def _gain_of(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        return self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
 
     def _with_advantage(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Copy the batch, with the value estimator's advantages and targets if it holds none."""
@@ -480,10 +479,7 @@ class RatioLoss(LossModule):
             self.value_estimator(tensordict, params=params)
 
     def _actor_losses(
-        self,
-        tensordict: TensorDictBase,
-        policy: ProbabilisticTensorDictSequential,
-        entropy_mask: Tensor | None = None,
+        self, tensordict: TensorDictBase, policy: Actor, entropy_mask: Tensor | None = None
     ) -> tuple[dict[str, Tensor], Distribution]:
         """Objective, entropy and their diagnostics for ``policy``, and its distributions.
 
@@ -494,12 +490,10 @@ class RatioLoss(LossModule):
         """
         distribution, log_ratio = self._log_ratio(tensordict, policy)
         mask = self._mask(tensordict, log_ratio.shape)
-        if mask is not None:  # dead agents get r = 1: whatever log-probability they stored has no effect
-            log_ratio = torch.where(mask, log_ratio, 0.0)
+        log_ratio = where_live(log_ratio, mask)  # dead agents get r = 1: whatever they stored has no effect
         advantage = self._advantage(tensordict, tensordict.get(self.tensor_keys.advantage), log_ratio.shape)
-        if mask is not None:
-            advantage = torch.where(mask, advantage, 0.0)
-        loss_objective, objective_diagnostics = self.objective(tensordict, distribution, log_ratio, advantage, mask)
+        batch = ScoredBatch(tensordict, distribution, log_ratio, where_live(advantage, mask), mask)
+        loss_objective, others = self.objective(batch)
         entropy = policy_entropy(distribution)
         entropy_mask = mask if entropy_mask is None else entropy_mask
         losses = {
@@ -507,7 +501,7 @@ class RatioLoss(LossModule):
             "loss_entropy": -self.entropy_coeff * self._reduce(entropy, entropy_mask),
             "entropy": masked_mean(entropy.detach(), entropy_mask),
             **ratio_diagnostics(log_ratio.detach(), mask, self.ratio_low, self.ratio_high),
-            **objective_diagnostics,
+            **others,
         }
         return losses, distribution
 
@@ -521,9 +515,7 @@ class RatioLoss(LossModule):
             return contextlib.nullcontext()
         return params.to_module(getattr(self, name), preserve_module_state=False)
 
-    def _log_ratio(
-        self, tensordict: TensorDictBase, policy: ProbabilisticTensorDictSequential | None = None
-    ) -> tuple[Distribution, Tensor]:
+    def _log_ratio(self, tensordict: TensorDictBase, policy: Actor | None = None) -> tuple[Distribution, Tensor]:
         policy = self.actor_network if policy is None else policy
         keys = self.tensor_keys
         stored = require(tensordict, keys.sample_log_prob)
@@ -549,7 +541,7 @@ class RatioLoss(LossModule):
         if self.normalize_advantage:
             own = tensordict.get(self.tensor_keys.advantage)
             dims = self.normalize_advantage_exclude_dims if own.ndim > len(shape) else ()
-            mean, deviation = mean_and_deviation(own, self._mask(tensordict, own.shape[:-1]), dims)
+            mean, deviation = masking.mean_and_deviation(own, self._mask(tensordict, own.shape[:-1]), dims)
             advantage = (advantage - mean) / deviation
         return per_agent(advantage, shape, self.tensor_keys.advantage)
 
@@ -558,29 +550,34 @@ class RatioLoss(LossModule):
         keys = self.tensor_keys
         target = require(tensordict, keys.value_target)
         valid = self._valid(tensordict, target.shape[:-1])
-        value_norm = self._value_norm()
         old_value = None if self.clip_value is None else require(tensordict, keys.value)
         with self._parameters_of("critic_network"):
             value = self.critic_network(tensordict).get(keys.value)
-            scale = None if value_norm is None else value_norm.scale()
+            scale = self._value_scale()
         if value.shape != target.shape:
             raise ValueError(
                 f"The critic's {keys.value!r} has shape {tuple(value.shape)}, but {keys.value_target!r} has shape "
                 f"{tuple(target.shape)}: recompute advantages and targets with this loss's value estimator."
             )
-        if valid is not None:
-            value, target = (torch.where(valid.unsqueeze(-1), x, 0.0) for x in (value, target))
-        explainable = variance(target.detach(), valid)
-        unexplained = variance((target - value).detach(), valid)
+        value, target = (where_live(x, None if valid is None else valid.unsqueeze(-1)) for x in (value, target))
+        explainable = masking.variance(target.detach(), valid)
+        unexplained = masking.variance((target - value).detach(), valid)
         explained = 1 - unexplained / explainable.clamp(min=torch.finfo(explainable.dtype).eps)
-        if scale is not None:  # (v - m) / s - (t - m) / s = (v - t) / s: the mean cancels
-            value, target = value / scale, target / scale
-        distance = distance_loss(value, target, self.loss_critic_type)
-        if old_value is not None and self.clip_value is not None:
-            old_value = old_value if scale is None else old_value / scale
-            clipped = old_value + (value - old_value).clamp(-self.clip_value, self.clip_value)
-            distance = torch.maximum(distance, distance_loss(clipped, target, self.loss_critic_type))
+        distance = self._value_distance(value, target, old_value, scale)
         return self._reduce(distance.squeeze(-1), valid), explained
+
+    def _value_distance(self, value: Tensor, target: Tensor, old: Tensor | None, scale: Tensor | float) -> Tensor:
+        """Elementwise distance in units of the value scale, and with an old value that of a clipped move if larger."""
+        value, target = value / scale, target / scale  # (v - m) / s - (t - m) / s: the mean cancels
+        distance = distance_loss(value, target, self.loss_critic_type)
+        if old is None or self.clip_value is None:
+            return distance
+        clipped = old / scale + (value - old / scale).clamp(-self.clip_value, self.clip_value)
+        return torch.maximum(distance, distance_loss(clipped, target, self.loss_critic_type))
+
+    def _value_scale(self) -> Tensor | float:
+        value_norm = self._value_norm()
+        return 1.0 if value_norm is None else value_norm.scale()
 
     def _value_norm(self) -> ValueNorm | None:
         return next((module for module in self.critic_network.modules() if isinstance(module, ValueNorm)), None)
@@ -610,8 +607,33 @@ class RatioLoss(LossModule):
     def _reduce(self, values: Tensor, mask: Tensor | None) -> Tensor:
         if self.reduction == "mean":
             return masked_mean(values, mask)
-        values = values if mask is None else torch.where(mask, values, 0.0)
-        return values.sum() if self.reduction == "sum" else values
+        return where_live(values, mask).sum() if self.reduction == "sum" else where_live(values, mask)
+
+
+class ClipLoss(RatioLoss):
+    """Ratio loss whose bounds are a clip's; abstract.
+
+    Args:
+        actor_network: as for :class:`RatioLoss`.
+        critic_network: likewise.
+        clip_epsilon: half-width of the clip, or a pair ``(low, high)``: ratios count within ``[1 - low, 1 + high]``.
+        gain: another trust region in place of the clip, with the same bounds.
+        **options: :class:`RatioOptions`.
+    """
+
+    abstract = True
+
+    def __init__(
+        self,
+        actor_network: Actor,
+        critic_network: Critic,
+        *,
+        clip_epsilon: float | Sequence[float] = 0.2,
+        gain: Gain = clip_gain,
+        **options: Unpack[RatioOptions],
+    ) -> None:
+        low, high = clip_bounds(clip_epsilon)
+        super().__init__(actor_network, critic_network, gain=gain, low=low, high=high, **options)
 
 
 def clip_bounds(clip_epsilon: float | Sequence[float]) -> tuple[float, float]:
@@ -641,13 +663,12 @@ def clip_fraction(log_ratio: Tensor, mask: Tensor | None, low: float | Tensor, h
 
 def ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high: Tensor) -> dict[str, Tensor]:
     """What ratio losses report of detached log-ratios, over live agents."""
-    ratio = log_ratio.exp()
-    smallest, largest = (ratio, ratio) if mask is None else (ratio.where(mask, torch.inf), ratio.where(mask, 0.0))
+    smallest, largest = masking.extremes(log_ratio.exp(), mask)
     return {
         "kl_approx": masked_mean(log_ratio.expm1() - log_ratio, mask),
         "clip_fraction": clip_fraction(log_ratio, mask, low, high),
-        "min_ratio": smallest.min(),
-        "max_ratio": largest.max(),
+        "min_ratio": smallest,
+        "max_ratio": largest,
     }
 
 
@@ -665,7 +686,7 @@ def policy_entropy(distribution: Distribution) -> Tensor:
     return -log_prob
 
 
-def _value_key(critic_network: TensorDictModuleBase) -> NestedKey:
+def _value_key(critic_network: Critic) -> NestedKey:
     named = [key for key in critic_network.out_keys if (key if isinstance(key, str) else key[-1]) == "state_value"]
     return (named or list(critic_network.out_keys))[-1]
 
@@ -683,19 +704,3 @@ def surround_one(low: float, high: float) -> bool:
     """Whether ``0 < low < 1 < high``, also once they are float32, as the buffers of a loss are."""
     low, high = torch.tensor([low, high], dtype=torch.float32).tolist()
     return 0 < low < 1 < high
-
-
-def check_at_least_0(**values: float) -> None:
-    """Refuse numbers below 0, NaN and infinity.
-
-    Raises:
-        ValueError: with the name and the value.
-    """
-    for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a number of at least 0; got {value}.")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")

@@ -1,6 +1,8 @@
-"""Reflective next-step keys: what each agent did one step later, beside what it did now."""
+"""Reflective next-step keys: what each agent did one step later, beside what it did now; their writer and reader."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -10,7 +12,7 @@ from torch import Tensor
 from torchrl_marl.keys import sibling
 from torchrl_marl.objectives.masking import expand_mask, per_agent
 
-__all__ = ["NextStepKeys"]
+__all__ = ["NextStepKeys", "next_step", "under_next"]
 
 
 class NextStepKeys(TensorDictModuleBase):
@@ -132,6 +134,48 @@ class NextStepKeys(TensorDictModuleBase):
                 f"{tensordict.names}): call NextStepKeys before rows are shuffled, or say which it is with time_dim=."
             )
         return tensordict.names.index("time")
+
+
+def next_step(
+    tensordict: TensorDictBase,
+    *,
+    read: Sequence[NestedKey],
+    advantage: NestedKey,
+    reflection_mask: NestedKey,
+    shape: torch.Size,
+) -> TensorDictBase:
+    """Return the next step's entries that :class:`NextStepKeys` has written, once they are complete and fit.
+
+    Args:
+        tensordict: the batch.
+        read: entries that must be there besides advantage and mask.
+        advantage: as written, beside the action.
+        reflection_mask: as written.
+        shape: of log-probabilities, ``[B, N]``.
+
+    Raises:
+        KeyError: if an entry is missing.
+        ValueError: if a shape or type does not fit.
+    """
+    keys = [*read, advantage, reflection_mask]
+    missing = [key for key in map(under_next, keys) if tensordict.get(key, None) is None]
+    if missing:
+        raise KeyError(
+            f"The data has no {', '.join(map(repr, missing))}: apply torchrl_marl.collectors.NextStepKeys to the batch "
+            "once it has advantages."
+        )
+    following: TensorDictBase = tensordict.get("next")
+    for key, expected in ((reflection_mask, tuple(shape)), (advantage, (*shape, 1))):
+        if following[key].shape != expected:
+            raise ValueError(f"{under_next(key)!r} has shape {tuple(following[key].shape)}, expected {expected}.")
+    if following[reflection_mask].dtype != torch.bool:
+        raise ValueError(f"{under_next(reflection_mask)!r} must be boolean, got {following[reflection_mask].dtype}.")
+    return following
+
+
+def under_next(key: NestedKey) -> NestedKey:
+    """Return the key of an entry of the next step."""
+    return ("next", key) if isinstance(key, str) else ("next", *key)
 
 
 def _like(mask: Tensor, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -23,14 +23,19 @@ from torchrl_marl.modules import agent_policy
 from torchrl_marl.modules.recurrent import recurrent_state_keys
 from torchrl_marl.objectives.divergences import pairwise_kl
 
-__all__ = [
-    "ReuseMappingSampler",
-    "ReuseScheme",
-    "fixed_reuse_matrix",
-    "gated_reuse_matrix",
-]
+__all__ = ["ReuseMappingSampler", "ReuseOptions", "ReuseScheme", "fixed_reuse_matrix", "gated_reuse_matrix"]
 
 ReuseScheme = Literal["NR", "AR", "UR", "RR"]
+ReuseMatrix = ReuseScheme | Tensor | Sequence[Sequence[float]]
+
+
+class ReuseOptions(TypedDict, total=False):
+    """Options of how agents reuse experience; meanings and defaults are those of :class:`ReuseMappingSampler`."""
+
+    own_weight: float
+    kl_threshold: float
+    reuse_matrix: ReuseMatrix | None
+    kl_reduction: Literal["mean", "max"]
 
 
 def gated_reuse_matrix(kl: Tensor, *, own_weight: float = 0.7, kl_threshold: float = 0.1) -> Tensor:
@@ -71,9 +76,7 @@ def gated_reuse_matrix(kl: Tensor, *, own_weight: float = 0.7, kl_threshold: flo
     return torch.where(own, torch.where(count > 0, kl.new_tensor(own_weight), 1.0), shared)
 
 
-def fixed_reuse_matrix(
-    scheme: ReuseScheme | Tensor | Sequence[Sequence[float]], num_agents: int, *, own_weight: float = 0.7
-) -> Tensor:
+def fixed_reuse_matrix(scheme: ReuseMatrix, num_agents: int, *, own_weight: float = 0.7) -> Tensor:
     """Return a mapping that does not depend on the policies, by its name in the paper or as it stands.
 
     ``"NR"``, no reuse, is HAPPO's; ``"AR"``, all reuse, is uniform. ``"RR"``, reasonable reuse, and ``"UR"``,
@@ -153,7 +156,7 @@ class ReuseMappingSampler(nn.Module):
         *,
         own_weight: float = 0.7,
         kl_threshold: float = 0.1,
-        reuse_matrix: ReuseScheme | Tensor | Sequence[Sequence[float]] | None = None,
+        reuse_matrix: ReuseMatrix | None = None,
         kl_reduction: Literal["mean", "max"] = "mean",
         num_rows: int = 2048,
     ) -> None:

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
-from torchrl.objectives import distance_loss
+from tensordict.nn import dispatch
 from typing_extensions import Unpack
 
-from torchrl_marl.modules import agent_policy
-from torchrl_marl.modules.agent_networks import count_agents
+from torchrl_marl.modules.agent_networks import agent_policy, count_agents
+from torchrl_marl.modules.protocols import Actor, Critic
 from torchrl_marl.modules.recurrent import recurrent_state_keys
-from torchrl_marl.objectives.masking import masked_mean, standardize
-from torchrl_marl.objectives.ratio import (
-    OUT_KEYS,
-    RatioLoss,
-    RatioOptions,
-    clip_bounds,
-    policy_entropy,
-    ratio_diagnostics,
-    require,
-)
-from torchrl_marl.objectives.surrogates import Gain, ratio_gain
+from torchrl_marl.objectives.masking import masked_mean, standardize, where_live
+from torchrl_marl.objectives.ratio import OUT_KEYS, ClipLoss, ClipOptions, policy_entropy, ratio_diagnostics, require
+from torchrl_marl.objectives.surrogates import ratio_gain
+from torchrl_marl.signatures import check_at_least_0
 
 __all__ = ["SEACLoss"]
 
 
-class SEACLoss(RatioLoss):
+class SEACLoss(ClipLoss):
     """Shared experience actor-critic: A2C for each agent, on its own experience and, reweighted, on all others'.
 
         loss_objective = -mean_i sum_k c_ik mean(r_ik A_ik),   A_ik = R_k - V_i(o_k), no gradient
@@ -54,11 +44,10 @@ class SEACLoss(RatioLoss):
         critic_network: one for each agent as well, of its own observation:
             ``make_critic(env, observes="observation", share_parameters=False)``.
         sharing_coeff: weight of others' experience (the paper's lambda); 0 is independent A2C.
-        gain: a trust region in place of the ratio itself.
-        clip_epsilon: the bounds that ``gain`` gets.
-        **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`, by default the paper's: ``critic_coeff=0.5``,
-            ``loss_critic_type="l2"`` and ``normalize_advantage=False``; if set, ``A_ik`` is standardised for each
-            learner and source. ``clip_value`` is not available.
+        **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`, by default the paper's: the gain is the ratio
+            itself, ``critic_coeff=0.5``, ``loss_critic_type="l2"`` and ``normalize_advantage=False``; if set, ``A_ik``
+            is standardised for each learner and source. ``clip_value`` holds an agent's values of its own observations
+            to the stored ones; what it thought of other agents' is not stored.
 
     Raises:
         ValueError: if agents share parameters, actor and critic are for different numbers of agents, or an option is
@@ -79,27 +68,24 @@ class SEACLoss(RatioLoss):
 
     def __init__(
         self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
+        actor_network: Actor,
+        critic_network: Critic,
         *,
         sharing_coeff: float = 1.0,
-        gain: Gain = ratio_gain,
-        clip_epsilon: float | Sequence[float] = 0.2,
-        **options: Unpack[RatioOptions],
+        **options: Unpack[ClipOptions],
     ) -> None:
         agents, critics = count_agents(actor_network), count_agents(critic_network)
         if agents != critics:
             raise ValueError(f"Every agent needs a critic: there are {agents} agents, {critics} critics.")
         if recurrent_state_keys(actor_network) or recurrent_state_keys(critic_network):
             raise ValueError("SEACLoss takes networks without a memory: a state belongs to the network that wrote it.")
-        if not sharing_coeff >= 0:
-            raise ValueError(f"sharing_coeff must be at least 0, got {sharing_coeff!r}.")
-        if options.get("clip_value") is not None or "normalize_advantage_exclude_dims" in options:
-            raise ValueError("SEACLoss has no clip_value and one way to normalise advantages, for each pair of agents.")
-        own: RatioOptions = {"critic_coeff": 0.5, "loss_critic_type": "l2", "normalize_advantage": False, **options}
+        check_at_least_0(sharing_coeff=sharing_coeff)
+        if "normalize_advantage_exclude_dims" in options:
+            raise ValueError("SEACLoss has one way to normalise advantages, for each pair of agents.")
+        paper: ClipOptions = {"gain": ratio_gain, "critic_coeff": 0.5, "loss_critic_type": "l2"}
+        own: ClipOptions = {**paper, "normalize_advantage": False, **options}
         own["normalize_advantage_exclude_dims"] = (-2, -1)
-        low, high = clip_bounds(clip_epsilon)
-        super().__init__(actor_network, critic_network, gain=gain, low=low, high=high, **own)
+        super().__init__(actor_network, critic_network, **own)
         self.sharing_coeff = sharing_coeff
         # plain lists: other ways to run the networks, with nothing of their own to register
         self._policies = [agent_policy(actor_network, agent) for agent in range(agents)]
@@ -136,26 +122,28 @@ class SEACLoss(RatioLoss):
                 f"{keys.value_target!r} has shape {tuple(returns.shape)}: it must be a return for each agent, "
                 f"{(*shape, 1)}."
             )
+        old_value = None if self.clip_value is None else require(tensordict, keys.value).squeeze(-1)
         with self._parameters_of("critic_network"):
             values = [critic(tensordict.copy()).get(keys.value).squeeze(-1) for critic in self._critics]
-            value_norm = self._value_norm()
-            scale = 1.0 if value_norm is None else value_norm.scale()
+            scale = self._value_scale()
         value, returns = torch.stack(values, -2), returns.squeeze(-1).unsqueeze(-2).expand_as(log_ratio)
 
         own = torch.eye(len(self._policies), dtype=torch.bool, device=log_ratio.device)
         mask, valid = self._mask(tensordict, shape), self._valid(tensordict, shape)
-        pairs, valued = torch.ones_like(log_ratio, dtype=torch.bool), own
+        pairs = torch.ones_like(log_ratio, dtype=torch.bool)
         if mask is not None:
             pairs = mask.unsqueeze(-2).expand_as(log_ratio)
             valued = pairs | own if valid is None else pairs | (own & valid.unsqueeze(-2))
-            log_ratio = torch.where(pairs, log_ratio, 0.0)
-            value, returns = (torch.where(valued, x, 0.0) for x in (value, returns))
-        advantage = torch.where(pairs, returns - value, 0.0).detach()
+            log_ratio = where_live(log_ratio, pairs)
+            value, returns = where_live(value, valued), where_live(returns, valued)
+        advantage = where_live(returns - value, pairs).detach()
         if self.normalize_advantage:
             advantage = standardize(advantage, pairs, exclude_dims=self.normalize_advantage_exclude_dims)
-        gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
+        gain = self._gain_of(log_ratio, advantage)
         gain = torch.where(own, gain, self.sharing_coeff * gain)
-        distance = distance_loss(value / scale, returns / scale, self.loss_critic_type)
+        if old_value is not None:  # what a learner thought of others' observations is not stored: it may move freely
+            old_value = torch.where(own, old_value.unsqueeze(-2), value.detach())
+        distance = self._value_distance(value, returns, old_value, scale)
         shared = self.sharing_coeff * log_ratio.detach().exp() * distance
         own_distance, shared = (distance * own).sum(-2), (shared * ~own).sum(-2)
         entropy = torch.stack([policy_entropy(policy) for policy in policies], -2).diagonal(dim1=-2, dim2=-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,44 +9,27 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
+from tensordict.nn import dispatch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
 from typing_extensions import Unpack
 
-from torchrl_marl.distributed import any_process, broadcast_from_main, broadcast_state, world_size
+from torchrl_marl.distributed import any_process, broadcast_from_main, broadcast_state
 from torchrl_marl.keys import sibling
 from torchrl_marl.modules.agent_networks import agent_policy, count_agents
+from torchrl_marl.modules.protocols import Actor, Critic
 from torchrl_marl.modules.recurrent import recurrent_state_keys
-from torchrl_marl.objectives.divergences import policy_kl
-from torchrl_marl.objectives.masking import masked_mean, per_agent
-from torchrl_marl.objectives.phases import Phase
-from torchrl_marl.objectives.ratio import (
-    OUT_KEYS,
-    RatioLoss,
-    RatioOptions,
-    check_at_least_0,
-    clip_bounds,
-    require,
-)
+from torchrl_marl.objectives.masking import extremes, masked_mean, per_agent, where_live
+from torchrl_marl.objectives.minibatches import Phase
+from torchrl_marl.objectives.ratio import OUT_KEYS, ClipLoss, ClipOptions, ScoredBatch, require
 from torchrl_marl.objectives.reuse import ReuseMappingSampler
-from torchrl_marl.objectives.surrogates import Gain, clip_gain, ratio_gain
-from torchrl_marl.objectives.trust_region import trust_region_step
 
-__all__ = ["NaturalGradientLoss", "NaturalGradientOptions", "SequentialLoss", "SequentialOptions", "Turn"]
+__all__ = ["SequentialLoss", "Turn"]
 
 Turn = int | Literal["critic"]
 
 
-class SequentialOptions(RatioOptions, total=False):
-    """Options of every sequential loss; meanings and defaults are those of :class:`SequentialLoss`."""
-
-    clip_epsilon: float | Sequence[float]
-    gain: Gain
-
-
-class SequentialLoss(RatioLoss):
+class SequentialLoss(ClipLoss):
     """Ratio loss of one agent at a time; abstract: HAPPO, HATRPO, OAPPO and OATRPO are made of it.
 
         loss_objective of agent i = -sum_j M[i, j] mean(F_j gain(log r_j, A_j; low, high)) over rows where j lives
@@ -97,40 +79,34 @@ class SequentialLoss(RatioLoss):
         critic_network: one for all agents.
         reuse: whose experience each agent learns from; ``None`` for its own.
         sampled: draw one source for each learner and row instead of weighting all of them.
-        clip_epsilon: half-width of the clip, or a pair ``(low, high)``: ratios count within ``[1 - low, 1 + high]``.
-        gain: another trust region in place of the clip, with the same bounds.
-        **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`.
+        **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
     """
 
     @dataclass
-    class _AcceptedKeys(RatioLoss._AcceptedKeys):
+    class _AcceptedKeys(ClipLoss._AcceptedKeys):
         update_log_ratio: NestedKey = ("agents", "update_log_ratio")
         reuse_source: NestedKey = ("agents", "reuse_source")
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
+    abstract = True
+    trains_in_parts = True
+    clipped_apart = "critic"
 
     def __init__(
         self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
+        actor_network: Actor,
+        critic_network: Critic,
         *,
         reuse: ReuseMappingSampler | None,
         sampled: bool,
-        clip_epsilon: float | Sequence[float] = 0.2,
-        gain: Gain = clip_gain,
-        **options: Unpack[RatioOptions],
+        **options: Unpack[ClipOptions],
     ) -> None:
-        if type(self) is SequentialLoss:
-            raise TypeError(
-                "SequentialLoss is abstract: use HAPPOLoss, HATRPOLoss, OAPPOLoss, OATRPOLoss or a subclass."
-            )
         num_agents = count_agents(actor_network)
-        low, high = clip_bounds(clip_epsilon)
-        super().__init__(actor_network, critic_network, gain=gain, low=low, high=high, **options)
+        super().__init__(actor_network, critic_network, **options)
         action = self.tensor_keys.action
         self.set_keys(
             update_log_ratio=sibling(action, "update_log_ratio"), reuse_source=sibling(action, "reuse_source")
@@ -160,11 +136,11 @@ class SequentialLoss(RatioLoss):
         if not (turn in (None, "critic") or (isinstance(turn, int) and 0 <= turn < self.num_agents)):
             raise ValueError(f"turn must be an agent from 0 to {self.num_agents - 1}, 'critic' or None; got {turn!r}.")
         self._turn: Turn | None = turn
-        self._learner: _Learner | None = None
+        self._learner: Learner | None = None
         if isinstance(turn, int):
             sources = (turn,) if self.reuse is None else self.reuse.sources(turn)
             index = partial(torch.tensor, device=self.ratio_low.device)
-            self._learner = _Learner(self._policies[turn], index([turn]), index(sources))
+            self._learner = Learner(self._policies[turn], index([turn]), index(sources))
 
     def _computed_keys(self) -> list[str]:
         """Entries that ``forward`` computes in this turn."""
@@ -218,7 +194,7 @@ class SequentialLoss(RatioLoss):
         try:
             for agent in order:
                 self.turn = agent
-                learner = cast("_Learner", self._learner)
+                learner = cast("Learner", self._learner)
                 if mask is None or any_process(bool(mask.index_select(-1, learner.sources).any())):
                     yield agent
                     log_ratio = log_ratio.clone()
@@ -234,19 +210,6 @@ class SequentialLoss(RatioLoss):
         phase = self._phase(batch, chunk_length)
         for _ in self.turns(phase.rows):
             yield replace(phase, whole=self.takes_steps)
-
-    @property
-    def trains_in_parts(self) -> bool:
-        """Agents have their turns."""
-        return True
-
-    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters whose gradients are scaled down to one norm together: an agent's, or the critic's."""
-        critic = set(self.critic_network.parameters())
-        return {
-            "grad_norm": [parameter for parameter in self.parameters() if parameter not in critic],
-            "critic_grad_norm": [parameter for parameter in self.parameters() if parameter in critic],
-        }
 
     def metrics(self) -> dict[str, Tensor]:
         """Return ``reuse_i_j``, the share of agent j's experience in what agent i learns from."""
@@ -275,31 +238,22 @@ class SequentialLoss(RatioLoss):
             return super().forward(tensordict)
         return self._output(self._critic_losses(self._with_advantage(tensordict)))
 
-    def objective(
-        self,
-        tensordict: TensorDictBase,
-        distribution: Distribution,
-        log_ratio: Tensor,
-        advantage: Tensor,
-        mask: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the learner's ``loss_objective`` over its sources ``[B, S]``, or all agents' outside of any turn."""
-        gain = self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
         if self._learner is None:
-            return self._reduce(-gain, mask), {}
-        compound = tensordict.get(self.tensor_keys.update_log_ratio).exp()
-        diagnostics = {
-            "mean_compound_ratio": masked_mean(compound, mask),
-            "max_compound_ratio": (compound if mask is None else compound.where(mask, 0.0)).max(),
-        }
-        return self._over_sources(-compound * gain, mask, tensordict), diagnostics
+            return super().objective(batch)
+        gain = self._gain_of(batch.log_ratio, batch.advantage)
+        compound = batch.data.get(self.tensor_keys.update_log_ratio).exp()
+        _, largest = extremes(compound, batch.mask)
+        diagnostics = {"mean_compound_ratio": masked_mean(compound, batch.mask), "max_compound_ratio": largest}
+        return self._over_sources(-compound * gain, batch.mask, batch.data), diagnostics
 
     def _own_keys(self) -> list[NestedKey]:
         """Entries that only sequential methods read."""
         keys = self.tensor_keys
         return [keys.update_log_ratio, keys.reuse_source] if self.sampled else [keys.update_log_ratio]
 
-    def _experience(self, tensordict: TensorDictBase, learner: _Learner) -> tuple[TensorDict, Tensor | None]:
+    def _experience(self, tensordict: TensorDictBase, learner: Learner) -> tuple[TensorDict, Tensor | None]:
         """What ``learner`` learns from, its sources' slots ``[*B, S]`` being the group, and where its entropy counts.
 
         The compound log-ratio of each slot takes the place of the update log-ratio. The entropy is that on the
@@ -332,7 +286,7 @@ class SequentialLoss(RatioLoss):
         return experience, own
 
     @set_recurrent_mode(True)
-    def _update_log_ratio(self, tensordict: TensorDictBase, learner: _Learner, mask: Tensor | None) -> Tensor:
+    def _update_log_ratio(self, tensordict: TensorDictBase, learner: Learner, mask: Tensor | None) -> Tensor:
         """``log pi_new - log pi_old`` of an agent that has had its turn, ``[*B]``, zero where it is dead."""
         keys = self.tensor_keys
         stored = tensordict.get(keys.sample_log_prob)
@@ -340,7 +294,7 @@ class SequentialLoss(RatioLoss):
         with torch.no_grad(), self._parameters_of("actor_network"):
             policy = learner.policy.get_dist(self._observed(tensordict, take))
         log_ratio = policy.log_prob(take(tensordict.get(keys.action))) - take(stored)
-        return (log_ratio if mask is None else torch.where(take(mask), log_ratio, 0.0)).squeeze(-1)
+        return where_live(log_ratio, None if mask is None else take(mask)).squeeze(-1)
 
     def _observed(
         self, tensordict: TensorDictBase, take: Callable[[Tensor], Tensor], own: Tensor | None = None
@@ -376,141 +330,10 @@ class SequentialLoss(RatioLoss):
         return columns if self.reduction == "none" else columns.sum(-1)
 
 
-class NaturalGradientOptions(SequentialOptions, total=False):
-    """Options of natural-gradient losses; meanings and defaults are those of :class:`NaturalGradientLoss`."""
-
-    max_kl: float
-    damping: float
-    num_iterations: int
-    backtrack: float
-    accept_ratio: float
-    num_backtracks: int
-
-
-class NaturalGradientLoss(SequentialLoss):
-    """Sequential loss whose agents move by natural gradients; abstract: HATRPO and OATRPO are made of it.
-
-    An agent's turn is one call of :meth:`step` on the whole batch instead of epochs of minibatches; the critic's is as
-    for any loss::
-
-        for turn in loss.turns(batch):
-            if turn != "critic":
-                loss.step(batch)
-                continue
-            for minibatch in minibatches(batch): ...
-
-    Args:
-        max_kl: radius of the trust region (the papers' delta), in nats; a buffer, assign to it to schedule it.
-        damping: added to the diagonal of the Fisher matrix.
-        num_iterations: of the conjugate gradient.
-        backtrack, accept_ratio, num_backtracks: of the line search, see
-            :func:`~torchrl_marl.objectives.trust_region.backtracking_line_search`.
-        reuse, sampled: see :class:`SequentialLoss`.
-        **options: :class:`SequentialOptions`. By default the surrogate is the ratio itself, without an entropy bonus;
-            all gains have one slope at ratio 1, others than the ratio act on the line search.
-
-    Raises:
-        ValueError: if agents share parameters, or an option is out of its range.
-    """
-
-    max_kl: Tensor
-    _schedulable_buffers = SequentialLoss._schedulable_buffers | {"max_kl"}
-
-    def __init__(
-        self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModuleBase,
-        *,
-        max_kl: float = 0.01,
-        damping: float = 0.1,
-        num_iterations: int = 10,
-        backtrack: float = 0.8,
-        accept_ratio: float = 0.5,
-        num_backtracks: int = 10,
-        reuse: ReuseMappingSampler | None,
-        sampled: bool,
-        **options: Unpack[SequentialOptions],
-    ) -> None:
-        if type(self) is NaturalGradientLoss:
-            raise TypeError("NaturalGradientLoss is abstract: use HATRPOLoss, OATRPOLoss or a subclass.")
-        check_at_least_0(damping=damping, accept_ratio=accept_ratio)
-        if not 0 < max_kl < math.inf:
-            raise ValueError(f"max_kl must be a number above 0; got {max_kl}.")
-        if not 0 < backtrack < 1:
-            raise ValueError(f"backtrack must be between 0 and 1; got {backtrack}.")
-        if min(num_iterations, num_backtracks) < 1:
-            found = f"{num_iterations} and {num_backtracks}"
-            raise ValueError(f"num_iterations and num_backtracks must be at least 1; got {found}.")
-        options.setdefault("gain", ratio_gain)
-        options.setdefault("entropy_coeff", 0.0)
-        super().__init__(actor_network, critic_network, reuse=reuse, sampled=sampled, **options)
-        self._take_step = partial(
-            trust_region_step,
-            damping=damping,
-            num_iterations=num_iterations,
-            backtrack=backtrack,
-            accept_ratio=accept_ratio,
-            num_backtracks=num_backtracks,
-        )
-        self.register_coeff_buffer("max_kl", max_kl, device=self.ratio_low.device)
-
-    def check_loop(
-        self, frames_per_batch: int, num_envs: int, minibatch_size: int, chunk_length: int | None = None
-    ) -> None:
-        """Refuse what :meth:`phases` could not use, and what a step cannot be taken on."""
-        super().check_loop(frames_per_batch, num_envs, minibatch_size, chunk_length)
-        if world_size() > 1:
-            raise ValueError(f"{type(self).__name__} takes steps on a whole batch: it learns in one process.")
-        if self.reduction != "mean":
-            raise ValueError(f"loss.reduction must be mean, as a natural step compares means; got {self.reduction}.")
-
-    @property
-    def takes_steps(self) -> bool:
-        """Whether it is an agent's turn: it moves by :meth:`step`."""
-        return isinstance(self.turn, int)
-
-    @set_recurrent_mode(True)
-    def step(self, tensordict: TensorDictBase) -> TensorDict:
-        """Move the actor of the agent whose turn it is, in place, by one confirmed natural-gradient step.
-
-        Args:
-            tensordict: the whole batch, any shape ``[B]``.
-
-        Returns:
-            What ``forward`` returns after the step and, of the step, ``step_fraction`` (0: none was good enough),
-            ``improvement``, ``expected_improvement``, ``kl`` and ``grad_norm``. All detached.
-
-        Raises:
-            ValueError: outside of an agent's turn, or if ``reduction`` is not ``"mean"``.
-        """
-        if not isinstance(self.turn, int):
-            raise ValueError(f"A step is an agent's, but the turn is {self.turn!r}: call it within turns(batch).")
-        if self.reduction != "mean":
-            raise ValueError(f"A step compares means: it needs reduction='mean', not {self.reduction!r}.")
-        learner = cast("_Learner", self._learner)
-        policy, device = learner.policy, self.ratio_low.device
-        devices = [device] if device.type == "cuda" else []
-        experience, entropy_mask = self._experience(self._with_advantage(tensordict), learner)
-        with torch.no_grad(), self._parameters_of("actor_network"):
-            old = policy.get_dist(experience.copy())
-
-        def evaluate() -> tuple[Tensor, Tensor]:
-            with torch.random.fork_rng(devices):  # a sampled entropy has the same noise at all parameters
-                losses, new = self._actor_losses(experience, policy, entropy_mask)
-            kl = policy_kl(old, new)
-            mask = self._mask(experience, kl.shape)
-            return -losses["loss_objective"] - losses["loss_entropy"], self._over_sources(kl, mask, experience)
-
-        step = self._take_step(self.agent_parameters(self.turn), evaluate, max_kl=self.max_kl)
-        with torch.no_grad():
-            losses, _ = self._actor_losses(experience, policy, entropy_mask)
-        return TensorDict({**losses, **step}).detach()
-
-
-class _Learner(NamedTuple):
+class Learner(NamedTuple):
     """Whose turn it is, without Python numbers, for which a compiler would start anew."""
 
-    policy: ProbabilisticTensorDictSequential
+    policy: Actor
     index: Tensor  # [1]
     sources: Tensor  # [S], ascending
 

@@ -10,18 +10,52 @@ Reference: Schulman et al., Trust Region Policy Optimization, 2015, https://arxi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
+from typing_extensions import Unpack
+
+from torchrl_marl.signatures import check_at_least_0
 
 __all__ = [
+    "StepOptions",
     "backtracking_line_search",
     "conjugate_gradient",
     "fisher_vector_product",
     "natural_step",
     "trust_region_step",
 ]
+
+
+class SearchOptions(TypedDict, total=False):
+    """Options of a line search; meanings and defaults are those of :func:`backtracking_line_search`."""
+
+    backtrack: float
+    accept_ratio: float
+    num_backtracks: int
+
+
+class StepOptions(SearchOptions, total=False):
+    """Options of a step; meanings and defaults are those of :func:`trust_region_step`."""
+
+    damping: float
+    num_iterations: int
+
+
+def check_step_options(**options: float) -> None:
+    """Refuse :class:`StepOptions` with which no step can be taken.
+
+    Raises:
+        ValueError: with the name, the value and what is allowed.
+    """
+    check_at_least_0(**{name: options[name] for name in ("damping", "accept_ratio") if name in options})
+    if not 0 < options.get("backtrack", 0.5) < 1:
+        raise ValueError(f"backtrack must be between 0 and 1; got {options['backtrack']}.")
+    for name in ("num_iterations", "num_backtracks"):
+        if options.get(name, 1) < 1:
+            raise ValueError(f"{name} must be at least 1; got {options[name]}.")
 
 
 def fisher_vector_product(
@@ -185,9 +219,7 @@ def trust_region_step(
     max_kl: float | Tensor,
     damping: float = 0.1,
     num_iterations: int = 10,
-    backtrack: float = 0.8,
-    accept_ratio: float = 0.5,
-    num_backtracks: int = 10,
+    **search: Unpack[SearchOptions],
 ) -> dict[str, Tensor]:
     """Move parameters, in place, by one natural-gradient step that a line search has confirmed; or leave them.
 
@@ -197,9 +229,7 @@ def trust_region_step(
         max_kl: radius of the trust region, in nats.
         damping: added to the diagonal of the Fisher matrix.
         num_iterations: of the conjugate gradient.
-        backtrack: as for :func:`backtracking_line_search`.
-        accept_ratio: as there.
-        num_backtracks: as there.
+        **search: :class:`SearchOptions`.
 
     Returns:
         Detached scalars: ``step_fraction``, ``improvement``, ``kl``, ``expected_improvement`` of the full step, and
@@ -223,16 +253,7 @@ def trust_region_step(
         new_gain, new_kl = evaluate()
         return new_gain - gain, new_kl
 
-    accepted, info = backtracking_line_search(
-        outcome,
-        start,
-        step,
-        expected=expected,
-        max_kl=max_kl,
-        backtrack=backtrack,
-        accept_ratio=accept_ratio,
-        num_backtracks=num_backtracks,
-    )
+    accepted, info = backtracking_line_search(outcome, start, step, expected=expected, max_kl=max_kl, **search)
     _assign(parameters, accepted)
     return {**info, "expected_improvement": expected, "grad_norm": gradient.norm()}
 

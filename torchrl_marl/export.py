@@ -9,19 +9,20 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torchrl.data import Composite
 from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor
 
 from torchrl_marl.extras import import_extra
 from torchrl_marl.files import replacing
-from torchrl_marl.modules import AgentNetworks, GroupSpec, RecurrentModule
-from torchrl_marl.modules.layers import OneHotAgentID
+from torchrl_marl.modules import GroupSpec
+from torchrl_marl.modules.protocols import Exportable, Priming, named_parts
 from torchrl_marl.run.checkpoints import POLICY_BUILDERS, best_checkpoint, load_policy, read_metadata
 
 __all__ = ["export_policy"]
@@ -91,10 +92,12 @@ def export_policy(
         raise ValueError(f"there is no agent {agent}: {shape.name!r} has agents 0 to {shape.num_agents - 1}")
     for package in _FORMATS[format].packages:
         import_extra(package, "export")
-    path = _default_path(Path(run), checkpoint, format, group, agent) if path is None else Path(path)
+    folder = Path(run).expanduser() if Path(run).expanduser().is_dir() else checkpoint.parent
+    name = "_".join(str(part) for part in ("policy", group, agent) if part is not None)
+    path = folder / f"{name}{_FORMATS[format].suffix}" if path is None else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    example = _random_inputs(actor, shape, 2)
+    example = dict(_of_agent(_random_inputs(actor, shape, 2), agent))
     program = _trace(actor, shape, agent, example)
     metadata = _describe(recorded, shape, agent, example)
     inputs = _random_inputs(actor, shape, num_observations)
@@ -156,34 +159,15 @@ class _Policy(nn.Module):
         return {name: value.squeeze(1) if self._alone else value for name, value in results.items()}
 
 
-def _trace(actor: ProbabilisticActor, shape: GroupSpec, agent: int | None, example: Tensors) -> ExportedProgram:
+def _trace(
+    actor: ProbabilisticActor, shape: GroupSpec, agent: int | None, example: dict[str, Tensor]
+) -> ExportedProgram:
     """Record the policy as a program over tensors, of the group or of one agent, for any batch."""
     actor = copy.deepcopy(actor).requires_grad_(False)
-    for name, module in list(actor.named_modules()):
-        if isinstance(module, AgentNetworks):
-            # Parameters that functional_call puts in place are no constants to torch.export.
-            own = _OneByOne(module.networks) if agent is None else module.networks[agent]
-            actor.set_submodule(name, own)
-        elif agent is not None and isinstance(module, OneHotAgentID):
-            module.ids = module.ids[agent : agent + 1].clone()
-        elif agent is not None and isinstance(module, RecurrentModule):
-            module.state_shape = torch.Size([1, module.state_shape[-1]])
-    inputs = dict(_of_agent(example, agent))
+    for name, module in named_parts(actor, Exportable):
+        actor.set_submodule(name, module.for_export(agent))
     policy = _Policy(actor, shape, alone=agent is not None)
-    return torch.export.export(policy, (), inputs, dynamic_shapes={name: {0: Dim("batch")} for name in inputs})
-
-
-class _OneByOne(nn.Module):
-    """What ``AgentNetworks`` computes, network after network."""
-
-    def __init__(self, networks: nn.ModuleList) -> None:
-        super().__init__()
-        self.networks = networks
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        slots = zip(*(values.unbind(-2) for values in inputs), strict=True)
-        outputs = [network(*own) for network, own in zip(self.networks, slots, strict=True)]
-        return torch.stack(outputs, -2)
+    return torch.export.export(policy, (), example, dynamic_shapes={name: {0: Dim("batch")} for name in example})
 
 
 def _original(actor: ProbabilisticActor, shape: GroupSpec, inputs: Tensors) -> dict[str, Tensor]:
@@ -210,8 +194,9 @@ def _random_inputs(actor: ProbabilisticActor, shape: GroupSpec, number: int) -> 
     if shape.masked and shape.num_actions is not None:
         chance = torch.rand(*rows, shape.num_actions, generator=generator)
         inputs["action_mask"] = (chance < 0.5) | (chance == chance.amin(-1, keepdim=True))
-    for memory in (module for module in actor.modules() if isinstance(module, RecurrentModule)):
-        inputs["recurrent_state"] = 2 * torch.rand(number, *memory.state_shape, generator=generator) - 1
+    for _, memory in named_parts(actor, Priming):
+        spec = cast("Composite", memory.make_tensordict_primer().primers)[shape.name, "recurrent_state"]
+        inputs["recurrent_state"] = 2 * torch.rand(number, *spec.shape, generator=generator) - 1
         inputs["is_init"] = torch.rand(number, 1, generator=generator) < 0.5
     return inputs
 
@@ -232,26 +217,15 @@ def _compare(actual: Tensors, expected: Tensors) -> tuple[float, int]:
     return max(difference.max().item() for difference in differences), int(sum(wrong))
 
 
-def _describe(recorded: Mapping[str, Any], shape: GroupSpec, agent: int | None, example: Tensors) -> dict[str, Any]:
-    config = recorded["config"]
+def _describe(recorded: Mapping[str, Any], shape: GroupSpec, agent: int | None, inputs: Tensors) -> dict[str, Any]:
     return {
-        "environment": config.get("environment"),
-        "env": config.get("env"),
+        **{name: recorded["config"].get(name) for name in ("environment", "env")},
         "frames": recorded["frames"],
         "group": shape.name,
-        "num_agents": shape.num_agents,
         "agent": agent,
-        "inputs": {name: ["B", *value.shape[1:]] for name, value in _of_agent(example, agent).items()},
-        "num_actions": shape.num_actions,
-        "action_low": list(shape.action_low),
-        "action_high": list(shape.action_high),
+        "inputs": {name: ["B", *value.shape[1:]] for name, value in inputs.items()},
+        **{name: getattr(shape, name) for name in ("num_agents", "num_actions", "action_low", "action_high")},
     }
-
-
-def _default_path(run: Path, checkpoint: Path, format: str, *parts: str | int | None) -> Path:
-    folder = run.expanduser() if run.expanduser().is_dir() else checkpoint.parent
-    name = "_".join(["policy", *(str(part) for part in parts if part is not None)])
-    return folder / f"{name}{_FORMATS[format].suffix}"
 
 
 def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
@@ -275,14 +249,6 @@ def _run_onnx(path: Path, inputs: Tensors) -> dict[str, Tensor]:
     return {output.name: torch.from_numpy(array) for output, array in zip(session.get_outputs(), results, strict=True)}
 
 
-def _write_program(program: ExportedProgram, path: Path, metadata: str) -> None:
-    torch.export.save(program, path, extra_files={"torchrl_marl": metadata})
-
-
-def _run_program(path: Path, inputs: Tensors) -> dict[str, Tensor]:
-    return torch.export.load(path).module()(**inputs)
-
-
 class _Format(NamedTuple):
     suffix: str
     packages: tuple[str, ...]
@@ -292,5 +258,10 @@ class _Format(NamedTuple):
 
 _FORMATS = {
     "onnx": _Format(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _run_onnx),
-    "torch_export": _Format(".pt2", (), _write_program, _run_program),
+    "torch_export": _Format(
+        ".pt2",
+        (),
+        write=lambda program, path, metadata: torch.export.save(program, path, extra_files={"torchrl_marl": metadata}),
+        run=lambda path, inputs: torch.export.load(path).module()(**inputs),
+    ),
 }

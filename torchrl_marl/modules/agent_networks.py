@@ -60,8 +60,27 @@ class AgentNetworks(nn.Module):
         stacked = {name: torch.stack([_get(network, name) for network in self.networks]) for name in self._names}
         return torch.vmap(self._apply_network, in_dims=(0, *(-2 for _ in inputs)), out_dims=-2)(stacked, *inputs)
 
+    def for_export(self, agent: int | None) -> nn.Module:
+        """Return one agent's network, or all without ``functional_call``, whose tensors are no constants of a program.
+
+        See :class:`~torchrl_marl.modules.protocols.Exportable`.
+        """
+        return _OneByOne(self.networks) if agent is None else self.networks[agent]
+
     def _apply_network(self, tensors: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         return functional_call(self.networks[0], tensors, inputs)
+
+
+class _OneByOne(nn.Module):
+    """What :class:`AgentNetworks` computes, network after network."""
+
+    def __init__(self, networks: nn.ModuleList) -> None:
+        super().__init__()
+        self.networks = networks
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        slots = zip(*(values.unbind(-2) for values in inputs), strict=True)
+        return torch.stack([network(*own) for network, own in zip(self.networks, slots, strict=True)], -2)
 
 
 def agent_policy(actor: ProbabilisticTensorDictSequential, agent: int) -> ProbabilisticTensorDictSequential:

@@ -176,6 +176,11 @@ class OneHotAgentID(nn.Module):
         ids = self.ids.expand(*observation.shape[:-1], -1)
         return torch.cat([observation, ids], -1)
 
+    def for_export(self, agent: int | None) -> nn.Module:
+        """Keep the id of one agent; see :class:`~torchrl_marl.modules.protocols.Exportable`."""
+        self.ids = self.ids if agent is None else self.ids[agent : agent + 1].clone()
+        return self
+
 
 class _ExpandToAgents(nn.Module):
     """Give every agent the whole input: ``[..., D]`` to ``[..., N, D]``."""

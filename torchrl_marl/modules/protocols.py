@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
+from torch import nn
+from torchrl.envs import TensorDictPrimer
 
-__all__ = ["Actor", "Bootstrapping", "Critic", "Remembering"]
+__all__ = ["Actor", "Bootstrapping", "Critic", "Exportable", "Priming", "Remembering", "named_parts"]
 
 Actor = ProbabilisticTensorDictSequential
 """A policy: its ``get_dist`` gives the distribution of each agent's action."""
@@ -32,3 +34,33 @@ class Remembering(Protocol):
     def memory_keys(self) -> list[NestedKey]:
         """Entries of the memory; empty if there is none."""
         ...
+
+
+@runtime_checkable
+class Priming(Protocol):
+    """A part of a network with a state that an environment carries from step to step, as TorchRL's have."""
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """Return the transform that adds the state to an environment, zero where episodes start."""
+        ...
+
+
+@runtime_checkable
+class Exportable(Protocol):
+    """A part of a network that is another one in an exported program, or in the program of one agent."""
+
+    def for_export(self, agent: int | None) -> nn.Module:
+        """Return what takes its place, for all agents or for one; the part itself, of a copy, may be changed."""
+        ...
+
+
+Part = TypeVar("Part")
+
+
+def named_parts(network: nn.Module, protocol: type[Part]) -> list[tuple[str, Part]]:
+    """Return the modules of a network whose class has what a protocol asks for.
+
+    Their class, for an instance of :class:`~tensordict.nn.TensorDictModule` has all attributes of what it wraps.
+    """
+    parts = [(name, module) for name, module in network.named_modules() if issubclass(type(module), protocol)]
+    return cast("list[tuple[str, Part]]", parts)

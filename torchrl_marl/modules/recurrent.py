@@ -29,7 +29,6 @@ from torchrl.envs import Compose, EnvBase, InitTracker, TensorDictPrimer, Transf
 from torchrl.modules import ProbabilisticActor, ValueNorm, recurrent_mode
 
 from torchrl_marl.modules.agent_networks import AgentNetworks
-from torchrl_marl.modules.autoregressive import AutoregressiveActor
 from torchrl_marl.modules.layers import (
     Activation,
     activation_class,
@@ -40,6 +39,7 @@ from torchrl_marl.modules.layers import (
     num_outputs,
     value_layers,
 )
+from torchrl_marl.modules.protocols import Priming, named_parts
 from torchrl_marl.modules.spec import GroupSpec, group_shape
 from torchrl_marl.modules.value_norm import Denormalize
 
@@ -190,6 +190,11 @@ class RecurrentModule(TensorDictModuleBase):
         *group, name = (self.state_key,) if isinstance(self.state_key, str) else self.state_key
         spec = Composite({name: Unbounded(self.state_shape)}, shape=self.state_shape[:-1] if group else ())
         return TensorDictPrimer(Composite({group[0]: spec}) if group else spec, expand_specs=True)
+
+    def for_export(self, agent: int | None) -> nn.Module:
+        """Expect the state of one agent; see :class:`~torchrl_marl.modules.protocols.Exportable`."""
+        self.state_shape = self.state_shape if agent is None else torch.Size([1, self.state_shape[-1]])
+        return self
 
     def _restart(self, tensordict: TensorDictBase) -> Tensor:
         batch, restart = tensordict.batch_size, tensordict.get(_INIT, None)
@@ -358,8 +363,8 @@ def with_recurrent_state(env: EnvBase, policy: nn.Module) -> EnvBase:
 
     Args:
         env: environment with done flags at the root.
-        policy: any module with :class:`RecurrentModule` or
-            :class:`~torchrl_marl.modules.AutoregressiveActor` parts, or none.
+        policy: any module, with or without parts that have a state, such as :class:`RecurrentModule`,
+            :class:`~torchrl_marl.modules.AutoregressiveActor` or TorchRL's recurrent modules.
 
     Example:
         >>> from torchrl_marl.envs import make_env
@@ -369,8 +374,7 @@ def with_recurrent_state(env: EnvBase, policy: nn.Module) -> EnvBase:
         torch.Size([2, 3, 3, 16])
     """
     present = set(env.full_observation_spec.keys(True, True))
-    parts = [part for part in policy.modules() if isinstance(part, (RecurrentModule, AutoregressiveActor))]
-    primers = [part.make_tensordict_primer() for part in parts]
+    primers = [part.make_tensordict_primer() for _, part in named_parts(policy, Priming)]
     primers = [primer for primer in primers if set(cast("Composite", primer.primers).keys(True, True)) - present]
     return TransformedEnv(env, Compose([InitTracker(), *primers]), auto_unwrap=False) if primers else env
 

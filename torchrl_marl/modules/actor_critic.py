@@ -11,15 +11,7 @@ from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, ValueNorm
 
-from torchrl_marl.modules.layers import (
-    Activation,
-    agent_network,
-    initialize,
-    joint_input,
-    make_policy,
-    num_outputs,
-    value_layers,
-)
+from torchrl_marl.modules.layers import Activation, Networks, initialize, make_policy, num_outputs
 from torchrl_marl.modules.spec import GroupSpec, group_shape
 from torchrl_marl.modules.value_norm import Denormalize
 
@@ -67,9 +59,8 @@ def make_actor(
         torch.Size([7, 3])
     """
     shape = group_shape(env, group)
-    network = agent_network(
-        shape, shape.observation_size, num_outputs(shape), hidden_sizes, activation, share_parameters, agent_id
-    )
+    networks = Networks(shape, hidden_sizes, activation, share_parameters, agent_id)
+    network = networks.each(shape.observation_size, num_outputs(shape))
     initialize(network, activation, output_gain=0.01)
     return make_policy(shape, (shape.name, "observation"), network, device=device)
 
@@ -120,11 +111,12 @@ def make_critic(
     """
     shape = group_shape(env, group)
     key = "state" if observes == "state" else (shape.name, "observation")
+    networks = Networks(shape, hidden_sizes, activation, share_parameters, agent_id)
     if observes == "observation":
-        network = agent_network(shape, shape.observation_size, 1, hidden_sizes, activation, share_parameters, agent_id)
+        network = networks.each(shape.observation_size, 1)
     else:
-        inputs, joined = joint_input(shape, observes, share_parameters)
-        network = nn.Sequential(*joined, *value_layers(shape, inputs, hidden_sizes, activation, share_parameters))
+        inputs, joined = networks.joint_input(observes)
+        network = nn.Sequential(*joined, *networks.values(inputs))
     initialize(network, activation, output_gain=1.0)
     layers = [network] if value_norm is None else [network, Denormalize(value_norm)]
     return TensorDictModule(nn.Sequential(*layers).to(device), in_keys=[key], out_keys=[(shape.name, "state_value")])

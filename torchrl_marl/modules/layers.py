@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from tensordict import NestedKey
@@ -16,17 +16,7 @@ from torchrl_marl.modules.agent_networks import AgentNetworks
 from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 from torchrl_marl.modules.spec import GroupSpec
 
-__all__ = [
-    "Activation",
-    "OneHotAgentID",
-    "activation_class",
-    "agent_network",
-    "initialize",
-    "joint_input",
-    "make_policy",
-    "num_outputs",
-    "value_layers",
-]
+__all__ = ["Activation", "Networks", "OneHotAgentID", "activation_class", "initialize", "make_policy", "num_outputs"]
 
 Activation = Literal["tanh", "relu"]
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -79,66 +69,61 @@ def num_outputs(shape: GroupSpec) -> int:
     return 2 * len(shape.action_low) if shape.num_actions is None else shape.num_actions
 
 
-def agent_network(
-    shape: GroupSpec,
-    inputs: int,
-    outputs: int,
-    hidden_sizes: Sequence[int],
-    activation: Activation,
-    share_parameters: bool | Sequence[int],
-    agent_id: bool,
-) -> nn.Module:
-    """Network applied to each agent's own input, ``[..., N, inputs]`` to ``[..., N, outputs]``."""
-    if share_parameters is not True:
-        clusters = list(range(shape.num_agents) if share_parameters is False else share_parameters)
-        if len(clusters) != shape.num_agents:
+class Networks(NamedTuple):
+    """The multi-layer perceptrons of a group: how they are built, and which agents share one."""
+
+    shape: GroupSpec
+    hidden_sizes: Sequence[int]
+    activation: Activation
+    share_parameters: bool | Sequence[int] = True
+    agent_id: bool = False
+
+    def each(self, inputs: int, outputs: int) -> nn.Module:
+        """Network applied to each agent's own input, ``[..., N, inputs]`` to ``[..., N, outputs]``."""
+        num_agents = self.shape.num_agents
+        if self.share_parameters is not True:
+            clusters = list(range(num_agents) if self.share_parameters is False else self.share_parameters)
+            if len(clusters) != num_agents:
+                raise ValueError(
+                    "share_parameters must be True, False or a cluster for each agent; "
+                    f"got {clusters} for {num_agents} agents."
+                )
+            networks = {cluster: self._mlp(inputs, outputs) for cluster in dict.fromkeys(clusters)}
+            return AgentNetworks([networks[cluster] for cluster in clusters])
+        if not self.agent_id:
+            return self._mlp(inputs, outputs)
+        return nn.Sequential(OneHotAgentID(num_agents), self._mlp(inputs + num_agents, outputs))
+
+    def joint_input(self, observes: str) -> tuple[int, list[nn.Module]]:
+        """Return the size of what all agents see together, and the layers that put it side by side.
+
+        They give ``[..., size]`` for a network that all agents share, ``[..., N, size]`` for networks of their own.
+        """
+        shape = self.shape
+        if observes == "joint_observation":
+            size, joined = shape.num_agents * shape.observation_size, nn.Flatten(-2, -1)
+        elif observes != "state":
+            raise ValueError(f"observes must be joint_observation, state or observation; got {observes!r}.")
+        elif shape.state_size is None:
             raise ValueError(
-                "share_parameters must be True, False or a cluster for each agent; "
-                f"got {clusters} for {shape.num_agents} agents."
+                'observes="state", but the environment has no "state" at the root; use "joint_observation".'
             )
-        networks = {cluster: _mlp(inputs, outputs, hidden_sizes, activation) for cluster in dict.fromkeys(clusters)}
-        return AgentNetworks([networks[cluster] for cluster in clusters])
-    if not agent_id:
-        return _mlp(inputs, outputs, hidden_sizes, activation)
-    network = _mlp(inputs + shape.num_agents, outputs, hidden_sizes, activation)
-    return nn.Sequential(OneHotAgentID(shape.num_agents), network)
+        else:
+            size, joined = shape.state_size, nn.Identity()
+        return size, [joined] if self.share_parameters is True else [joined, _ExpandToAgents(shape.num_agents)]
 
+    def values(self, inputs: int) -> list[nn.Module]:
+        """Layers to values from ``[..., inputs]`` (shared: one body, an output an agent) or ``[..., N, inputs]``."""
+        if self.share_parameters is not True:
+            return [self._replace(agent_id=False).each(inputs, 1)]
+        return [self._mlp(inputs, self.shape.num_agents), nn.Unflatten(-1, (self.shape.num_agents, 1))]
 
-def joint_input(shape: GroupSpec, observes: str, share_parameters: bool | Sequence[int]) -> tuple[int, list[nn.Module]]:
-    """Return the size of what all agents see together, and the layers that put it side by side.
-
-    They give ``[..., size]`` for a network that all agents share, ``[..., N, size]`` for networks of their own.
-    """
-    if observes == "joint_observation":
-        size, joined = shape.num_agents * shape.observation_size, nn.Flatten(-2, -1)
-    elif observes != "state":
-        raise ValueError(f"observes must be joint_observation, state or observation; got {observes!r}.")
-    elif shape.state_size is None:
-        raise ValueError('observes="state", but the environment has no "state" at the root; use "joint_observation".')
-    else:
-        size, joined = shape.state_size, nn.Identity()
-    return size, [joined] if share_parameters is True else [joined, _ExpandToAgents(shape.num_agents)]
-
-
-def value_layers(
-    shape: GroupSpec,
-    inputs: int,
-    hidden_sizes: Sequence[int],
-    activation: Activation,
-    share_parameters: bool | Sequence[int],
-) -> list[nn.Module]:
-    """Layers from ``[..., inputs]`` (shared: one body, an output for each agent) or ``[..., N, inputs]`` to values."""
-    if share_parameters is not True:
-        return [agent_network(shape, inputs, 1, hidden_sizes, activation, share_parameters, agent_id=False)]
-    network = _mlp(inputs, shape.num_agents, hidden_sizes, activation)
-    return [network, nn.Unflatten(-1, (shape.num_agents, 1))]
-
-
-def _mlp(inputs: int, outputs: int, hidden_sizes: Sequence[int], activation: Activation) -> MLP:
-    """Multi-layer perceptron, ``[..., inputs]`` to ``[..., outputs]``."""
-    if any(size < 1 for size in hidden_sizes):
-        raise ValueError(f"hidden_sizes must be at least 1 each, got {list(hidden_sizes)}.")
-    return MLP(inputs, outputs, num_cells=list(hidden_sizes), activation_class=activation_class(activation))
+    def _mlp(self, inputs: int, outputs: int) -> MLP:
+        if any(size < 1 for size in self.hidden_sizes):
+            raise ValueError(f"hidden_sizes must be at least 1 each, got {list(self.hidden_sizes)}.")
+        return MLP(
+            inputs, outputs, num_cells=list(self.hidden_sizes), activation_class=activation_class(self.activation)
+        )
 
 
 def activation_class(name: Activation) -> type[nn.Module]:

@@ -29,16 +29,7 @@ from torchrl.envs import Compose, EnvBase, InitTracker, TensorDictPrimer, Transf
 from torchrl.modules import ProbabilisticActor, ValueNorm, recurrent_mode
 
 from torchrl_marl.modules.agent_networks import AgentNetworks
-from torchrl_marl.modules.layers import (
-    Activation,
-    activation_class,
-    agent_network,
-    initialize,
-    joint_input,
-    make_policy,
-    num_outputs,
-    value_layers,
-)
+from torchrl_marl.modules.layers import Activation, Networks, activation_class, initialize, make_policy, num_outputs
 from torchrl_marl.modules.protocols import Priming, named_parts
 from torchrl_marl.modules.spec import GroupSpec, group_shape
 from torchrl_marl.modules.value_norm import Denormalize
@@ -254,18 +245,15 @@ def make_recurrent_actor(
         (torch.Size([7, 3]), torch.Size([7, 3, 16]))
     """
     shape = group_shape(env, group)
-    observation: NestedKey = (shape.name, "observation")
-    embedding = _embedding(shape, shape.observation_size, hidden_sizes, activation, share_parameters, agent_id)
+    embedding = Networks(shape, hidden_sizes, activation, share_parameters, agent_id)
     memory = RecurrentModule(
-        embedding,
-        _gru(shape, hidden_sizes[-1], recurrent_size, share_parameters),
-        in_key=observation,
+        _embed(embedding, shape.observation_size),
+        _gru(embedding, recurrent_size),
+        in_key=(shape.name, "observation"),
         state_key=(shape.name, "recurrent_state"),
         state_shape=(shape.num_agents, recurrent_size),
     )
-    head = agent_network(
-        shape, recurrent_size, num_outputs(shape), head_sizes, activation, share_parameters, agent_id=False
-    )
+    head = Networks(shape, head_sizes, activation, share_parameters).each(recurrent_size, num_outputs(shape))
     initialize(head, activation, output_gain=0.01)
     return make_policy(shape, memory.out_keys[0], head, memory.to(device), device=device)
 
@@ -317,18 +305,18 @@ def make_recurrent_critic(
         torch.Size([7, 3, 1])
     """
     shape = group_shape(env, group)
-    team = share_parameters and observes != "observation"
-    if observes == "observation":
-        inputs, joined = shape.observation_size, []
-        layers = [agent_network(shape, recurrent_size, 1, head_sizes, activation, share_parameters, agent_id=False)]
+    alone = observes == "observation"
+    team = share_parameters and not alone
+    embedding = Networks(shape, hidden_sizes, activation, share_parameters, agent_id and alone)
+    heads = Networks(shape, head_sizes, activation, share_parameters)
+    if alone:
+        inputs, joined, layers = shape.observation_size, [], [heads.each(recurrent_size, 1)]
     else:
-        inputs, joined = joint_input(shape, observes, share_parameters)
-        agent_id = False
-        layers = value_layers(shape, recurrent_size, head_sizes, activation, share_parameters)
-    embedding = _embedding(shape, inputs, hidden_sizes, activation, share_parameters, agent_id)
+        inputs, joined = heads.joint_input(observes)
+        layers = heads.values(recurrent_size)
     memory = RecurrentModule(
-        nn.Sequential(*joined, embedding),
-        _gru(shape, hidden_sizes[-1], recurrent_size, share_parameters),
+        nn.Sequential(*joined, _embed(embedding, inputs)),
+        _gru(embedding, recurrent_size),
         in_key="state" if observes == "state" else (shape.name, "observation"),
         state_key=f"{shape.name}_critic_state" if team else (shape.name, "critic_state"),
         state_shape=(recurrent_size,) if team else (shape.num_agents, recurrent_size),
@@ -384,27 +372,22 @@ def recurrent_state_keys(network: nn.Module) -> list[NestedKey]:
     return [module.state_key for module in network.modules() if isinstance(module, RecurrentModule)]
 
 
-def _embedding(
-    shape: GroupSpec,
-    inputs: int,
-    hidden_sizes: Sequence[int],
-    activation: Activation,
-    share_parameters: bool,
-    agent_id: bool,
-) -> nn.Module:
-    if not isinstance(share_parameters, bool):
+def _embed(networks: Networks, inputs: int) -> nn.Module:
+    """The layers before a recurrent unit, an activation behind the last."""
+    if not isinstance(networks.share_parameters, bool):
         raise ValueError(
-            f"All agents share a recurrent network, or none does; got share_parameters={share_parameters}."
+            f"All agents share a recurrent network, or none does; got share_parameters={networks.share_parameters}."
         )
-    if not hidden_sizes:
-        raise ValueError(f"hidden_sizes must name at least one layer before the GRU, got {hidden_sizes!r}.")
-    *widths, last = hidden_sizes
-    network = agent_network(shape, inputs, last, widths, activation, share_parameters, agent_id)
-    initialize(network, activation)
-    return nn.Sequential(network, activation_class(activation)())
+    if not networks.hidden_sizes:
+        raise ValueError(f"hidden_sizes must name at least one layer before the GRU, got {networks.hidden_sizes!r}.")
+    *widths, last = networks.hidden_sizes
+    network = networks._replace(hidden_sizes=widths).each(inputs, last)
+    initialize(network, networks.activation)
+    return nn.Sequential(network, activation_class(networks.activation)())
 
 
-def _gru(shape: GroupSpec, input_size: int, hidden_size: int, share_parameters: bool) -> MultiAgentGRU | AgentNetworks:
-    if share_parameters:
-        return MultiAgentGRU(input_size, hidden_size)
-    return AgentNetworks([MultiAgentGRU(input_size, hidden_size) for _ in range(shape.num_agents)])
+def _gru(networks: Networks, hidden_size: int) -> MultiAgentGRU | AgentNetworks:
+    inputs = networks.hidden_sizes[-1]
+    if networks.share_parameters:
+        return MultiAgentGRU(inputs, hidden_size)
+    return AgentNetworks([MultiAgentGRU(inputs, hidden_size) for _ in range(networks.shape.num_agents)])

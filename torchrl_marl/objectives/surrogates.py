@@ -318,14 +318,8 @@ def kl_interval(kl: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tenso
         return kl_interval_unchecked(kl)
     if not 0 <= kl < math.inf:
         raise ValueError(f"kl must be a finite number of at least 0, got {kl!r}.")
-    if kl == 0:
-        return 1.0, 1.0
-    width = math.sqrt(2) * math.sqrt(kl)
-    lower, upper = -(kl + min(width, 1.0)), math.log1p(width + kl)
-    for _ in range(8):
-        lower -= (math.expm1(lower) - lower - kl) / math.expm1(lower)
-        upper -= (math.expm1(upper) - upper - kl) / math.expm1(upper)
-    return math.exp(lower), math.exp(upper)
+    low, high = kl_interval_unchecked(torch.tensor(kl, dtype=torch.float64))
+    return low.item(), high.item()
 
 
 def kl_interval_unchecked(kl: Tensor) -> tuple[Tensor, Tensor]:

@@ -288,12 +288,12 @@ class RatioLoss(LossModule):
         if chosen is self.default_value_estimator and self._memory_keys:  # prepare asks the critic itself
             settings: Any = {"gamma": 0.99, "lmbda": 0.95, **hyperparams}
             chosen, hyperparams = MultiAgentGAE(value_network=None, **settings), {}
-        if isinstance(chosen, ValueEstimators):
-            supported = [known for known in ValueEstimators if known is not ValueEstimators.VTrace]
-            dispatch_value_estimator(self, chosen, supported=supported, tensor_keys=keys, **hyperparams)
-        else:
+        if isinstance(chosen, (ValueEstimatorBase, type)):
             super().make_value_estimator(cast("Any", chosen), **hyperparams)
             self.value_estimator.set_keys(**keys)
+        else:
+            supported = [known for known in ValueEstimators if known is not ValueEstimators.VTrace]
+            dispatch_value_estimator(self, chosen, supported=supported, tensor_keys=keys, **hyperparams)
         return self
 
     @torch.no_grad()

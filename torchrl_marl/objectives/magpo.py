@@ -146,8 +146,14 @@ class MAGPOLoss(CTDSLoss):
         self.adapt_ratio = adapt_ratio
         self.moves_buffers = adapt_ratio is not None
         self._register(guider_learner_ratio=float(guider_learner_ratio))
-        if adapt_ratio is not None:
-            adapt_ratio(self.guider_learner_ratio, self.guider_learner_ratio.log())  # which refuses its own options
+
+    def check_loop(
+        self, frames_per_batch: int, num_envs: int, minibatch_size: int, chunk_length: int | None = None
+    ) -> None:
+        """Refuse what :meth:`phases` could not use, and options that ``adapt_ratio`` refuses itself."""
+        super().check_loop(frames_per_batch, num_envs, minibatch_size, chunk_length)
+        if self.adapt_ratio is not None:
+            self.adapt_ratio(self.guider_learner_ratio, self.guider_learner_ratio.log())
 
     def _computed_keys(self) -> list[str]:
         adapted = [] if self.adapt_ratio is None else ["guider_learner_ratio"]

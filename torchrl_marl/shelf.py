@@ -75,7 +75,9 @@ def run_recipe(name: str, arguments: Sequence[str]) -> None:
 
 
 def _scripts() -> list[Path]:
-    return sorted(path for path in recipes_folder().glob("*.py") if not path.stem.startswith("_"))
+    """Recipes; a script that only says where its work has gone is none."""
+    scripts = sorted(recipes_folder().glob("*.py"))
+    return [script for script in scripts if not script.read_text().startswith('"""Moved')]
 
 
 def _script(name: str) -> Path:

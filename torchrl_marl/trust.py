@@ -20,6 +20,9 @@ _TARGETS = {
     r"optimizer": r"torch\.optim\.[A-Z]\w+",
     r"collector": r"torchrl\.collectors\.Collector|torchrl_marl\.collectors\.\w*[cC]ollector",
     r"collector\.make_env": r"hydra\.utils\.instantiate",
+    r"exploration": r"torchrl\.modules\.EGreedyModule",
+    r"buffer": r"torchrl_marl\.collectors\.ChunkReplayBuffer",
+    r"target_updater": r"torchrl\.objectives\.(Soft|Hard)Update",
     r"encode|cluster": r"torchrl_marl\.modules\.(encode|cluster)_agents",
 }
 

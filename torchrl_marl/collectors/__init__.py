@@ -1,6 +1,7 @@
 """How batches are collected; what then happens to them lives in objectives and can be imported from here, too."""
 
 from torchrl_marl.collectors.compiled import CompiledCollector
+from torchrl_marl.collectors.replay import ChunkReplayBuffer, epsilon_greedy
 from torchrl_marl.collectors.sequences import SequenceCollector
 from torchrl_marl.collectors.workers import WorkerCollector, multiprocess_collector, ray_collector
 from torchrl_marl.objectives.minibatches import minibatches, sequence_minibatches, split_into_chunks
@@ -8,11 +9,13 @@ from torchrl_marl.objectives.reflection import NextStepKeys
 from torchrl_marl.objectives.reuse import ReuseMappingSampler
 
 __all__ = [
+    "ChunkReplayBuffer",
     "CompiledCollector",
     "NextStepKeys",
     "ReuseMappingSampler",
     "SequenceCollector",
     "WorkerCollector",
+    "epsilon_greedy",
     "minibatches",
     "multiprocess_collector",
     "ray_collector",

@@ -5,6 +5,7 @@ from torchrl_marl.modules.agent_networks import AgentNetworks, agent_policy
 from torchrl_marl.modules.autoregressive import AutoregressiveActor, AutoregressiveCritic
 from torchrl_marl.modules.clusters import AgentAutoencoder, cluster_agents, encode_agents
 from torchrl_marl.modules.mat import make_mat
+from torchrl_marl.modules.mixers import QPLEXMixer
 from torchrl_marl.modules.recurrent import (
     MultiAgentGRU,
     RecurrentModule,
@@ -15,6 +16,7 @@ from torchrl_marl.modules.recurrent import (
 )
 from torchrl_marl.modules.sable import make_sable
 from torchrl_marl.modules.spec import GroupSpec
+from torchrl_marl.modules.subtasks import make_ldsa_actor
 from torchrl_marl.modules.value_norm import Denormalize
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Denormalize",
     "GroupSpec",
     "MultiAgentGRU",
+    "QPLEXMixer",
     "RecurrentModule",
     "agent_policy",
     "cluster_agents",
@@ -32,6 +35,7 @@ __all__ = [
     "encode_agents",
     "make_actor",
     "make_critic",
+    "make_ldsa_actor",
     "make_mat",
     "make_recurrent_actor",
     "make_recurrent_critic",

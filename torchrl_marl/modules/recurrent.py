@@ -139,7 +139,7 @@ class RecurrentModule(TensorDictModuleBase):
     def __init__(
         self,
         embedding: nn.Module,
-        gru: MultiAgentGRU | AgentNetworks,
+        gru: nn.Module,
         *,
         in_key: NestedKey,
         state_key: NestedKey,

@@ -12,12 +12,14 @@ from torchrl_marl.objectives.ppo import IPPOLoss, MAPPOLoss, MASPOLoss
 from torchrl_marl.objectives.ratio import RatioLoss
 from torchrl_marl.objectives.seac import SEACLoss
 from torchrl_marl.objectives.sequential import SequentialLoss
+from torchrl_marl.objectives.value import LDSALoss, QMIXLoss, QPLEXLoss, ValueLoss, VDNLoss
 
 __all__ = [
     "CTDSLoss",
     "HAPPOLoss",
     "HATRPOLoss",
     "IPPOLoss",
+    "LDSALoss",
     "MAGPOLoss",
     "MAPPOLoss",
     "MARPOLoss",
@@ -26,8 +28,12 @@ __all__ = [
     "NaturalGradientLoss",
     "OAPPOLoss",
     "OATRPOLoss",
+    "QMIXLoss",
+    "QPLEXLoss",
     "RatioLoss",
     "SEACLoss",
     "SequentialLoss",
+    "VDNLoss",
+    "ValueLoss",
     "standardize",
 ]

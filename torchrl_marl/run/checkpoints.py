@@ -23,7 +23,7 @@ from torchrl.checkpoint import (
 )
 from torchrl.modules import ProbabilisticActor
 
-from torchrl_marl.modules import GroupSpec, make_actor, make_recurrent_actor
+from torchrl_marl.modules import GroupSpec, make_actor, make_ldsa_actor, make_recurrent_actor
 from torchrl_marl.trust import reason
 
 __all__ = [
@@ -40,7 +40,9 @@ __all__ = [
 FORMAT_VERSION = 1
 """Version of what a checkpoint holds; it grows whenever a policy could no longer be read from an older file."""
 
-POLICY_BUILDERS = {f"torchrl_marl.modules.{build.__name__}": build for build in (make_actor, make_recurrent_actor)}
+POLICY_BUILDERS = {
+    f"torchrl_marl.modules.{build.__name__}": build for build in (make_actor, make_recurrent_actor, make_ldsa_actor)
+}
 """What builds a policy that :func:`load_policy` can rebuild, by the name that a run's configuration gives it."""
 
 _SCORE = "score"

@@ -1,0 +1,75 @@
+"""VDN, QMIX, QPLEX and LDSA on VMAS: off-policy, from a replay buffer, with discrete actions.
+
+    python recipes/qmix_vmas.py env.scenario=balance loss=qplex
+    python recipes/qmix_vmas.py actor=gru chunk_length=25 # agents with a memory; loss=ldsa has its own
+
+Agents act on their own action values, greedily but for a share epsilon of random actions; a mixer of these values is
+for training alone. The buffer is a part of checkpoints.
+Every value of config/qmix_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from torchrl_marl.collectors import epsilon_greedy
+from torchrl_marl.distributed import world_size
+from torchrl_marl.modules import GroupSpec, with_recurrent_state
+from torchrl_marl.run import Run, make_update, recipe
+
+
+@recipe(
+    Path(__file__).parent / "config",
+    "qmix_vmas",
+    networks=("local_value_network", "group_spec"),
+    collectors=("default", "multiprocess", "ray"),
+    unread=("critic", "lmbda"),
+)
+def main(cfg: DictConfig) -> float:
+    """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
+    if world_size() > 1:
+        raise ValueError("qmix_vmas learns in one process, as checkpoints hold one buffer: start it without torchrun.")
+    torch.set_num_threads(cfg.num_threads)
+    torch.manual_seed(cfg.seed)
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    make_env = partial(instantiate, cfg.env, device=device)
+    env = make_env(seed=cfg.seed)
+    shape = GroupSpec.from_env(env)
+    actor = instantiate(cfg.actor, shape, device=device)  # its logits are action values
+
+    loss = instantiate(cfg.loss, actor, shape)
+    loss.make_value_estimator(gamma=cfg.gamma)
+    targets = instantiate(cfg.target_updater, loss)
+    optimizer = instantiate(cfg.optimizer, loss.parameters())
+    update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
+    keys, states, length = loss.in_keys, loss.recurrent_state_keys, cfg.chunk_length
+    buffer = instantiate(cfg.buffer, keys, states, batch_size=cfg.minibatch_size, chunk_length=length, device=device)
+    num_updates = -(-cfg.epochs * cfg.frames_per_batch // cfg.minibatch_size)
+
+    action = (shape.name, "action")
+    legal = (shape.name, "action_mask") if shape.masked else None
+    spec = env.full_action_spec[action].to(device)
+    exploration = instantiate(cfg.exploration, spec, action_key=action, action_mask_key=legal, device=device)
+    policy = epsilon_greedy(actor, exploration)
+    env = with_recurrent_state(env, policy)
+    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
+
+    learnt = {"loss": loss, "optimizer": optimizer, "target_updater": targets}
+    kept = {"exploration": exploration, "buffer": buffer}
+    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, **learnt, **kept)
+    for batch in run.batches(collector):
+        buffer.extend_steps(batch)
+        exploration.step(batch.numel())
+        for _ in range(num_updates):
+            run.record(update(buffer.sample_steps()))
+            targets.step()
+        run.record({"epsilon": exploration.eps})
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main()

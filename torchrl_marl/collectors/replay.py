@@ -1,0 +1,85 @@
+"""Off-policy data: greedy actors that explore, and a replay buffer of rows or of chunks of steps in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictSequential
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.modules import EGreedyModule, ProbabilisticActor, QValueModule
+
+from torchrl_marl.objectives.minibatches import split_into_chunks
+
+__all__ = ["ChunkReplayBuffer", "epsilon_greedy"]
+
+
+class ChunkReplayBuffer(TensorDictReplayBuffer):
+    """TorchRL's replay buffer, of single rows or of chunks of steps in a row, drawn uniformly with replacement.
+
+    Of a recurrent network's states it stores those before the first step of each chunk alone, which is all that
+    replaying reads: within a chunk, episodes start from zeros. It holds the newest ``capacity`` steps, takes its
+    memory with the first batch, and is a part of checkpoints, as large as they are full.
+
+    Args:
+        keys: entries to store, such as ``loss.in_keys``.
+        states: those of them that are recurrent states, such as ``loss.recurrent_state_keys``.
+        capacity: steps.
+        batch_size: steps of a sample, rounded up to whole chunks.
+        chunk_length: steps of a chunk; ``None`` for rows.
+        device: where it is.
+
+    Raises:
+        ValueError: if it cannot hold a sample.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[NestedKey],
+        states: Sequence[NestedKey] = (),
+        *,
+        capacity: int,
+        batch_size: int,
+        chunk_length: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        length = chunk_length or 1
+        if states and chunk_length is None:
+            raise ValueError("chunk_length must be an integer: a recurrent policy learns steps in a row; got null.")
+        if capacity < max(batch_size, length):
+            raise ValueError(f"capacity must be at least the {max(batch_size, length)} steps of a sample; got {capacity}.")
+        storage = LazyTensorStorage(capacity // length, device=device)
+        super().__init__(storage=storage, batch_size=-(-batch_size // length))
+        self._keys, self._states, self._chunk_length = list(keys), list(states), chunk_length
+
+    def extend_steps(self, batch: TensorDictBase) -> None:
+        """Store a batch ``[*B, T]`` of steps in time order."""
+        chunks = split_into_chunks(batch.select(*self._keys, strict=False), self._chunk_length)
+        start = {str(number): chunks[key][:, 0] for number, key in enumerate(self._states)}
+        steps = chunks.exclude(*self._states)
+        self.extend(TensorDict({"steps": steps, "start": start}, batch_size=len(chunks)))
+
+    def sample_steps(self) -> TensorDictBase:
+        """Draw rows ``[B]``, or chunks ``[B, chunk_length]`` with the states from which they are replayed."""
+        drawn = self.sample()
+        steps = drawn["steps"]
+        for number, key in enumerate(self._states):
+            start = drawn["start", str(number)].unsqueeze(1)
+            anew = steps["is_init"].reshape(*steps.batch_size, *(1 for _ in start.shape[2:]))
+            steps[key] = torch.where(anew, 0.0, start)
+        return steps
+
+
+def epsilon_greedy(actor: ProbabilisticActor, exploration: EGreedyModule) -> TensorDictSequential:
+    """Let the greedy actions of an actor, whose logits are action values, give way to random ones at times.
+
+    Args:
+        actor: as :func:`~torchrl_marl.modules.make_actor` builds it, for discrete actions.
+        exploration: replaces each agent's action with probability epsilon by one that is legal.
+    """
+    values, mask = actor[-1].in_keys[0], exploration.action_mask_key
+    group = values[:-1]
+    keys = [exploration.action_key, values, (*group, "chosen_action_value")]
+    greedy = QValueModule("categorical", action_value_key=values, action_mask_key=mask, out_keys=keys)
+    return TensorDictSequential(actor[:-1], greedy, exploration)

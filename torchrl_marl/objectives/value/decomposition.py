@@ -1,0 +1,133 @@
+"""VDN, QMIX and QPLEX: the same learning with three mixers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torchrl.modules import QMixer, VDNMixer
+from typing_extensions import Unpack
+
+from torchrl_marl.modules import GroupSpec
+from torchrl_marl.modules.mixers import QPLEXMixer
+from torchrl_marl.objectives.value.value_loss import ValueLoss, ValueOptions, mixer_state
+
+__all__ = ["QMIXLoss", "QPLEXLoss", "VDNLoss", "qmix_mixer"]
+
+
+class VDNLoss(ValueLoss):
+    """Value decomposition networks: the team's value is the sum of its agents' values.
+
+        Q_tot(a) = sum_i Q_i(o_i, a_i)
+
+    Reference: Sunehag et al., Value-Decomposition Networks For Cooperative Multi-Agent Learning, 2017,
+    https://arxiv.org/abs/1706.05296. The mixer is TorchRL's ``VDNMixer``.
+
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.value.ValueLoss`.
+
+    Args:
+        local_value_network: agents' action values.
+        group_spec: the group that it acts for.
+        **options: :class:`~torchrl_marl.objectives.value.ValueOptions`.
+
+    Example:
+        >>> loss = VDNLoss(make_actor(spec), spec)  # doctest: +SKIP
+        >>> loss(transitions)["loss_value"].backward()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, local_value_network: TensorDictModuleBase, group_spec: GroupSpec, **options: Unpack[ValueOptions]
+    ) -> None:
+        mixer = VDNMixer(group_spec.num_agents, device=None)
+        mixed = [(group_spec.name, "chosen_action_value")]
+        network = TensorDictModule(mixer, in_keys=mixed, out_keys=["chosen_action_value"])
+        super().__init__(local_value_network, network, group_spec, **options)
+
+
+class QMIXLoss(ValueLoss):
+    """QMIX: the team's value grows with each agent's, in a way that depends on the state.
+
+        Q_tot(s, a) = |W_2(s)|^T elu(|W_1(s)|^T [Q_1, ..., Q_N] + b_1(s)) + V(s)
+
+    Reference: Rashid et al., QMIX: Monotonic Value Function Factorisation for Deep Multi-Agent Reinforcement Learning,
+    2018, https://arxiv.org/abs/1803.11485. The mixer is TorchRL's ``QMixer``.
+
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.value.ValueLoss`.
+
+    Args:
+        local_value_network: agents' action values.
+        group_spec: the group that it acts for.
+        observes: what the mixer sees: the root's ``"state"`` or the ``"joint_observation"``; ``None`` for the state
+            where there is one.
+        mixing_embed_dim: width of the mixer.
+        **options: :class:`~torchrl_marl.objectives.value.ValueOptions`.
+    """
+
+    def __init__(
+        self,
+        local_value_network: TensorDictModuleBase,
+        group_spec: GroupSpec,
+        *,
+        observes: Literal["state", "joint_observation"] | None = None,
+        mixing_embed_dim: int = 32,
+        **options: Unpack[ValueOptions],
+    ) -> None:
+        mixer = qmix_mixer(group_spec, observes, mixing_embed_dim)
+        super().__init__(local_value_network, mixer, group_spec, **options)
+
+
+class QPLEXLoss(ValueLoss):
+    """QPLEX: any team value of which agents' greedy actions are jointly greedy, by duplex dueling.
+
+    The equations are those of :class:`~torchrl_marl.modules.QPLEXMixer`.
+
+    Reference: Wang et al., QPLEX: Duplex Dueling Multi-Agent Q-Learning, 2021, https://arxiv.org/abs/2008.01062.
+
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.value.ValueLoss`.
+
+    Args:
+        local_value_network: agents' action values.
+        group_spec: the group that it acts for.
+        observes: as for :class:`QMIXLoss`.
+        mixing_embed_dim: width of the networks behind the transformation of agents' values.
+        num_heads: attention heads behind the importance weights.
+        attention_sizes: widths of the attention's hidden layers.
+        **options: :class:`~torchrl_marl.objectives.value.ValueOptions`.
+    """
+
+    def __init__(
+        self,
+        local_value_network: TensorDictModuleBase,
+        group_spec: GroupSpec,
+        *,
+        observes: Literal["state", "joint_observation"] | None = None,
+        mixing_embed_dim: int = 64,
+        num_heads: int = 4,
+        attention_sizes: Sequence[int] = (),
+        **options: Unpack[ValueOptions],
+    ) -> None:
+        key, shape = mixer_state(group_spec, observes)
+        mixer = QPLEXMixer(
+            group_spec.num_agents,
+            group_spec.num_actions or 0,
+            math.prod(shape),
+            embed_dim=mixing_embed_dim,
+            num_heads=num_heads,
+            attention_sizes=attention_sizes,
+        )
+        mixed = [(group_spec.name, name) for name in ("chosen_action_value", "greedy_action_value", "action")]
+        network = TensorDictModule(mixer, in_keys=[*mixed, key], out_keys=["chosen_action_value"])
+        super().__init__(local_value_network, network, group_spec, **options)
+
+
+def qmix_mixer(
+    spec: GroupSpec, observes: Literal["state", "joint_observation"] | None, mixing_embed_dim: int
+) -> TensorDictModule:
+    """Return TorchRL's ``QMixer`` for a group; see :class:`QMIXLoss`."""
+    key, shape = mixer_state(spec, observes)
+    mixer = QMixer(torch.Size(shape), mixing_embed_dim, spec.num_agents, device=None)
+    mixed = (spec.name, "chosen_action_value")
+    return TensorDictModule(mixer, in_keys=[mixed, key], out_keys=["chosen_action_value"])

@@ -16,7 +16,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from torchrl_marl.collectors import epsilon_greedy
-from torchrl_marl.distributed import world_size
 from torchrl_marl.modules import GroupSpec, with_recurrent_state
 from torchrl_marl.run import Run, make_update, recipe
 
@@ -30,8 +29,8 @@ from torchrl_marl.run import Run, make_update, recipe
 )
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
-    if world_size() > 1:
-        raise ValueError("qmix_vmas learns in one process, as checkpoints hold one buffer: start it without torchrun.")
+    if cfg.processes != 1:
+        raise ValueError(f"processes must be 1, as a checkpoint holds one process's buffer; got {cfg.processes}.")
     torch.set_num_threads(cfg.num_threads)
     torch.manual_seed(cfg.seed)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,10 +61,10 @@ def main(cfg: DictConfig) -> float:
     kept = {"exploration": exploration, "buffer": buffer}
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, **learnt, **kept)
     for batch in run.batches(collector):
-        buffer.extend_steps(batch)
+        buffer.extend(batch)
         exploration.step(batch.numel())
         for _ in range(num_updates):
-            run.record(update(buffer.sample_steps()))
+            run.record(update(buffer.sample()))
             targets.step()
         run.record({"epsilon": exploration.eps})
     return run.finish()

@@ -26,6 +26,8 @@ key                                        shape          meaning
 ``("agents", "recurrent_state")``          ``[B, N, H]``  a recurrent actor's state before the step (``"next"``: after)
 ``("agents", "critic_state")``             ``[B, N, H]``  the same of a recurrent critic with a state for each agent
 ``"agents_critic_state"``                  ``[B, H]``     the same of a recurrent critic with one state for the team
+``("agents", "action_value")``             ``[B, N, A]``  value of each action; of a policy its logits
+``("agents", "subtask_logits")``           ``[B, N, K]``  LDSA: of each agent's choice of a subtask
 ``"is_init"``                              ``[B, 1]``     the step is the first of its episode (TorchRL's InitTracker)
 ``("agents", "order")``                    ``[B, N]``     in which an autoregressive actor's ``get_dist`` decodes agents
 ``("agents", "encoding")``                 ``[B, N, E]``  an autoregressive actor's encoder, handed to its critic

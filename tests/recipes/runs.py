@@ -39,7 +39,7 @@ def sizes(recipe: str, *overrides: str) -> list[str]:
     if recipe == "seps":
         return [size for size in TINY if size.startswith(("env.", "frames_per_batch", "actor.", "device"))]
     joint = {"actor=mat", "actor=sable"} & set(overrides)
-    unread = ("critic.", "actor.hidden_sizes") if joint else ("critic.",) if recipe == "magpo_vmas" else ()
+    unread = ("critic.", "actor.hidden_sizes") if joint else ("critic.",) if recipe in ("magpo_vmas", "qmix_vmas") else ()
     return [size for size in TINY if not size.startswith(unread)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -15,7 +16,7 @@ from torchrl_marl.objectives.minibatches import split_into_chunks
 __all__ = ["ChunkReplayBuffer", "epsilon_greedy"]
 
 
-class ChunkReplayBuffer(TensorDictReplayBuffer):
+class ChunkReplayBuffer:
     """TorchRL's replay buffer, of single rows or of chunks of steps in a row, drawn uniformly with replacement.
 
     Of a recurrent network's states it stores those before the first step of each chunk alone, which is all that
@@ -48,27 +49,37 @@ class ChunkReplayBuffer(TensorDictReplayBuffer):
         if states and chunk_length is None:
             raise ValueError("chunk_length must be an integer: a recurrent policy learns steps in a row; got null.")
         if capacity < max(batch_size, length):
-            raise ValueError(f"capacity must be at least the {max(batch_size, length)} steps of a sample; got {capacity}.")
+            raise ValueError(
+                f"capacity must be at least the {max(batch_size, length)} steps of a sample; got {capacity}."
+            )
         storage = LazyTensorStorage(capacity // length, device=device)
-        super().__init__(storage=storage, batch_size=-(-batch_size // length))
+        self._buffer = TensorDictReplayBuffer(storage=storage, batch_size=-(-batch_size // length))
         self._keys, self._states, self._chunk_length = list(keys), list(states), chunk_length
 
-    def extend_steps(self, batch: TensorDictBase) -> None:
+    def extend(self, batch: TensorDictBase) -> None:
         """Store a batch ``[*B, T]`` of steps in time order."""
         chunks = split_into_chunks(batch.select(*self._keys, strict=False), self._chunk_length)
         start = {str(number): chunks[key][:, 0] for number, key in enumerate(self._states)}
         steps = chunks.exclude(*self._states)
-        self.extend(TensorDict({"steps": steps, "start": start}, batch_size=len(chunks)))
+        self._buffer.extend(TensorDict({"steps": steps, "start": start}, batch_size=len(chunks)))
 
-    def sample_steps(self) -> TensorDictBase:
+    def sample(self) -> TensorDictBase:
         """Draw rows ``[B]``, or chunks ``[B, chunk_length]`` with the states from which they are replayed."""
-        drawn = self.sample()
+        drawn = self._buffer.sample()
         steps = drawn["steps"]
         for number, key in enumerate(self._states):
             start = drawn["start", str(number)].unsqueeze(1)
             anew = steps["is_init"].reshape(*steps.batch_size, *(1 for _ in start.shape[2:]))
             steps[key] = torch.where(anew, 0.0, start)
         return steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it holds, for checkpoints."""
+        return self._buffer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hold what another one held."""
+        self._buffer.load_state_dict(state_dict)
 
 
 def epsilon_greedy(actor: ProbabilisticActor, exploration: EGreedyModule) -> TensorDictSequential:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -60,8 +59,6 @@ class QMIXLoss(ValueLoss):
     Args:
         local_value_network: agents' action values.
         group_spec: the group that it acts for.
-        observes: what the mixer sees: the root's ``"state"`` or the ``"joint_observation"``; ``None`` for the state
-            where there is one.
         mixing_embed_dim: width of the mixer.
         **options: :class:`~torchrl_marl.objectives.value.ValueOptions`.
     """
@@ -71,11 +68,10 @@ class QMIXLoss(ValueLoss):
         local_value_network: TensorDictModuleBase,
         group_spec: GroupSpec,
         *,
-        observes: Literal["state", "joint_observation"] | None = None,
         mixing_embed_dim: int = 32,
         **options: Unpack[ValueOptions],
     ) -> None:
-        mixer = qmix_mixer(group_spec, observes, mixing_embed_dim)
+        mixer = qmix_mixer(group_spec, mixing_embed_dim)
         super().__init__(local_value_network, mixer, group_spec, **options)
 
 
@@ -91,7 +87,6 @@ class QPLEXLoss(ValueLoss):
     Args:
         local_value_network: agents' action values.
         group_spec: the group that it acts for.
-        observes: as for :class:`QMIXLoss`.
         mixing_embed_dim: width of the networks behind the transformation of agents' values.
         num_heads: attention heads behind the importance weights.
         attention_sizes: widths of the attention's hidden layers.
@@ -103,13 +98,12 @@ class QPLEXLoss(ValueLoss):
         local_value_network: TensorDictModuleBase,
         group_spec: GroupSpec,
         *,
-        observes: Literal["state", "joint_observation"] | None = None,
         mixing_embed_dim: int = 64,
         num_heads: int = 4,
         attention_sizes: Sequence[int] = (),
         **options: Unpack[ValueOptions],
     ) -> None:
-        key, shape = mixer_state(group_spec, observes)
+        key, shape = mixer_state(group_spec)
         mixer = QPLEXMixer(
             group_spec.num_agents,
             group_spec.num_actions or 0,
@@ -123,11 +117,9 @@ class QPLEXLoss(ValueLoss):
         super().__init__(local_value_network, network, group_spec, **options)
 
 
-def qmix_mixer(
-    spec: GroupSpec, observes: Literal["state", "joint_observation"] | None, mixing_embed_dim: int
-) -> TensorDictModule:
+def qmix_mixer(spec: GroupSpec, mixing_embed_dim: int) -> TensorDictModule:
     """Return TorchRL's ``QMixer`` for a group; see :class:`QMIXLoss`."""
-    key, shape = mixer_state(spec, observes)
+    key, shape = mixer_state(spec)
     mixer = QMixer(torch.Size(shape), mixing_embed_dim, spec.num_agents, device=None)
     mixed = (spec.name, "chosen_action_value")
     return TensorDictModule(mixer, in_keys=[mixed, key], out_keys=["chosen_action_value"])

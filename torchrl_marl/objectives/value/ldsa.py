@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -38,7 +35,6 @@ class LDSALoss(ValueLoss):
     Args:
         local_value_network: of :func:`~torchrl_marl.modules.make_ldsa_actor`.
         group_spec: the group that it acts for.
-        observes: as for :class:`~torchrl_marl.objectives.QMIXLoss`.
         mixing_embed_dim: width of the mixer.
         distance_coeff: weight of the distance between subtasks.
         switching_coeff: weight of changes of the assignment.
@@ -48,7 +44,7 @@ class LDSALoss(ValueLoss):
         ValueError: if the network has no subtasks, or a coefficient is below 0.
     """
 
-    out_keys = [*ValueLoss.out_keys, "loss_distance", "loss_switching"]
+    out_keys = (*ValueLoss.out_keys, "loss_distance", "loss_switching")
     deterministic_sampling_mode = ExplorationType.RANDOM  # subtasks are drawn in training
 
     def __init__(
@@ -56,7 +52,6 @@ class LDSALoss(ValueLoss):
         local_value_network: TensorDictModuleBase,
         group_spec: GroupSpec,
         *,
-        observes: Literal["state", "joint_observation"] | None = None,
         mixing_embed_dim: int = 32,
         distance_coeff: float = 1e-3,
         switching_coeff: float = 1e-3,
@@ -65,12 +60,12 @@ class LDSALoss(ValueLoss):
         if not any(isinstance(module, SubtaskHead) for module in local_value_network.modules()):
             raise ValueError("LDSALoss needs agents that choose subtasks: actor=torchrl_marl.modules.make_ldsa_actor.")
         check_at_least_0(distance_coeff=distance_coeff, switching_coeff=switching_coeff)
-        mixer = qmix_mixer(group_spec, observes, mixing_embed_dim)
+        mixer = qmix_mixer(group_spec, mixing_embed_dim)
         super().__init__(local_value_network, mixer, group_spec, **options)
         self.distance_coeff, self.switching_coeff = distance_coeff, switching_coeff
 
     def _regularizers(self, online: TensorDictBase) -> dict[str, Tensor]:
-        with self.local_value_network_params.to_module(self.local_value_network):
+        with self._parameters_of("local_value_network", target=False):
             heads = (module for module in self.local_value_network.modules() if isinstance(module, SubtaskHead))
             subtasks = next(heads).subtasks()
         logits = online[self.group_spec.name, "subtask_logits"]

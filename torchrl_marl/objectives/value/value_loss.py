@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, TypedDict, cast
 
@@ -86,7 +87,7 @@ class ValueLoss(LossModule):
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     default_value_estimator = ValueEstimators.TD0
-    out_keys = ["loss_value", "td_error", "pred_value", "target_value"]
+    out_keys = ("loss_value", "td_error", "pred_value", "target_value")
     takes_steps = trains_in_parts = False  # every update is an optimiser's, of all parameters
 
     local_value_network: TensorDictModuleBase
@@ -191,11 +192,16 @@ class ValueLoss(LossModule):
         """Further ``loss_*`` terms, of what the online network has written; the hook of methods that add some."""
         return {}
 
+    def _parameters_of(self, name: str, *, target: bool) -> AbstractContextManager:
+        params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
+        return params.to_module(
+            getattr(self, name), preserve_module_state=False
+        )  # else targets would become parameters
+
     def _evaluate(self, tensordict: TensorDictBase, *, target: bool) -> TensorDictBase:
         """Copy the data, with what the network writes: action values and states after each step."""
         data = tensordict.copy()
-        params = self.target_local_value_network_params if target else self.local_value_network_params
-        with params.to_module(self.local_value_network):
+        with self._parameters_of("local_value_network", target=target):
             self.local_value_network(data)
         return data
 
@@ -236,9 +242,9 @@ class ValueLoss(LossModule):
         if live is not None:
             live = expand_mask(live, action.shape, data.batch_size, self.tensor_keys.mask).unsqueeze(-1)
             chosen, greedy = torch.where(live, chosen, 0.0), torch.where(live, greedy, 0.0)
+            action = torch.where(live.squeeze(-1), action, 0)  # it enters QPLEX's importance weights
         data.update(dict(zip(self._mixed_keys, (chosen, greedy, action), strict=True)))
-        params = self.target_mixer_network_params if target else self.mixer_network_params
-        with params.to_module(self.mixer_network):
+        with self._parameters_of("mixer_network", target=target):
             return self.mixer_network(data)["chosen_action_value"]
 
     def _valid_keys(self) -> list[NestedKey]:
@@ -252,20 +258,10 @@ class ValueLoss(LossModule):
         return torch.stack(masks).all(0) if masks else None
 
 
-def mixer_state(
-    spec: GroupSpec, observes: Literal["state", "joint_observation"] | None
-) -> tuple[NestedKey, tuple[int, ...]]:
-    """Key and shape of what a mixer sees of the team: by default the ``"state"``, or where there is none everything.
-
-    Raises:
-        ValueError: if it is to observe a state that the environment has not, or something else.
-    """
-    if observes not in (None, "state", "joint_observation"):
-        raise ValueError(f"observes must be state, joint_observation or None; got {observes!r}.")
-    if observes == "joint_observation" or (observes is None and spec.state_size is None):
-        return (spec.name, "observation"), (spec.num_agents, spec.observation_size)
+def mixer_state(spec: GroupSpec) -> tuple[NestedKey, tuple[int, ...]]:
+    """Key and shape of what a mixer sees: the root's ``"state"``, or where there is none all agents' observations."""
     if spec.state_size is None:
-        raise ValueError('observes="state", but the environment has no "state" at the root; use "joint_observation".')
+        return (spec.name, "observation"), (spec.num_agents, spec.observation_size)
     return "state", (spec.state_size,)
 
 

@@ -1,0 +1,129 @@
+"""The off-policy recipe of VDN, QMIX, QPLEX and LDSA, end to end on a tiny task."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs import ExplorationType, set_exploration_type
+
+from tests.recipes.runs import curves, run_folders, run_recipe
+from tests.recipes.test_mars_vmas import VALUE_BASED, assert_same_traces, last_value, send_after
+from torchrl_marl.envs import make_env
+from torchrl_marl.evaluation import evaluate
+from torchrl_marl.export import export_policy
+from torchrl_marl.run.checkpoints import find_checkpoint, load_policy, read_metadata
+
+SMALL = ["buffer.capacity=200", "exploration.annealing_num_steps=160"]
+GRU = ["actor=gru", "chunk_length=5", "actor.recurrent_size=8", "actor.head_sizes=[]"]
+LDSA = ["loss=ldsa", "chunk_length=5", "actor.recurrent_size=8"]
+
+
+def train(patch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> None:
+    run_recipe(patch, folder, *SMALL, *overrides, recipe="qmix_vmas")
+
+
+@pytest.mark.parametrize("method", sorted(VALUE_BASED))
+def test_every_method_trains_and_leaves_a_complete_folder(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(monkeypatch, tmp_path, *(LDSA if method == "ldsa" else [f"loss={method}"]), "evaluation.video=true")
+    (folder,) = run_folders(tmp_path)
+    printed = capsys.readouterr().out
+    assert f"{method} on navigation, seed 0" in printed
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["frames"] == 240
+    assert {"absolute", "frames_per_second", "git_commit"} < set(summary)
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "episode.gif").read_bytes().startswith(b"GIF")
+    epsilons = [row.split(",") for row in (folder / "scalars/train/agents/epsilon.csv").read_text().split()]
+    assert [(frame, round(float(value), 3)) for frame, value in epsilons] == [
+        ("80", 0.525),  # from 1 to 0.05 in 160 frames
+        ("160", 0.05),
+        ("240", 0.05),
+    ]
+    assert last_value(folder, "train/agents/loss_value") > 0
+    assert last_value(folder, "train/agents/grad_norm") > 0
+    evaluations = (folder / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
+    assert [int(row.split(",")[0]) for row in evaluations] == [0, 80, 160, 240]
+
+
+@pytest.mark.parametrize("overrides", [["loss=qplex"], [*GRU, "env=coordsum"], LDSA], ids=["qplex", "gru", "ldsa"])
+def test_an_interrupted_run_resumes_bit_for_bit_with_its_buffer(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [*overrides, "total_frames=480", "evaluation.interval=240"]
+    train(monkeypatch, tmp_path / "whole", *long)
+    with monkeypatch.context() as patch:
+        send_after(patch, 320, signal.SIGINT)
+        train(patch, tmp_path / "stopped", *long)
+    (folder,) = run_folders(tmp_path / "stopped")
+    assert read_metadata(find_checkpoint(folder))["frames"] == 240
+    monkeypatch.setattr("tests.recipes.runs.TINY", [])
+    run_recipe(monkeypatch, tmp_path, f"resume={folder}", recipe="qmix_vmas")
+    assert_same_traces(folder, *run_folders(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("overrides", [["loss=vdn"], LDSA], ids=["vdn", "ldsa"])
+def test_a_policy_is_loaded_evaluated_and_exported(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(monkeypatch, tmp_path, *overrides, "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    policy = load_policy(find_checkpoint(folder))
+    env = make_env("navigation", num_envs=4, max_steps=10, seed=0, continuous_actions=False)
+    episodes = evaluate(env, policy, seed=1_000_003, max_steps=10)
+    assert episodes.returns.mean().item() == pytest.approx(last_value(folder, "eval/reward/episode_reward_mean"))
+    assert export_policy(folder, format="torch_export").exists()
+
+
+def test_evaluated_actions_are_greedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(monkeypatch, tmp_path, "total_frames=80")
+    policy = load_policy(run_folders(tmp_path)[0])
+    data = TensorDict({"agents": {"observation": torch.randn(50, 4, 18)}}, batch_size=50)
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        data = policy(data)
+    assert torch.equal(data["agents", "action"], data["agents", "logits"].argmax(-1))
+
+
+def test_a_compiled_update_trains_as_an_uncompiled_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchrl_marl.run.update._OPTIONS", None)
+    compiler = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiler(module, backend="aot_eager"))
+    for compiled in (False, True):
+        train(monkeypatch, tmp_path / str(compiled), "env=coordsum", "total_frames=80", f"compile={compiled}")
+    plain, traced = (curves(run_folders(tmp_path / name)[0]) for name in ("False", "True"))
+    assert plain.keys() == traced.keys()
+    values = [[float(row.split(",")[1]) for row in text.split()] for run in (plain, traced) for text in run.values()]
+    half = len(values) // 2
+    for one, other in zip(values[:half], values[half:], strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["env.continuous_actions=true"], "loss: QMIXLoss needs discrete actions, but 'agents' has continuous ones"),
+        ([*LDSA, "env.continuous_actions=true"], "actor: LDSA needs discrete actions"),
+        (["loss=mars"], "qmix_vmas does not train MARSLoss, .*it takes loss=ldsa, qmix, qplex, vdn"),
+        (["loss=qmix", "actor=gru", "chunk_length=null"], "buffer: chunk_length must be an integer: a recurrent"),
+        (["buffer.capacity=39"], "buffer: capacity must be at least the 40 steps of a sample; got 39"),
+        (["loss.mixing_embed_dimm=3"], r"loss.mixing_embed_dimm is not an argument .* nearest: loss.mixing_embed_dim"),
+        (["loss=vdn", "loss.loss_function=l3"], "loss.loss_function must be l2 or l1 or smooth_l1; got l3"),
+        (["loss=ldsa", "actor=mlp", "chunk_length=5"], "loss: LDSALoss needs agents that choose subtasks"),
+        (["collector=sequences"], "qmix_vmas does not collect with .*; it takes collector=default, multiprocess, ray"),
+        (["lmbda=0.9"], "lmbda is not a key of the configuration"),
+        (["processes=2"], "processes must be 1, as a checkpoint holds one process's buffer; got 2"),
+        (["critic=mlp"], "critic=mlp has no effect: qmix_vmas has no use for critic"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(
+    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=f"^{message}") as refused:
+        train(monkeypatch, tmp_path, *overrides)
+    assert "\n" not in str(refused.value)
+    assert not run_folders(tmp_path)

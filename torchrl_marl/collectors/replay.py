@@ -66,11 +66,11 @@ class ChunkReplayBuffer:
     def sample(self) -> TensorDictBase:
         """Draw rows ``[B]``, or chunks ``[B, chunk_length]`` with the states from which they are replayed."""
         drawn = self._buffer.sample()
-        steps = drawn["steps"]
+        steps: TensorDictBase = drawn.get("steps")
         for number, key in enumerate(self._states):
             start = drawn["start", str(number)].unsqueeze(1)
-            anew = steps["is_init"].reshape(*steps.batch_size, *(1 for _ in start.shape[2:]))
-            steps[key] = torch.where(anew, 0.0, start)
+            anew = steps.get("is_init").reshape(*steps.batch_size, *(1 for _ in start.shape[2:]))
+            steps.set(key, torch.where(anew, 0.0, start))
         return steps
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,4 +93,4 @@ def epsilon_greedy(actor: ProbabilisticActor, exploration: EGreedyModule) -> Ten
     group = values[:-1]
     keys = [exploration.action_key, values, (*group, "chosen_action_value")]
     greedy = QValueModule("categorical", action_value_key=values, action_mask_key=mask, out_keys=keys)
-    return TensorDictSequential(actor[:-1], greedy, exploration)
+    return TensorDictSequential([actor[:-1], greedy, exploration])

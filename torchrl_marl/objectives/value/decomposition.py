@@ -40,9 +40,10 @@ class VDNLoss(ValueLoss):
     def __init__(
         self, local_value_network: TensorDictModuleBase, group_spec: GroupSpec, **options: Unpack[ValueOptions]
     ) -> None:
-        mixer = VDNMixer(group_spec.num_agents, device=None)
-        mixed = [(group_spec.name, "chosen_action_value")]
-        network = TensorDictModule(mixer, in_keys=mixed, out_keys=["chosen_action_value"])
+        mixer = VDNMixer(group_spec.num_agents, device="cpu")
+        network = TensorDictModule(
+            mixer, in_keys=[(group_spec.name, "chosen_action_value")], out_keys=["chosen_action_value"]
+        )
         super().__init__(local_value_network, network, group_spec, **options)
 
 
@@ -120,6 +121,6 @@ class QPLEXLoss(ValueLoss):
 def qmix_mixer(spec: GroupSpec, mixing_embed_dim: int) -> TensorDictModule:
     """Return TorchRL's ``QMixer`` for a group; see :class:`QMIXLoss`."""
     key, shape = mixer_state(spec)
-    mixer = QMixer(torch.Size(shape), mixing_embed_dim, spec.num_agents, device=None)
+    mixer = QMixer(torch.Size(shape), mixing_embed_dim, spec.num_agents, device="cpu")
     mixed = (spec.name, "chosen_action_value")
     return TensorDictModule(mixer, in_keys=[mixed, key], out_keys=["chosen_action_value"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
@@ -44,8 +46,8 @@ class LDSALoss(ValueLoss):
         ValueError: if the network has no subtasks, or a coefficient is below 0.
     """
 
-    out_keys = (*ValueLoss.out_keys, "loss_distance", "loss_switching")
-    deterministic_sampling_mode = ExplorationType.RANDOM  # subtasks are drawn in training
+    terms = ("loss_distance", "loss_switching")
+    deterministic_sampling_mode: Any = ExplorationType.RANDOM  # subtasks are drawn in training
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -87,7 +87,7 @@ class ValueLoss(LossModule):
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     default_value_estimator = ValueEstimators.TD0
-    out_keys = ("loss_value", "td_error", "pred_value", "target_value")
+    terms: tuple[str, ...] = ()  # that a method adds to the loss
     takes_steps = trains_in_parts = False  # every update is an optimiser's, of all parameters
 
     local_value_network: TensorDictModuleBase
@@ -119,7 +119,7 @@ class ValueLoss(LossModule):
         if isinstance(local_value_network, ProbabilisticTensorDictSequential):
             local_value_network = local_value_network[:-1]  # of a policy, what it makes its distribution of
         device = next((parameter.device for parameter in local_value_network.parameters()), None)
-        self.convert_to_functional(local_value_network, "local_value_network", create_target_params=True)
+        self.convert_to_functional(cast("Any", local_value_network), "local_value_network", create_target_params=True)
         self.convert_to_functional(mixer_network.to(device), "mixer_network", create_target_params=True)
         self.group_spec, self.double_dqn, self.loss_function = group_spec, double_dqn, loss_function
         name = group_spec.name
@@ -142,6 +142,11 @@ class ValueLoss(LossModule):
         return list(dict.fromkeys(found))
 
     @property
+    def out_keys(self) -> list[str]:
+        """Entries that ``forward`` returns."""
+        return ["loss_value", *self.terms, "td_error", "pred_value", "target_value"]
+
+    @property
     def recurrent_state_keys(self) -> list[NestedKey]:
         """Entries that the network carries from step to step."""
         network = self.local_value_network
@@ -156,7 +161,7 @@ class ValueLoss(LossModule):
         """Parameters whose gradients are scaled down to one norm together, by the name under which it is logged."""
         return {"grad_norm": list(self.parameters())}
 
-    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: object) -> ValueLoss:
+    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: Any) -> ValueLoss:
         """Choose the targets: one step (``TD0``, the default, with gamma 0.99) or, on sequences, ``TDLambda``."""
         supported = (ValueEstimators.TD0, ValueEstimators.TDLambda)
         kind = value_type or self.default_value_estimator
@@ -220,12 +225,13 @@ class ValueLoss(LossModule):
         if reward.ndim == next_value.ndim + 1:
             reward = reward.mean(-2)
         ends = {name: tensordict[_next(getattr(keys, name))] for name in ("done", "terminated")}
-        transition = TensorDict({"next": {"reward": reward, **ends}}, batch_size=tensordict.batch_size)
+        transition = TensorDict({"next": {"reward": reward, **ends}}, tensordict.batch_size)
         return self.value_estimator.value_estimate(transition, next_value=next_value)
 
     def _greedy(self, data: TensorDictBase) -> Tensor:
         """The action of highest value among the legal ones of each agent, ``[*B, N]``."""
-        values, legal = data[self.tensor_keys.action_value], data.get(self.tensor_keys.action_mask, None)
+        values: Tensor = data.get(self.tensor_keys.action_value)
+        legal = data.get(self.tensor_keys.action_mask, None)
         values = values if legal is None else torch.where(legal, values, torch.finfo(values.dtype).min)
         return values.argmax(-1)
 

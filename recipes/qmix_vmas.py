@@ -46,13 +46,15 @@ def main(cfg: DictConfig) -> float:
     optimizer = instantiate(cfg.optimizer, loss.parameters())
     update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
     keys, states, length = loss.in_keys, loss.recurrent_state_keys, cfg.chunk_length
-    buffer = instantiate(cfg.buffer, keys, states, batch_size=cfg.minibatch_size, chunk_length=length, device=device)
+    make_buffer = instantiate(cfg.buffer, _partial_=True)
+    buffer = make_buffer(keys, states, batch_size=cfg.minibatch_size, chunk_length=length, device=device)
     num_updates = -(-cfg.epochs * cfg.frames_per_batch // cfg.minibatch_size)
 
     action = (shape.name, "action")
     legal = (shape.name, "action_mask") if shape.masked else None
     spec = env.full_action_spec[action].to(device)
-    exploration = instantiate(cfg.exploration, spec, action_key=action, action_mask_key=legal, device=device)
+    explore = instantiate(cfg.exploration, _partial_=True)  # Hydra would make lists of keys
+    exploration = explore(spec, action_key=action, action_mask_key=legal, device=device)
     policy = epsilon_greedy(actor, exploration)
     env = with_recurrent_state(env, policy)
     collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)

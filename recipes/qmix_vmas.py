@@ -13,18 +13,17 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from torchrl_marl.collectors import epsilon_greedy
 from torchrl_marl.modules import GroupSpec, with_recurrent_state
-from torchrl_marl.run import Run, make_update, recipe
+from torchrl_marl.run import Run, make_collector, make_update, recipe
 
 
 @recipe(
     Path(__file__).parent / "config",
     "qmix_vmas",
     networks=("local_value_network", "group_spec"),
-    collectors=("default", "multiprocess", "ray"),
     unread=("critic", "lmbda"),
 )
 def main(cfg: DictConfig) -> float:
@@ -57,7 +56,8 @@ def main(cfg: DictConfig) -> float:
     exploration = explore(spec, action_key=action, action_mask_key=legal, device=device)
     policy = epsilon_greedy(actor, exploration)
     env = with_recurrent_state(env, policy)
-    collector = instantiate(cfg.collector, env, policy, frames_per_batch=cfg.frames_per_batch)
+    uncompiled = OmegaConf.merge(cfg, {"compile": False})  # TorchRL's exploration is not made for a compiler
+    collector = make_collector(uncompiled, env, policy, loss)
 
     learnt = {"loss": loss, "optimizer": optimizer, "target_updater": targets}
     kept = {"exploration": exploration, "buffer": buffer}

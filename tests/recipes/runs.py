@@ -39,7 +39,8 @@ def sizes(recipe: str, *overrides: str) -> list[str]:
     if recipe == "seps":
         return [size for size in TINY if size.startswith(("env.", "frames_per_batch", "actor.", "device"))]
     joint = {"actor=mat", "actor=sable"} & set(overrides)
-    unread = ("critic.", "actor.hidden_sizes") if joint else ("critic.",) if recipe in ("magpo_vmas", "qmix_vmas") else ()
+    has_critic = recipe not in ("magpo_vmas", "qmix_vmas")
+    unread = ("critic.", "actor.hidden_sizes") if joint else () if has_critic else ("critic.",)
     return [size for size in TINY if not size.startswith(unread)]
 
 

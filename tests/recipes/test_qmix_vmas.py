@@ -113,7 +113,6 @@ def test_a_compiled_update_trains_as_an_uncompiled_one(tmp_path: Path, monkeypat
         (["loss.mixing_embed_dimm=3"], r"loss.mixing_embed_dimm is not an argument .* nearest: loss.mixing_embed_dim"),
         (["loss=vdn", "loss.loss_function=l3"], "loss.loss_function must be l2 or l1 or smooth_l1; got l3"),
         (["loss=ldsa", "actor=mlp"], "actor=mlp has no effect: qmix_vmas sets actor to .*make_ldsa_actor"),
-        (["collector=sequences"], "qmix_vmas does not collect with .*; it takes collector=default, multiprocess, ray"),
         (["lmbda=0.9"], "lmbda is not a key of the configuration"),
         (["processes=2"], "processes must be 1, as a checkpoint holds one process's buffer; got 2"),
         (["critic=mlp"], "critic=mlp has no effect: qmix_vmas has no use for critic"),

@@ -89,6 +89,7 @@ class ValueLoss(LossModule):
     default_value_estimator = ValueEstimators.TD0
     terms: tuple[str, ...] = ()  # that a method adds to the loss
     takes_steps = trains_in_parts = False  # every update is an optimiser's, of all parameters
+    learns_sequences = False  # that is, from their first step alone
 
     local_value_network: TensorDictModuleBase
     local_value_network_params: TensorDictParams

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from torchrl_marl.collectors import epsilon_greedy
 from torchrl_marl.modules import GroupSpec, with_recurrent_state
@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> float:
     exploration = explore(spec, action_key=action, action_mask_key=legal, device=device)
     policy = epsilon_greedy(actor, exploration)
     env = with_recurrent_state(env, policy)
-    uncompiled = OmegaConf.merge(cfg, {"compile": False})  # TorchRL's exploration is not made for a compiler
+    uncompiled = DictConfig({**cfg, "compile": False})  # TorchRL's exploration is not made for a compiler
     collector = make_collector(uncompiled, env, policy, loss)
 
     learnt = {"loss": loss, "optimizer": optimizer, "target_updater": targets}

@@ -114,6 +114,7 @@ def test_a_compiled_update_trains_as_an_uncompiled_one(tmp_path: Path, monkeypat
         (["loss=vdn", "loss.loss_function=l3"], "loss.loss_function must be l2 or l1 or smooth_l1; got l3"),
         (["loss=ldsa", "actor=mlp"], "actor=mlp has no effect: qmix_vmas sets actor to .*make_ldsa_actor"),
         (["lmbda=0.9"], "lmbda is not a key of the configuration"),
+        (["actor=mat"], "loss: QMIXLoss needs agents that act by themselves: actor=mlp or actor=gru"),
         (["processes=2"], "processes must be 1, as a checkpoint holds one process's buffer; got 2"),
         (["critic=mlp"], "critic=mlp has no effect: qmix_vmas has no use for critic"),
     ],

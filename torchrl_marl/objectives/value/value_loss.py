@@ -71,6 +71,7 @@ class ValueLoss(LossModule):
         loss_function: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
 
     Raises:
+        TypeError: if there is no network.
         ValueError: if actions are continuous, or in ``forward``, if the data are of other agents than the mixer.
     """
 
@@ -109,6 +110,8 @@ class ValueLoss(LossModule):
     ) -> None:
         if type(self) is ValueLoss:
             raise TypeError("ValueLoss is abstract: use VDNLoss, QMIXLoss, QPLEXLoss, LDSALoss or a subclass.")
+        if not isinstance(local_value_network, TensorDictModuleBase):  # MAT's actor and critic, for example
+            raise TypeError(f"{type(self).__name__} needs agents that act by themselves: actor=mlp or actor=gru.")
         if group_spec.num_actions is None:
             raise ValueError(
                 f"{type(self).__name__} needs discrete actions, but {group_spec.name!r} has continuous ones; in VMAS "

@@ -12,7 +12,7 @@ from torchrl.envs import EnvBase, ExplorationType
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import ProbabilisticActor
 
-from torchrl_marl.modules.layers import Activation, activation_class, agent_network, initialize, make_policy
+from torchrl_marl.modules.layers import Activation, Networks, activation_class, initialize, make_policy
 from torchrl_marl.modules.recurrent import MultiAgentGRU, RecurrentModule
 from torchrl_marl.modules.spec import GroupSpec, group_shape
 
@@ -116,7 +116,7 @@ def make_ldsa_actor(
         raise ValueError(f"LDSA needs discrete actions, but {shape.name!r} has continuous ones.")
     if num_subtasks < 2:
         raise ValueError(f"num_subtasks must be at least 2; got {num_subtasks}.")
-    inputs = agent_network(shape, shape.observation_size, 2 * recurrent_size, hidden_sizes, activation, True, agent_id)
+    inputs = Networks(shape, hidden_sizes, activation, True, agent_id).each(shape.observation_size, 2 * recurrent_size)
     initialize(inputs, activation)
     memory = RecurrentModule(
         nn.Sequential(inputs, activation_class(activation)()),

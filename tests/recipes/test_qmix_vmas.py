@@ -112,7 +112,7 @@ def test_a_compiled_update_trains_as_an_uncompiled_one(tmp_path: Path, monkeypat
         (["buffer.capacity=39"], "capacity must be at least the 40 steps of a sample; got 39"),
         (["loss.mixing_embed_dimm=3"], r"loss.mixing_embed_dimm is not an argument .* nearest: loss.mixing_embed_dim"),
         (["loss=vdn", "loss.loss_function=l3"], "loss.loss_function must be l2 or l1 or smooth_l1; got l3"),
-        (["loss=ldsa", "actor=mlp"], "actor=mlp has no effect: qmix_vmas sets actor to .*make_ldsa_actor"),
+        (["loss=ldsa", "actor=mlp"], "actor=mlp has no effect: other choices set actor to .*make_ldsa_actor"),
         (["lmbda=0.9"], "lmbda is not a key of the configuration"),
         (["actor=mat"], "loss: QMIXLoss needs agents that act by themselves: actor=mlp or actor=gru"),
         (["processes=2"], "processes must be 1, as a checkpoint holds one process's buffer; got 2"),

@@ -11,7 +11,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 
 import torchrl_marl.export as export
 from torchrl_marl.export import export_policy
-from torchrl_marl.modules import GroupSpec, make_actor, make_recurrent_actor
+from torchrl_marl.modules import GroupSpec, make_actor, make_mat, make_recurrent_actor
 from torchrl_marl.run.checkpoints import CheckpointFolder, actor_record, load_policy
 
 CONTINUOUS = GroupSpec("agents", 3, 4, action_low=(-1.0, -2.0), action_high=(1.0, 3.0))
@@ -199,7 +199,7 @@ def test_of_several_groups_one_is_exported(tmp_path: Path) -> None:
 
 
 def test_a_policy_that_acts_centrally_is_refused_by_name(tmp_path: Path) -> None:
-    actor = make_actor(CONTINUOUS)
+    actor, _ = make_mat(CONTINUOUS)
     metadata = {"config": {}, "actor": actor_record(CONTINUOUS, {"_target_": "torchrl_marl.modules.make_mat"})}
     CheckpointFolder(tmp_path / "checkpoints", actor=actor).save(
         frames=1, score=0.0, metadata={**metadata, "frames": 1}

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.recipes import runs
 from tests.recipes.runs import run_folders, run_recipe
 from torchrl_marl.__main__ import main
 from torchrl_marl.envs import make_coordsum
 from torchrl_marl.evaluation import evaluate
+from torchrl_marl.modules import make_mat, make_sable
 from torchrl_marl.run.checkpoints import load_policy
 
 
@@ -81,3 +83,56 @@ def test_a_folder_without_a_run_ends_with_one_line(tmp_path: Path, monkeypatch) 
     for command in ("evaluate", "export"):
         with pytest.raises(SystemExit, match=f"^torchrl_marl {command}: No checkpoint at {tmp_path}"):
             call(monkeypatch, command, tmp_path)
+
+
+@pytest.mark.parametrize("actor", ["mat", "sable"])
+def test_a_joint_policy_is_evaluated_and_its_export_refused_in_one_line(actor, tmp_path, monkeypatch, capsys) -> None:
+    options = ["env=coordsum", "env.scenario=CoordSum-2x5", f"actor={actor}", "actor.embed_dim=8", "total_frames=80"]
+    run_recipe(monkeypatch, tmp_path, *options)
+    (folder,) = run_folders(tmp_path)
+    capsys.readouterr()
+    call(monkeypatch, "evaluate", folder, "--episodes", 20)
+    printed = float(re.findall(r"mean return (\S+),", capsys.readouterr().out)[0])
+    env = make_coordsum("CoordSum-2x5", num_envs=20, max_steps=10, seed=4_000_012)
+    fresh, _ = {"mat": make_mat, "sable": make_sable}[actor](env, embed_dim=8)
+    policy = load_policy(folder, actor=fresh)
+    assert printed == pytest.approx(evaluate(env, policy, seed=4_000_012, max_steps=10).returns.mean().item(), abs=1e-3)
+    with pytest.raises(SystemExit, match=r"^torchrl_marl export: [^\n]*its agents act one after the other$"):
+        call(monkeypatch, "export", folder)
+
+
+OWN_ACTOR = """
+from torchrl_marl.modules import make_actor
+
+def make_own(shape, *, width, device=None):
+    return make_actor(shape, hidden_sizes=[width], device=device)
+"""
+
+
+def test_an_actor_of_ones_own_is_evaluated_and_exported_once_it_is_named(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "own_actor.py").write_text(OWN_ACTOR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ["actor._target_=own_actor.make_own", "+actor.width=8"]
+    monkeypatch.setattr(runs, "TINY", [word for word in runs.TINY if word != "actor.hidden_sizes=[16]"])
+    run_recipe(monkeypatch, tmp_path, "env=coordsum", "env.scenario=CoordSum-2x5", "total_frames=80", *own)
+    (folder,) = run_folders(tmp_path)
+    for command in (["evaluate", folder], ["export", folder, "--format", "torch_export"]):
+        with pytest.raises(SystemExit, match=r"^[^\n]*say --actor own_actor:make_own[^\n]*$"):
+            call(monkeypatch, *command)
+        call(monkeypatch, *command, "--actor", "own_actor:make_own")
+    assert "mean return" in capsys.readouterr().out
+    assert (folder / "policy.pt2").exists()
+    with pytest.raises(SystemExit, match=r"^torchrl_marl evaluate: own_actor has no callable 'make_mine'"):
+        call(monkeypatch, "evaluate", folder, "--actor", "own_actor:make_mine")
+
+
+def test_a_policy_that_reads_ids_says_what_serves_another_number_of_agents(tmp_path, monkeypatch) -> None:
+    env = make_coordsum("CoordSum-3x5", num_envs=4, max_steps=10, seed=0)
+    monkeypatch.setattr(runs, "TINY", [*runs.TINY, "env=coordsum", "env.scenario=CoordSum-2x5", "total_frames=80"])
+    run_recipe(monkeypatch, tmp_path / "ids")
+    run_recipe(monkeypatch, tmp_path / "none", "actor.agent_id=false")
+    (ids,), (none,) = (run_folders(tmp_path / name) for name in ("ids", "none"))
+    with pytest.raises(ValueError, match=r"^The policy was trained with 2 agents.* got 3: .*actor\.agent_id=false\."):
+        evaluate(env, load_policy(ids), seed=0, max_steps=10)
+    assert evaluate(env, load_policy(none), seed=0, max_steps=10).returns.shape == (4,)

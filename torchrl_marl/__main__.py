@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torchrl_marl
 from torchrl_marl.envs import check_env, make_custom, render_episode
 from torchrl_marl.evaluation import evaluate, stratified_bootstrap_interval
 from torchrl_marl.export import export_policy
+from torchrl_marl.extras import find_callable
 from torchrl_marl.run.checkpoints import best_checkpoint, load_policy, read_metadata
 from torchrl_marl.run.checks import check_device
 from torchrl_marl.shelf import copy_recipe, print_recipes, run_recipe
@@ -34,11 +36,12 @@ def evaluate_run(
     device: str,
     sampled: bool = False,
     factory: str | None = None,
+    build: Callable[..., Any] | None = None,
 ) -> None:
     """Play episodes with a run's best policy; print the mean return, and film one episode if asked to.
 
     The environment is built as the run's configuration says, but for code that is not this library's: ``factory`` has
-    to say what makes an environment of one's own.
+    to say what makes an environment of one's own, and ``build`` has to make an actor of one's own.
 
     Raises:
         ValueError: if an argument is out of its range, the checkpoint does not fit, or code has to be named.
@@ -48,7 +51,7 @@ def evaluate_run(
     checkpoint = best_checkpoint(run)
     recorded = read_metadata(checkpoint)
     env_config = _environment(checkpoint, recorded["config"], factory)
-    policy = load_policy(checkpoint, device=device)
+    policy = load_policy(checkpoint, build=build, device=device)
     make_env = partial(instantiate, env_config, device=device)
     max_steps = env_config["max_steps"]
     if seed is None:
@@ -107,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(command, help=f"short for run {recipe}")
     run = argparse.ArgumentParser(add_help=False)
     run.add_argument("run", metavar="RUN", type=Path, help="folder of a run (its best checkpoint), or a checkpoint")
+    run.add_argument("--actor", metavar="MODULE:CALLABLE", help="builds an actor that is not this library's")
     played = commands.add_parser("evaluate", parents=[run], help="play episodes, print the return, film one")
     played.add_argument("--episodes", type=int, default=100)
     played.add_argument("--sampled", action="store_true", help="sample actions, where else the most likely are taken")
@@ -124,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _builder(name: str | None) -> Callable[..., Any] | None:
+    return None if name is None else find_callable(name, "actor")
+
+
 def _follow(args: argparse.Namespace) -> None:
     """Do what a command line asks about runs, recipes and environments that exist."""
     if args.command == "ls":
@@ -133,11 +141,12 @@ def _follow(args: argparse.Namespace) -> None:
     elif args.command == "evaluate":
         check_device(args.device)
         options = {"video": args.video, "seed": args.seed, "device": args.device, "sampled": args.sampled}
-        evaluate_run(args.run, episodes=args.episodes, factory=args.factory, **options)
+        evaluate_run(args.run, episodes=args.episodes, factory=args.factory, build=_builder(args.actor), **options)
     elif args.command == "check":
         check_env(make_custom(args.factory, num_envs=2))
     else:
-        export_policy(args.run, format=args.format, path=args.output, group=args.group, agent=args.agent)
+        options = {"path": args.output, "group": args.group, "agent": args.agent}
+        export_policy(args.run, format=args.format, build=_builder(args.actor), **options)
 
 
 def main() -> None:

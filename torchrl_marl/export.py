@@ -21,9 +21,9 @@ from torchrl.modules import ProbabilisticActor
 
 from torchrl_marl.extras import import_extra
 from torchrl_marl.files import replacing
-from torchrl_marl.modules import GroupSpec
+from torchrl_marl.modules import AutoregressiveActor, GroupSpec
 from torchrl_marl.modules.protocols import Exportable, Priming, named_parts
-from torchrl_marl.run.checkpoints import POLICY_BUILDERS, best_checkpoint, load_policy, read_metadata
+from torchrl_marl.run.checkpoints import best_checkpoint, load_policy, read_metadata
 
 __all__ = ["export_policy"]
 
@@ -39,6 +39,7 @@ def export_policy(
     group: str | None = None,
     agent: int | None = None,
     num_observations: int = 1000,
+    build: Callable[..., Any] | None = None,
 ) -> Path:
     """Write the decentralised policy of a run as one file, and print how far it is from the original.
 
@@ -70,6 +71,7 @@ def export_policy(
         group: which group, if the run has several.
         agent: index of one agent; ``None`` for the whole group.
         num_observations: number of random inputs with which the written file is compared to the original.
+        build: builds the actor if it is none of this library's; see :func:`~torchrl_marl.load_policy`.
 
     Returns:
         The path of the file.
@@ -79,7 +81,7 @@ def export_policy(
         ImportError: if the packages for ONNX are not installed.
         RuntimeError: if the file's results differ from the original's by more than 1e-5 (relative above 1) or in an
             action; nothing is written then.
-        ValueError: if the checkpoint is damaged or holds a policy of another builder, or an argument is out of range.
+        ValueError: if the checkpoint is damaged or its policy not decentralised, or an argument is out of range.
     """
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(_FORMATS)}; got {format!r}")
@@ -87,7 +89,7 @@ def export_policy(
         raise ValueError(f"num_observations must be at least 1, got {num_observations}")
     checkpoint = best_checkpoint(run)
     recorded = read_metadata(checkpoint)
-    actor, shape = _policy_of(checkpoint, recorded["actor"], group)
+    actor, shape = _policy_of(checkpoint, recorded["actor"], group, build)
     if agent is not None and not 0 <= agent < shape.num_agents:
         raise ValueError(f"there is no agent {agent}: {shape.name!r} has agents 0 to {shape.num_agents - 1}")
     for package in _FORMATS[format].packages:
@@ -114,21 +116,24 @@ def export_policy(
     return path
 
 
-def _policy_of(checkpoint: Path, recorded: Any, group: str | None) -> tuple[Any, GroupSpec]:
+def _policy_of(
+    checkpoint: Path, recorded: Any, group: str | None, build: Callable[..., Any] | None
+) -> tuple[ProbabilisticActor, GroupSpec]:
     """Return the policy of a group and its shape."""
     records = recorded if isinstance(recorded, list) else [recorded]
-    for builder in (record["builder"] for record in records):
-        if builder not in POLICY_BUILDERS:
-            raise ValueError(
-                f"{checkpoint} holds a policy built by {builder}; what can be exported are decentralised policies, "
-                f"built by {' or '.join(POLICY_BUILDERS)}"
-            )
     names = [record["shape"]["name"] for record in records]
     if group not in names and not (group is None and len(names) == 1):
         raise ValueError(f"group must be one of {', '.join(names)}; got {group!r}")
     index = 0 if group is None else names.index(group)
-    policy: Any = load_policy(checkpoint)
-    return policy[index] if isinstance(recorded, list) else policy, GroupSpec(**records[index]["shape"])
+    loaded: Any = load_policy(checkpoint, build=build)
+    policy = loaded[index] if isinstance(recorded, list) else loaded
+    if isinstance(policy, AutoregressiveActor) or not isinstance(policy, ProbabilisticActor):
+        why = "its agents act one after the other" if isinstance(policy, AutoregressiveActor) else "this is none"
+        raise ValueError(
+            f"{checkpoint} holds a policy built by {records[index]['builder']}; what can be exported are decentralised "
+            f"policies, TorchRL's ProbabilisticActor for each agent: {why}"
+        )
+    return policy, GroupSpec(**records[index]["shape"])
 
 
 class _Policy(nn.Module):

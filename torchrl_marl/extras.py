@@ -1,14 +1,48 @@
-"""Packages that only some users need."""
+"""Packages that only some users need, and code of their own."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import io
+import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-__all__ = ["import_extra", "import_vmas"]
+__all__ = ["find_callable", "import_extra", "import_vmas"]
+
+
+def find_callable(name: str | None, what: str) -> Callable[..., Any]:
+    """Import a callable of the user's; modules of the current folder are found, as ``python -m`` finds them.
+
+    Args:
+        name: such as ``"my_module:make_env"``.
+        what: it is for, in errors.
+
+    Raises:
+        ValueError: if there is none of that name, with the nearest.
+    """
+    match = re.fullmatch(r"([\w.]+):(\w+)", name or "")
+    if match is None:
+        raise ValueError(f"{what} must be 'module:callable', such as my_module:make_env; got {name!r}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(match[1])
+    except ModuleNotFoundError as error:
+        if not f"{match[1]}.".startswith(f"{error.name}."):
+            raise  # one that the module itself imports
+        raise ValueError(f"there is no module {match[1]!r} in {Path.cwd()}, nor is one installed") from None
+    found = getattr(module, match[2], None)
+    if not callable(found):
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        nearest = difflib.get_close_matches(match[2], known, n=3) or known
+        raise ValueError(f"{match[1]} has no callable {match[2]!r}; it has {', '.join(nearest) or 'none'}")
+    return found
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

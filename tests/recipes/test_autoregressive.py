@@ -13,7 +13,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from tests.recipes.runs import TINY, curves, run_folders, run_recipe
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
-from torchrl_marl.modules import make_sable
+from torchrl_marl.modules import AutoregressiveActor, make_sable
 from torchrl_marl.run.checkpoints import find_checkpoint, load_policy
 
 SMALL = [override for override in TINY if "hidden_sizes" not in override]
@@ -88,17 +88,20 @@ def test_sable_goes_on_bit_for_bit_from_a_checkpoint(tmp_path: Path, monkeypatch
     assert resumed == straight
 
 
-def test_a_centralised_policy_is_loaded_into_its_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_centralised_policy_is_rebuilt_or_loaded_into_its_actor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tests.recipes.runs.TINY", [*SMALL, "actor.embed_dim=8"])
     run_recipe(monkeypatch, tmp_path, "actor=sable", "total_frames=80")
     (folder,) = run_folders(tmp_path)
-    with pytest.raises(ValueError, match=r"built by torchrl_marl.modules.make_sable"):
-        load_policy(folder)
     env = make_env("navigation", num_envs=2, max_steps=5, seed=0)
     actor, _ = make_sable(env, embed_dim=8)
     before = [parameter.clone() for parameter in actor.parameters()]
     load_policy(folder, actor=actor)
     assert any((new != old).any() for new, old in zip(actor.parameters(), before, strict=True))
+    rebuilt = load_policy(folder)
+    assert isinstance(rebuilt, AutoregressiveActor)
+    assert all(torch.equal(new, old) for new, old in zip(rebuilt.parameters(), actor.parameters(), strict=True))
 
 
 def test_learners_can_follow_the_guider_of_after_its_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,11 @@ class OneHotAgentID(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Append them: ``[..., N, O]`` to ``[..., N, O + N]``."""
+        if len(self.ids) not in (1, observation.shape[-2]):
+            raise ValueError(
+                f"The policy was trained with {len(self.ids)} agents, whose ids it reads, and got "
+                f"{observation.shape[-2]}: one for any number of agents is trained with actor.agent_id=false."
+            )
         ids = self.ids.expand(*observation.shape[:-1], -1)
         return torch.cat([observation, ids], -1)
 

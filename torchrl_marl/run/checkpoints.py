@@ -21,14 +21,19 @@ from torchrl.checkpoint import (
     JSONCheckpointAdapter,
     StateDictCheckpointAdapter,
 )
-from torchrl.modules import ProbabilisticActor
 
-from torchrl_marl.modules import GroupSpec, make_actor, make_ldsa_actor, make_recurrent_actor
+from torchrl_marl.modules import (
+    GroupSpec,
+    make_actor,
+    make_ldsa_actor,
+    make_mat,
+    make_recurrent_actor,
+    make_sable,
+)
 from torchrl_marl.trust import reason
 
 __all__ = [
     "FORMAT_VERSION",
-    "POLICY_BUILDERS",
     "CheckpointFolder",
     "best_checkpoint",
     "check_resumable",
@@ -40,10 +45,10 @@ __all__ = [
 FORMAT_VERSION = 1
 """Version of what a checkpoint holds; it grows whenever a policy could no longer be read from an older file."""
 
-POLICY_BUILDERS = {
-    f"torchrl_marl.modules.{build.__name__}": build for build in (make_actor, make_recurrent_actor, make_ldsa_actor)
+_BUILDERS: dict[str, Callable[..., Any]] = {
+    f"torchrl_marl.modules.{build.__name__}": build
+    for build in (make_actor, make_ldsa_actor, make_mat, make_recurrent_actor, make_sable)
 }
-"""What builds a policy that :func:`load_policy` can rebuild, by the name that a run's configuration gives it."""
 
 _SCORE = "score"
 _NAME = re.compile(r"checkpoint-(\d+)(\.torchrl)?")
@@ -164,23 +169,30 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def load_policy(
-    path: str | Path, *, actor: TensorDictModuleBase | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    *,
+    actor: TensorDictModuleBase | None = None,
+    build: Callable[..., Any] | None = None,
+    device: torch.device | str | None = None,
 ) -> TensorDictModuleBase:
-    """Load the decentralised policy of a run.
+    """Load the policy of a run.
 
-    It needs no environment and no critic: it acts from local observations alone.
+    It needs no environment and no critic: it acts from local observations alone, or, if it is one of
+    :func:`~torchrl_marl.modules.make_mat` or :func:`~torchrl_marl.modules.make_sable`, from those of the whole group.
 
     Args:
         path: a checkpoint file, or a run's folder (then its best checkpoint).
-        actor: takes the parameters; needed only if the run built its actor with neither of this library's builders.
+        actor: takes the parameters; needed only if the run built its actor with none of this library's builders.
+        build: builds such an actor, ``build(shape, **options, device=device)`` of a
+            :class:`~torchrl_marl.modules.GroupSpec` and the run's options, as its recipe called it.
         device: where to put it; ``None`` leaves ``actor`` where it is, and builds on the CPU without one.
 
     Returns:
         Actor that reads ``(group, "observation")`` and writes ``(group, "action")``: deterministic ones, unless it is
         called under ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)``. A recurrent one also reads
         ``(group, "recurrent_state")``, zeros at the start of an episode, and writes the one to carry on under
-        ``("next", group, "recurrent_state")``; :func:`torchrl_marl.modules.with_recurrent_state` does both. Several
-        groups' actors act one after the other; ``policy[i]`` is that of group i.
+        ``("next", group, "recurrent_state")``; :func:`torchrl_marl.modules.with_recurrent_state` does both, also for
+        what Sable remembers. Several groups' actors act one after the other; ``policy[i]`` is that of group i.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -190,9 +202,9 @@ def load_policy(
     if actor is None:
         recorded = read_metadata(path)["actor"]
         if isinstance(recorded, dict):
-            actor = _rebuild(recorded, path, device)
+            actor = _rebuild(recorded, path, build, device)
         else:
-            actor = TensorDictSequential([_rebuild(record, path, device) for record in recorded])
+            actor = TensorDictSequential([_rebuild(record, path, build, device) for record in recorded])
     _load(_bind({"actor": actor}), path)
     if device is not None:
         actor.to(device)
@@ -210,12 +222,20 @@ def actor_record(shape: GroupSpec | Sequence[GroupSpec], config: Mapping[str, An
     return {"builder": config["_target_"], "shape": dataclasses.asdict(shape), "options": options}
 
 
-def _rebuild(recorded: Mapping[str, Any], path: Path, device: torch.device | str | None) -> ProbabilisticActor:
-    build = POLICY_BUILDERS.get(recorded["builder"])
+def _rebuild(
+    recorded: Mapping[str, Any], path: Path, build: Callable[..., Any] | None, device: torch.device | str | None
+) -> TensorDictModuleBase:
+    name = recorded["builder"]
+    build = build or _BUILDERS.get(name)
     if build is None:  # importing what a file names would execute what a file says
-        raise ValueError(f"The actor of {path} was built by {recorded['builder']}: build it and pass it as actor=.")
+        raise ValueError(
+            f"The actor of {path} was built by {name}: if you trust it, say --actor {':'.join(name.rsplit('.', 1))}, "
+            "or in Python build it and pass it as actor=."
+        )
+    options = {key: value for key, value in recorded["options"].items() if key != "value_norm"}  # the critic's
     try:
-        return build(GroupSpec(**recorded["shape"]), **recorded["options"], device=device)
+        built = build(GroupSpec(**recorded["shape"]), **options, device=device)
+        return built[0] if isinstance(built, tuple) else built  # without the critic
     except Exception as error:  # of sizes and options that nobody has checked
         raise ValueError(f"{path} describes an actor that cannot be built: {reason(error)}") from error
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import re
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ from torchrl_marl.envs.base import check_positive
 from torchrl_marl.envs.check import missing_entries
 from torchrl_marl.envs.vmas import make_env
 from torchrl_marl.envs.wrappers.gymnasium import SerialGymEnv, as_serial_game
+from torchrl_marl.extras import find_callable
 
 __all__ = ["make_custom"]
 
@@ -78,7 +75,8 @@ def make_custom(
         tensor(4)
     """
     check_positive(num_envs=num_envs, max_steps=max_steps)
-    build, name = _find(factory)
+    build = factory if callable(factory) else find_callable(factory, "factory")
+    name = factory if isinstance(factory, str) else getattr(factory, "__name__", type(factory).__name__)
     seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
     options: Any = {"num_envs": num_envs, "max_steps": max_steps, "seed": seed, "device": device}
     settings = {**options, "render_mode": "rgb_array"}
@@ -100,29 +98,6 @@ def make_custom(
     return SerialGymEnv(
         lambda copy: as_serial_game(make(copy) if copy else made), shared_reward=shared_reward, **options
     )
-
-
-def _find(factory: str | Callable[..., Any] | None) -> tuple[Callable[..., Any], str]:
-    """Return the callable and its name."""
-    if callable(factory):
-        return factory, getattr(factory, "__name__", type(factory).__name__)
-    match = re.fullmatch(r"([\w.]+):(\w+)", factory or "")
-    if match is None:
-        raise ValueError(f"factory must be 'module:callable', such as my_module:make_env; got {factory!r}")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it
-    try:
-        module = importlib.import_module(match[1])
-    except ModuleNotFoundError as error:
-        if not f"{match[1]}.".startswith(f"{error.name}."):
-            raise  # one that the module itself imports
-        raise ValueError(f"there is no module {match[1]!r} in {Path.cwd()}, nor is one installed") from None
-    build = getattr(module, match[2], None)
-    if not callable(build):
-        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        nearest = difflib.get_close_matches(match[2], known, n=3) or known
-        raise ValueError(f"{match[1]} has no callable {match[2]!r}; it has {', '.join(nearest) or 'none'}")
-    return build, str(factory)
 
 
 def _arguments(

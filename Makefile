@@ -32,6 +32,7 @@ results: .venv/train # a small part of results/ again; pages in runs/study_small
 	$(BIN)/python benchmarks/study.py small $(ARGS)
 
 docs: .venv/docs # the site, at http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
 
 size: # lines of package code, without and with documentation

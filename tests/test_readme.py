@@ -1,10 +1,13 @@
 """The code of the README and of docs/loops.md runs as printed."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.testing import assert_close
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,8 +58,18 @@ def test_the_loops_of_other_networks_train(network: str) -> None:
     assert all(value.isfinite() for value in names["measured"].values())
 
 
+def test_a_gain_of_ones_own_trains_with_losses_of_two_families() -> None:
+    (example,) = blocks((ROOT / "docs/method.md").read_text())
+    names: dict = {}
+    exec(compile(example, "docs/method.md", "exec"), names)
+    log_ratio = torch.tensor([0.0, 10.0, -10.0])
+    gain = names["tanh_gain"](log_ratio, torch.ones(3), low=0.8, high=1.2)
+    assert_close(gain, torch.tensor([1.0, 1.2, 1 + 0.2 * math.tanh((math.exp(-10) - 1) / 0.2)]))
+    assert names["loss"].gain is names["sequential"].gain is names["tanh_gain"]
+
+
 DOCUMENTS = [
-    path for pattern in ("*.md", "docs/*.md", "results/*.md", "benchmarks/**/*.md") for path in ROOT.glob(pattern)
+    path for pattern in ("*.md", "docs/**/*.md", "results/*.md", "benchmarks/**/*.md") for path in ROOT.glob(pattern)
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase, MarlGroupMapType, StepCounter, TransformedEnv, VmasEnv
+from torchrl.envs import EnvBase, MarlGroupMapType, StepCounter, TransformedEnv, VecNormV2, VmasEnv
 
 from torchrl_marl.envs import RandomState, check_env, make_env
 from torchrl_marl.envs.check import _episodes
@@ -23,14 +23,17 @@ class Team(EnvBase):
     def __init__(self, *, flaw=None, num_agents=NUM_AGENTS, limit=5):
         super().__init__(batch_size=[NUM_ENVS])
         self.flaw, self.limit = flaw, limit
-        self.group_map = {"agents": [f"agent_{i}" for i in range(num_agents)]}
+        names = ("red_0", "red_1", "blue_0") if flaw == "two names" else [f"agent_{i}" for i in range(num_agents)]
+        self.group_map = {"agents": list(names)}
         self.generator = torch.Generator().manual_seed(0)
         group, agents = (NUM_ENVS, num_agents), {"shape": (NUM_ENVS, num_agents)}
         self.mask_name = "legal" if flaw == "unread mask" else "action_mask"
         mask = Binary(shape=(*group, NUM_ACTIONS + (flaw == "mask of wrong size")), dtype=torch.bool)
         observation = {"observation": Unbounded((*group, 6)), self.mask_name: mask}
         self.observation_spec = Composite(
-            agents=Composite(observation, **agents), state=Unbounded((NUM_ENVS, 7)), shape=(NUM_ENVS,)
+            agents=Composite(observation, **agents),
+            state=Unbounded((NUM_ENVS, 20_000 if flaw == "large state" else 7)),
+            shape=(NUM_ENVS,),
         )
         continuous = flaw == "mask of continuous actions"
         action = Bounded(-1, 1, (*group, 2)) if continuous else Categorical(NUM_ACTIONS, shape=group)
@@ -75,7 +78,9 @@ class Team(EnvBase):
             self.full_reward_spec["agents", "reward"].shape
         )
         own = torch.arange(float(reward.shape[1])).view(1, -1, 1) * (self.flaw == "own rewards")
-        data["agents", "reward"] = reward + own
+        data["agents", "reward"] = (
+            reward * torch.tensor([1.0, -1.0]).view(-1, 1) if self.flaw == "foes" else reward + own
+        )
         for key in self.done_keys:
             name = key if isinstance(key, str) else key[-1]
             flag = flags[name] if isinstance(key, str) else flags[name].unsqueeze(1).expand(-1, NUM_AGENTS, -1).clone()
@@ -98,6 +103,11 @@ FLAWS = [
     ({"flaw": "time limit terminates"}, "all 9 episodes terminated after exactly 5 steps"),
     ({"limit": None}, r"no episode ended in 16 steps and no time limit is declared: .* StepCounter"),
     ({"flaw": "own rewards"}, r"\('agents', 'reward'\) differs between the agents in 48 of 48 steps"),
+    (
+        {"flaw": "two names", "num_agents": 3},
+        r"'agents' holds agents of several names, red, blue\..*env\.group_by=name",
+    ),
+    ({"flaw": "large state"}, r"the state holds 20,000 numbers, .* all observations 12\. .*env\.state=false"),
     ({"flaw": "nan"}, r"\('agents', 'observation'\) holds values that are not finite"),
     ({"flaw": "no root done"}, r"done flags exist only per group .*'agents', 'done'"),
     ({"flaw": "agents drop out"}, r"\('agents', 'done'\) is set before the episode is done in"),
@@ -108,6 +118,38 @@ FLAWS = [
 def test_a_healthy_environment_has_no_warnings(options, capsys):
     assert check_env(Team(**options), num_steps=16) == []
     assert capsys.readouterr().out.endswith("\nNo warnings.\n")
+
+
+def test_agents_that_gain_what_others_lose_are_found():
+    differs, foes = check_env(Team(flaw="foes"), num_steps=16)
+    assert "differs between the agents in 48 of 48 steps" in differs
+    assert foes.startswith(
+        "agent_0 and agent_1 of group 'agents' gain what the other loses (correlation of rewards -1.00"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Support of VecNormV2 for containers")
+def test_statistics_that_a_transform_keeps_to_itself_are_found():
+    (warning,) = check_env(TransformedEnv(Team(), VecNormV2(in_keys=[("agents", "observation")])), num_steps=16)
+    assert re.match(r"VecNormV2 keeps statistics of its own .* actor\.normalize_observations=true", warning)
+
+
+@pytest.mark.parametrize("there", [1.0, 0.75])
+def test_the_text_tells_how_many_steps_are_those_of_agents_that_have_left(there, capsys):
+    class Mortal(Team):
+        def __init__(self):
+            super().__init__()
+            self.observation_spec["agents", "mask"] = Binary(shape=(NUM_ENVS, NUM_AGENTS), dtype=torch.bool)
+
+        def _observe(self):
+            data = super()._observe()
+            data["agents", "mask"] = (self.count.expand(-1, NUM_AGENTS) % 2 == 0) | torch.tensor([True, there == 1])
+            return data
+
+    assert check_env(Mortal(), num_steps=20) == []
+    printed = capsys.readouterr().out
+    assert ("Agents of 'agents' leave before the episode ends" in printed) == (there < 1)
+    assert ("in 20.0% of its steps: policies skip these." in printed) == (there < 1)  # 2 of 5 steps, one of two agents
 
 
 @pytest.mark.parametrize(("options", "message"), FLAWS, ids=str)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import math
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -14,12 +15,12 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, MultiCategorical, OneHot, TensorSpec
-from torchrl.envs import EnvBase, StepCounter, TransformedEnv
+from torchrl.envs import EnvBase, StepCounter, TransformedEnv, VecNorm, VecNormV2
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_marl.envs.random_state import preserve_random_state
 
-__all__ = ["check_env", "innermost", "missing_entries"]
+__all__ = ["check_env", "innermost", "kept_statistics", "missing_entries"]
 
 Key = tuple[str, ...]
 
@@ -28,8 +29,10 @@ def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
     """Describe an environment and warn about common problems of multi-agent training.
 
     Runs TorchRL's ``check_env_specs`` and a rollout of random actions, then looks for: groups of one agent, action
-    masks that nobody reads, time limits reported as terminations, rewards that differ within a group, episodes
-    without end, values that are not finite, observations of different sizes, and done flags per agent.
+    masks that nobody reads, time limits reported as terminations, rewards that differ within a group, opponents in one
+    group, episodes without end, values that are not finite, observations of different sizes, large states, done flags
+    per agent, and transforms that keep statistics. It says how many of the agents' steps are those of agents that have
+    left.
 
     The random state of the process and the environment's own (``torch.Generator``s and what its ``state_dict`` holds)
     are put back afterwards. The environment has to be reset before it is used further.
@@ -61,7 +64,10 @@ def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
     lengths, terminated = _episodes(env, rollout)
     by_termination = int(terminated.sum())
     print(f"\n{num_steps} steps of random actions: {len(lengths)} episodes ended, {by_termination} by termination.")
-    findings = (_lone_agents, _masks, _time_limit_findings, _rewards, _not_finite, _sizes, _done_flags)
+    for group, absent in _absences(env, rollout).items():
+        print(f"Agents of '{group}' leave before the episode ends, in {absent:.1%} of its steps: policies skip these.")
+    findings = (_lone_agents, _masks, _time_limit_findings, _rewards, _teams, _not_finite, _sizes, _done_flags)
+    findings += (_states, _statistics)
     warnings = [warning for find in findings for warning in find(env, rollout)]
     print(f"\n{len(warnings) or 'No'} warning{'' if len(warnings) == 1 else 's'}{':' if warnings else '.'}")
     for number, warning in enumerate(warnings, 1):
@@ -91,6 +97,18 @@ def missing_entries(env: EnvBase) -> list[str]:
                 there = f"there are {keys}" if spec is None else f"it is {sizes}"
                 missing.append(f"({group!r}, {name!r}) must be [{len(agents)}, {form} ({there}).")
     return missing
+
+
+def kept_statistics(env: EnvBase) -> list[str]:
+    """Return a sentence if transforms of the environment keep statistics that nothing else knows of."""
+    names = {type(module).__name__ for module in env.modules() if isinstance(module, (VecNorm, VecNormV2))}
+    return [
+        f"{name} keeps statistics of its own in every environment that is built, those of evaluation and films too, "
+        "and no checkpoint has them. Let the networks keep them: actor.normalize_observations=true "
+        "critic.normalize_observations=true. Rewards need none: advantages are standardised, and critics normalise "
+        "values."
+        for name in names
+    ]
 
 
 def _group_map(env: EnvBase) -> dict[str, list[str]]:
@@ -277,6 +295,50 @@ def _rewards(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
                     f"{key} differs between the agents in {int(differs.sum())} of {len(differs)} steps. Right for "
                     "agents with goals of their own; in a cooperative task share it, else each maximises its own."
                 )
+
+
+def _teams(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
+    advice = (
+        "One group is one team, whose critic values all of them together. Make groups of opponents: group_by=name of "
+        "make_custom (env.group_by=name), or the environment's group_map; recipes/groups_vmas.py trains each with its "
+        "own networks."
+    )
+    for group, agents in _group_map(env).items():
+        names = [re.sub(r"_?\d+$", "", agent) or agent for agent in agents]
+        if 1 < len(set(names)) < len(agents):
+            yield f"group '{group}' holds agents of several names, {', '.join(dict.fromkeys(names))}. {advice}"
+        elif (group, "reward") in map(_path, env.reward_keys) and len(agents) > 1:
+            reward = _frames(rollout, "next", group, "reward").squeeze(-1)
+            varied = (reward - reward.mean(0)).T
+            alike = varied @ varied.T / (varied.norm(dim=-1, keepdim=True) * varied.norm(dim=-1)).clamp(min=1e-9)
+            if alike.min() < -0.5:
+                one, other = divmod(int(alike.argmin()), len(agents))
+                yield (
+                    f"{agents[one]} and {agents[other]} of group '{group}' gain what the other loses (correlation of "
+                    f"rewards {alike.min():.2f}). {advice}"
+                )
+
+
+def _absences(env: EnvBase, rollout: TensorDictBase) -> dict[str, float]:
+    """The share of each group's steps in which an agent has left, where there are such steps."""
+    keys = [(group, "mask") for group in _group_map(env) if (group, "mask") in _specs(env)]
+    shares = {key[0]: (~_frames(rollout, *key)).float().mean().item() for key in keys}
+    return {group: share for group, share in shares.items() if share}
+
+
+def _states(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
+    copies = max(env.batch_size.numel(), 1)
+    sizes = {key: spec.shape.numel() // copies for key, spec in _specs(env).items() if -1 not in spec.shape}
+    state, seen = sizes.get(("state",), 0), sum(size for key, size in sizes.items() if key[-1] == "observation")
+    if state > max(10 * seen, 10_000):
+        yield (
+            f"the state holds {state:,} numbers, which travel with every step, all observations {seen:,}. Leave it out "
+            "if no critic reads it: state=False of make_custom (env.state=false)."
+        )
+
+
+def _statistics(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
+    yield from kept_statistics(env)
 
 
 def _not_finite(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:

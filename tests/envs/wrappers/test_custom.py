@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv, VecNormV2
 from torchrl.envs.utils import check_env_specs
 
 from tests.recipes.runs import run_folders, run_recipe
@@ -116,6 +116,59 @@ class Parallel:
 
     def state(self):
         return np.arange(5.0)
+
+
+class Arena(Parallel):
+    """PettingZoo's parallel API: two reds and a blue that differ in their spaces; a red falls in step 2, one in step 4.
+
+    The blue one goes on until step 6, where the limit of the game is, or falls there too.
+    """
+
+    possible_agents = ("red_0", "red_1", "blue_0")
+    sizes = {"red_0": 3, "red_1": 3, "blue_0": 2}  # noqa: RUF012
+
+    def __init__(self, blue_falls=False):
+        self.blue_falls, self.moves = blue_falls, []
+
+    def observation_space(self, agent):
+        return Box(-1, 1, (self.sizes[agent],))
+
+    def action_space(self, agent):
+        return Discrete(self.sizes[agent])
+
+    def reset(self, seed=None, options=None):
+        self.steps, self.agents = 0, list(self.possible_agents)
+        return self.seen(), {}
+
+    def step(self, action):
+        assert list(action) == self.agents, "only agents that are there may act"
+        self.moves.append(action)
+        self.steps += 1
+        falls = {"red_0": 2, "red_1": 4, "blue_0": 6 if self.blue_falls else 99}
+        down = {agent: self.steps >= falls[agent] for agent in self.agents}
+        cut = {agent: self.steps == 6 and not down[agent] for agent in self.agents}
+        seen, reward = self.seen(), dict.fromkeys(self.agents, 1.0)
+        self.agents = [agent for agent in self.agents if not (down[agent] or cut[agent])]
+        return seen, reward, down, cut, {}
+
+    def seen(self):
+        return {agent: np.full(self.sizes[agent], 1.0 + self.steps) for agent in self.agents}
+
+    def state(self):
+        if not self.agents:
+            raise AttributeError("there is nobody whose state this were")
+        return np.full(5, float(self.steps))
+
+
+class Boxes(Listed):
+    """Continuous actions of unequal number and bounds."""
+
+    action_space = Tuple(Box(-1, 3, (2,)), Box(0, 8, (1,)))
+
+    def step(self, action):
+        assert isinstance(action, tuple)  # as highway-env insists
+        self.taken = action
+        return super().step([np.concatenate(action)])
 
 
 class OneOfTorchRL(EnvBase):
@@ -254,6 +307,148 @@ def test_games_that_draw_themselves_are_filmed_and_others_say_what_is_missing(tm
         render_episode(env, env.rand_action, tmp_path / "film.gif", max_steps=3)
 
 
+def play(env, num_steps):
+    """Steps of a single copy, whose agents always take their first action."""
+    data, steps = env.reset(), []
+    for _ in range(num_steps):
+        for group in env.group_map:
+            data[group, "action"] = env.full_action_spec[group, "action"].zero()
+        step, data = env.step_and_maybe_reset(data)
+        steps.append(step)
+    return torch.stack(steps, 1)[0]
+
+
+def test_agents_that_fall_stay_as_masked_rows_which_see_and_earn_nothing():
+    env = make_custom(Arena, num_envs=1, max_steps=99, seed=0, group_by="padding")
+    check_env_specs(env)
+    data = play(env, 8)
+    steps = torch.arange(8) % 6
+    live = torch.stack([steps < 2, steps < 4, steps < 6], -1)  # before each step
+    assert torch.equal(data["agents", "mask"], live)
+    torch.testing.assert_close(data["next", "agents", "reward"].squeeze(-1), live.float())
+    seen = data["agents", "observation"]
+    torch.testing.assert_close(seen[..., 0], live * (1.0 + steps).unsqueeze(-1))
+    assert data["agents", "action_mask"][~live].any(-1).all()
+    ends = torch.tensor([5]), torch.tensor([0])
+    assert [*map(torch.Tensor.tolist, data["next", "truncated"].nonzero(as_tuple=True))] == [*map(list, ends)]
+    assert not data["next", "terminated"].any()  # the blue one goes on, beyond the limit
+    torch.testing.assert_close(data["next", "agents", "observation"][5, :, 0], torch.tensor([0.0, 0.0, 7.0]))
+
+
+def test_the_last_agents_fall_ends_the_episode():
+    env = make_custom(Arena, num_envs=1, seed=0, group_by="padding", factory_kwargs={"blue_falls": True})
+    data = play(env, 6)["next"]
+    assert data["terminated"].flatten().tolist() == [False] * 5 + [True]
+    assert not data["truncated"].any()
+
+
+def test_a_state_is_asked_for_while_there_are_agents_and_may_be_left_out():
+    made = make_custom(Arena, num_envs=1, seed=0, group_by="padding")
+    assert play(made, 6)["next", "state"][:, 0].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 5.0]
+    assert "state" not in make_custom(Arena, num_envs=1, seed=0, group_by="padding", state=False).reset().keys()
+
+
+def test_padding_adds_zeros_and_masks_what_an_agent_cannot_do():
+    env = make_custom(Arena, num_envs=2, seed=0, group_by="padding")
+    data = rollout(env, 4)
+    assert data["agents", "observation"].shape == (2, 4, 3, 3)
+    assert (data["agents", "observation"][..., 2, 2] == 0).all()
+    assert data["agents", "action_mask"][0, 0].tolist() == [[True] * 3, [True] * 3, [True, True, False]]
+    assert all(move.get("blue_0", 0) < 2 for game in env._games for move in game.env.moves)
+
+
+def test_padded_continuous_actions_are_scaled_to_each_agents_bounds():
+    env = make_custom(Boxes, num_envs=1, seed=0, group_by="padding")
+    check_env_specs(env)
+    data = env.reset()
+    data["agents", "action"] = torch.tensor([[[-1.0, 0.5], [0.5, 0.7]]])
+    env.step(data)
+    first, second = env._games[0].env.taken
+    np.testing.assert_allclose(first, [-1.0, 2.0])  # of -1..3
+    np.testing.assert_allclose(second, [6.0])  # of 0..8, whose second action it does not have
+
+
+GROUPINGS = [
+    ("name", {"red": ["red_0", "red_1"], "blue": ["blue_0"]}),
+    ("spaces", {"agents_0": ["red_0", "red_1"], "agents_1": ["blue_0"]}),
+    ({"ends": ["blue_0", "red_0"], "middle": ["red_1"]}, {"ends": ["blue_0", "red_0"], "middle": ["red_1"]}),
+]
+
+
+@pytest.mark.parametrize(("group_by", "groups"), GROUPINGS)
+def test_groups_hold_what_is_their_agents_own(group_by, groups):
+    env = make_custom(Arena, num_envs=1, seed=0, group_by=group_by)
+    assert env.group_map == groups
+    check_env_specs(env)
+    data, joint = play(env, 6), play(make_custom(Arena, num_envs=1, seed=0, group_by="padding"), 6)
+    for group, agents in groups.items():
+        members = [Arena.possible_agents.index(agent) for agent in agents]
+        size = max(Arena.sizes[agent] for agent in agents)
+        own = joint["agents", "observation"][:, members, :size]
+        assert torch.equal(data[group, "observation"], own)
+        assert torch.equal(data["next", group, "episode_reward"], joint["next", "agents", "episode_reward"][:, members])
+        assert torch.equal(data[group, "mask"], joint["agents", "mask"][:, members])
+        assert env.full_action_spec[group, "action"].space.n == size
+        assert ((group, "action_mask") in data.keys(True)) == (group == "ends")  # the one that is padded
+
+
+def test_each_groups_actions_reach_its_agents():
+    env = make_custom(Arena, num_envs=1, seed=0, group_by={"ends": ["blue_0", "red_0"], "middle": ["red_1"]})
+    data = env.reset()
+    data["ends", "action"], data["middle", "action"] = torch.tensor([[1, 2]]), torch.tensor([[0]])
+    env.step(data)
+    assert env._games[0].env.moves == [{"red_0": 2, "red_1": 0, "blue_0": 1}]
+    boxes = make_custom(Boxes, num_envs=1, seed=0, group_by="spaces")
+    data = boxes.reset()
+    data["agents_0", "action"], data["agents_1", "action"] = torch.tensor([[[9.0, -0.5]]]), torch.tensor([[[7.0]]])
+    boxes.step(data)  # within each one's own bounds, which are its group's
+    np.testing.assert_allclose(np.concatenate(boxes._games[0].env.taken), [3.0, -0.5, 7.0])
+
+
+def test_other_spaces_of_gymnasium_are_flattened_and_choices_numbered():
+    spaces = pytest.importorskip("gymnasium").spaces
+    seen = spaces.Dict(a=spaces.Discrete(3), b=spaces.Box(-1, 1, (2,)))
+    plain = {"a": 1, "b": np.array([0.5, -0.5])}
+    game = {
+        "observation_space": spaces.Tuple([seen] * 2),
+        "action_space": spaces.Tuple([spaces.MultiDiscrete([2, 3])] * 2),
+        "reset": lambda self, seed=None: ([plain] * 2, {}),
+        "step": lambda self, action: taken.append(action) or ([plain] * 2, 1.0, False, False, {}),
+    }
+    taken: list = []
+    env = make_custom(type("Rich", (), game), num_envs=1, seed=0)
+    assert env.full_action_spec["agents", "action"].space.n == 6
+    data = env.reset()
+    assert data["agents", "observation"][0, 0].tolist() == [0.0, 1.0, 0.0, 0.5, -0.5]
+    env.step(data.set(("agents", "action"), torch.tensor([[5, 1]])))
+    assert [move.tolist() for move in taken[0]] == [[1, 2], [0, 1]]
+
+
+def test_observations_of_64_bits_are_cast():
+    class Wide(OneOfTorchRL):
+        def __init__(self):
+            super().__init__()
+            seen = Unbounded((2, 3), dtype=torch.float64)
+            self.observation_spec = Composite(agents=Composite(observation=seen, shape=(2,)))
+
+        def _reset(self, tensordict):
+            data = super()._reset(tensordict)
+            data["agents", "observation"] = data["agents", "observation"].double()
+            return data
+
+    env = make_custom(Wide, num_envs=2, seed=0)
+    check_env_specs(env)
+    assert rollout(env, 2)["agents", "observation"].dtype == torch.float32
+
+
+def test_a_factory_whose_transform_keeps_statistics_is_told_so():
+    def make():
+        return TransformedEnv(OneOfTorchRL(), VecNormV2(in_keys=[("agents", "observation")]))
+
+    with pytest.warns(UserWarning, match=r"make: VecNormV2 keeps statistics .* no checkpoint has them"):
+        make_custom(make, num_envs=2, seed=0)
+
+
 def changed(base, **attributes):
     return type(base.__name__, (base,), attributes)
 
@@ -278,6 +473,14 @@ WRONG = [
         r"agents move in turns: wrap it in pettingzoo\.utils\.aec_to_parallel",
     ),
     (changed(Listed, action_space=Tuple(Discrete(2), Discrete(3))), {}, "agents must have equal spaces"),
+    (Arena, {}, r"equal spaces, or group_by must .*env\.group_by=padding.*groups_vmas\.py"),
+    (Arena, {"group_by": "team"}, "group_by must be padding, spaces, name or a mapping .* got 'team'"),
+    (Arena, {"group_by": {"a": ["red_0"]}}, "group_by must hold each of the agents red_0, red_1, blue_0 once"),
+    (
+        changed(Listed, action_space=Tuple(Discrete(2), Box(-1, 1, (2,)))),
+        {"group_by": "padding"},
+        "padded whose actions are all discrete or all continuous",
+    ),
     (changed(Listed, action_space=Tuple(Discrete(2))), {}, "agents that observe .* must be those that act"),
     (changed(Listed, action_space=Tuple(*2 * [Box(-np.inf, 1, (2,))])), {}, "a bounded Box of one dimension"),
     (changed(Listed, observation_space=Tuple(*2 * [Discrete(2)])), {}, "observations must be a Box, or a Dict of obs"),

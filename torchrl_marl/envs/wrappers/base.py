@@ -89,7 +89,7 @@ class WrapperEnv(TeamEnv):
             The entries after the step by name, those of ``seen`` included.
         """
         if self.shared_reward:
-            everyone = np.zeros(len(self.group_map["agents"]), dtype=int)
+            everyone = np.zeros(reward.shape[-2], dtype=int)
             reward = reward.sum(-2)[:, None][:, everyone]
         steps = before["step_count"] + 1
         truncated = (truncated | (steps >= self.max_steps)) & ~terminated
@@ -100,7 +100,7 @@ class WrapperEnv(TeamEnv):
     def _data(self, shown: Mapping[str, Tensor]) -> TensorDict:
         root: dict[str, Any] = {name: value for name, value in shown.items() if name in _ROOT}
         group = {name: value for name, value in shown.items() if name in _GROUP}
-        shape = [*self.batch_size, len(self.group_map["agents"])]
+        shape = [*self.batch_size, sum(map(len, self.group_map.values()))]
         root["agents"] = TensorDict(group, batch_size=shape, device=self.device)
         if metrics := {name: value for name, value in shown.items() if name not in _ROOT | _GROUP}:
             root["info"] = TensorDict(metrics, batch_size=self.batch_size, device=self.device)
@@ -125,11 +125,14 @@ class WrapperEnv(TeamEnv):
 
     def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
         """Draw random actions, only legal ones if ``tensordict`` has a mask: some packages crash on illegal ones."""
-        legal = None if tensordict is None else tensordict.get(("agents", "action_mask"), None)
-        if tensordict is None or legal is None:
-            return super().rand_action(tensordict)
-        action = torch.multinomial(legal.flatten(0, 1).float(), 1).reshape(legal.shape[:-1])
-        return tensordict.set(("agents", "action"), action)
+        keys = [] if tensordict is None else [(group, "action_mask") for group in self.group_map]
+        masks = {key: tensordict[key] for key in keys if key in tensordict.keys(True)}
+        if tensordict is None or len(masks) < len(keys):
+            tensordict = super().rand_action(tensordict)
+        for (group, _), legal in masks.items():
+            action = torch.multinomial(legal.flatten(0, 1).float(), 1).reshape(legal.shape[:-1])
+            tensordict[group, "action"] = action
+        return tensordict
 
     def _draw(self, env_index: int) -> np.ndarray:
         try:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torchrl.envs import Compose, EnvBase, RewardSum, SerialEnv, StepCounter, Transform, TransformedEnv
+from torchrl.envs import Compose, DoubleToFloat, EnvBase, RewardSum, SerialEnv, StepCounter, Transform, TransformedEnv
 
 from torchrl_marl.envs.base import check_positive
-from torchrl_marl.envs.check import missing_entries
+from torchrl_marl.envs.check import kept_statistics, missing_entries
 from torchrl_marl.envs.vmas import make_env
-from torchrl_marl.envs.wrappers.gymnasium import SerialGymEnv, as_serial_game
+from torchrl_marl.envs.wrappers.gymnasium import SerialGame, SerialGymEnv, as_serial_game
 from torchrl_marl.extras import find_callable
 
 __all__ = ["make_custom"]
@@ -29,6 +30,8 @@ def make_custom(
     scenario: str | None = None,
     max_steps: int = 100,
     shared_reward: bool = False,
+    group_by: str | Mapping[str, Sequence[str]] | None = None,
+    state: bool = True,
     seed: int | None = None,
     device: Device = "cpu",
     factory_kwargs: Mapping[str, Any] | None = None,
@@ -37,7 +40,7 @@ def make_custom(
 
     The factory is any callable, such as a class, that returns
 
-    * a PettingZoo environment (parallel API), whose agents are alike and leave together;
+    * a PettingZoo environment (parallel API);
     * a Gymnasium environment of several agents, with ``Tuple`` spaces, or ``Dict`` spaces by agents' names;
     * a VMAS scenario object;
     * a TorchRL environment with a ``group_map`` and the entries of :mod:`torchrl_marl.keys`, one copy of it or a batch.
@@ -46,6 +49,10 @@ def make_custom(
     and of ``render_mode="rgb_array"``, it gets those that it has arguments for, ``seed`` plus the number of the copy.
     What it does not take is done here: copies are made, seeded and cut after ``max_steps``. An environment that draws
     itself (``render()`` of PettingZoo and Gymnasium, ``render(env_index)`` of TorchRL) is filmed.
+
+    Agents of PettingZoo and Gymnasium that leave before the episode ends stay as rows: ``("agents", "mask")`` is false
+    there, observations and rewards are zero, every action is legal and none is played. Policies learn from live rows
+    alone, critics from all. Images (``uint8`` in three dimensions) keep their shape; other observations become vectors.
 
     Runs resume bit for bit if a game draws its random numbers from the seed of each ``reset``; a TorchRL environment's
     own are no part of checkpoints.
@@ -56,6 +63,13 @@ def make_custom(
         scenario: name of the task, for those factories that make several; that of the factory itself is none.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards (PettingZoo and Gymnasium only).
+        group_by: how agents of PettingZoo and Gymnasium form groups, of which each learns with networks of its own
+            (recipes/groups_vmas.py): ``"name"`` without its number, as TorchRL's (``red_0`` and ``red_1`` are
+            ``"red"``), ``"spaces"``, those whose spaces are equal, or a mapping of agents' names by group. In a group
+            unequal spaces are padded: observations with zeros, discrete actions by the mask, continuous ones, then from
+            -1 to 1, with some that have no effect. ``"padding"`` does so in one group of all; ``None`` is one group
+            whose spaces must be equal.
+        state: whether to keep PettingZoo's ``state()``, which ``critic.observes=state`` reads.
         seed: of the random numbers; ``None`` draws one.
         device: where the tensors are.
         factory_kwargs: further arguments of the factory.
@@ -95,9 +109,11 @@ def make_custom(
             f"{name} returned {type(made).__name__}; it must return an environment of TorchRL (EnvBase), PettingZoo "
             "(parallel API) or Gymnasium, with reset and step, or a VMAS scenario object"
         )
-    return SerialGymEnv(
-        lambda copy: as_serial_game(make(copy) if copy else made), shared_reward=shared_reward, **options
-    )
+
+    def wrap(copy: int) -> SerialGame:
+        return as_serial_game(make(copy) if copy else made, state=state, mortal=True, group_by=group_by)
+
+    return SerialGymEnv(wrap, shared_reward=shared_reward, **options)
 
 
 def _arguments(
@@ -133,12 +149,17 @@ def _batch(
             f"{name} returned the batch size {list(made.batch_size)}, but {num_envs} environments are asked for: take "
             "num_envs as an argument and return as many, or return a single one (batch size []), which is copied"
         )
+    for statistics in kept_statistics(made):
+        warnings.warn(f"{name}: {statistics}", stacklevel=3)
     present = {type(module) for module in made.modules()}
+    seen = made.full_observation_spec
+    wide = [key for key in seen.keys(True, True) if seen[key].dtype == torch.float64]
     env = made
     if not made.batch_size:
         env = SerialEnv(num_envs, [lambda copy=copy: make(copy) for copy in range(num_envs)], device=device)
         env.group_map = made.group_map
-    added: list[Transform] = [] if StepCounter in present else [StepCounter(max_steps=max_steps)]
+    added: list[Transform] = [DoubleToFloat(in_keys=wide)] if wide else []
+    added += [] if StepCounter in present else [StepCounter(max_steps=max_steps)]
     added += [] if RewardSum in present else [RewardSum()]
     env = TransformedEnv(env, Compose(added)) if added else env
     env.set_seed(seed)

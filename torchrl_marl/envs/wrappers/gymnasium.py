@@ -8,18 +8,22 @@ import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import TensorSpec
+from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 from typing_extensions import Unpack
 
 from torchrl_marl.envs.base import BatchOptions, check_positive, spec_of
 from torchrl_marl.envs.games.streams import draw_below
-from torchrl_marl.envs.wrappers.base import WrapperEnv, actions_like, check_options
+from torchrl_marl.envs.wrappers.base import WrapperEnv, check_options
+from torchrl_marl.envs.wrappers.spaces import AgentSpaces, Part, group_agents, part_of
 from torchrl_marl.extras import import_extra
 from torchrl_marl.signatures import hands_on_to
 
@@ -42,10 +46,12 @@ class SerialGame(ABC):
         agents: names of the ``N`` agents.
         action_spec: ``[N]`` for discrete or ``[N, A]`` for continuous actions.
         blank: what ``reset`` returns, filled with zeros.
+        groups: of the agents, by name; none if all of them are the group ``"agents"``.
     """
 
     agents: list[str]
     action_spec: TensorSpec
+    groups: Mapping[str, Part] = MappingProxyType({})
     blank: dict[str, np.ndarray]
 
     @abstractmethod
@@ -53,8 +59,8 @@ class SerialGame(ABC):
         """Start the episode that a seed gives.
 
         Returns:
-            ``observation [N, O]`` and, where the game has them, ``action_mask [N, A]``, ``mask [N]``, ``state [S]`` and
-            the episode's metrics so far by name, ``[1]``.
+            ``observation [N, O]``, or images, and, where the game has them, ``action_mask [N, A]``, ``mask [N]``,
+            ``state [S]`` and the episode's metrics so far by name, ``[1]``.
         """
 
     @abstractmethod
@@ -88,11 +94,44 @@ class SerialGymEnv(WrapperEnv):
         games = [make(index) for index in range(batch["num_envs"])]
         first = games[0]
         super().__init__(first.agents, first.action_spec, max_steps=max_steps, shared_reward=shared_reward, **batch)
-        self._games = games
+        self._games, self._parts = games, first.groups
+        if self._parts:
+            self._regroup()
         self._seen = [game.blank for game in games]
         returns, steps = torch.zeros(len(games), len(first.agents), 1), torch.zeros(len(games), 1, dtype=torch.int32)
         self._sums = {"episode_reward": returns, "step_count": steps}
         self.observation_spec = spec_of(self._data(self._shown()))
+
+    def _regroup(self) -> None:
+        (everyone,), batch = self.group_map.values(), self.batch_size
+        self.group_map = {name: [everyone[index] for index in part.members] for name, part in self._parts.items()}
+        actions, rewards = Composite(shape=batch), Composite(shape=batch)
+        for name, part in self._parts.items():
+            size, spec = torch.Size([*batch, len(part.members)]), part.action_spec
+            actions[name] = Composite(action=spec.expand(torch.Size([*batch, *spec.shape])), shape=size)
+            rewards[name] = Composite(reward=Unbounded(torch.Size([*size, 1])), shape=size)
+        self.action_spec, self.reward_spec = actions.to(self.device), rewards.to(self.device)
+
+    def _action(self, tensordict: TensorDictBase) -> Tensor:
+        if not self._parts:
+            return super()._action(tensordict)
+        joint = torch.zeros(*self.batch_size, *self._bounds.shape, dtype=self._bounds.dtype, device=self.device)
+        for name, part in self._parts.items():
+            own = self.full_action_spec[name, "action"].project(tensordict[name, "action"])
+            joint[(slice(None), part.members, *[slice(size) for size in own.shape[2:]])] = own
+        return joint
+
+    def _data(self, shown: Mapping[str, Tensor]) -> TensorDict:
+        data = super()._data(shown)
+        everyone: Any = data.pop("agents") if self._parts else None
+        for name, part in self._parts.items():
+            own: Any = everyone[:, part.members]
+            if "observation" in own.keys():  # as long as the group's longest
+                own["observation"] = own["observation"][(..., *[slice(size) for size in part.shape])]
+            if (legal := own.pop("action_mask", None)) is not None and part.masked:
+                own["action_mask"] = legal[..., : part.action_spec.space.n]
+            data[name] = own
+        return data
 
     def _reset_copies(self, where: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         drawn, seeds = draw_below(streams, 2**31 - 1)
@@ -132,59 +171,108 @@ class _GymGame(SerialGame):
         spaces: observation spaces and action spaces by agent.
         named: whether ``step`` takes the actions as a dictionary by agent.
         state_size: length of its ``state()``; ``None`` if it has none.
+        mortal: whether agents may leave before the episode ends.
+        group_by: see :func:`~torchrl_marl.envs.wrappers.spaces.group_agents`.
     """
 
-    def __init__(self, env: Any, *spaces: Mapping[Any, Any], named: bool, state_size: int | None = None) -> None:
+    def __init__(
+        self,
+        env: Any,
+        *spaces: Mapping[Any, Any],
+        named: bool,
+        state_size: int | None = None,
+        mortal: bool = False,
+        group_by: str | Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        observation, action = spaces
+        if set(observation) != set(action) or not action:
+            raise ValueError(f"agents that observe ({list(observation)}) must be those that act ({list(action)})")
         self.env = env
-        self._named, self._has_state = named, state_size is not None
-        self._agents = list(spaces[1])
+        self._named, self._mortal = named, mortal
+        self._agents = list(action)
+        self._live = set(self._agents)
         self.agents = [str(agent) for agent in self._agents]
-        size, self.action_spec, masked = _equal_spaces(*spaces)
-        self.blank = {"observation": np.zeros((len(self.agents), size), np.float32)}
-        if masked:
-            self.blank["action_mask"] = np.zeros((len(self.agents), self.action_spec.space.n), bool)
+        self._spaces = [AgentSpaces(observation[agent], action[agent]) for agent in self._agents]
+        groups = group_agents(self.agents, self._spaces, group_by)
+        parts = {name: part_of(self._spaces, own, pad=group_by is not None) for name, own in groups.items()}
+        self._scaled = {index: part.scaled for part in parts.values() for index in part.members}
+        joint = parts.get("agents") if len(parts) == 1 else None
+        if joint is None:
+            self.groups = parts
+            joint = part_of(self._spaces, list(range(len(self.agents))), pad=True)
+        self.action_spec = joint.action_spec
+        kind = np.float32 if len(joint.shape) == 1 else np.uint8
+        self.blank = {"observation": np.zeros((len(self.agents), *joint.shape), kind)}
+        if joint.masked:
+            choices = np.arange(joint.action_spec.space.n)
+            self.blank["action_mask"] = choices < np.array([[own.num_actions] for own in self._spaces])
+        if mortal:
+            self.blank["mask"] = np.zeros(len(self.agents), bool)
         if state_size is not None:
             self.blank["state"] = np.zeros(state_size, np.float32)
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
-        return self._seen(self.env.reset(seed=seed)[0])
+        observation = self._of_each(self.env.reset(seed=seed)[0])
+        self._live = set(observation)
+        return self._seen(observation)
 
     def step(self, action: np.ndarray) -> Turn:
-        moves = action.tolist() if action.ndim == 1 else list(action)
-        moves = dict(zip(self._agents, moves, strict=True)) if self._named else moves
-        observation, reward, terminated, truncated, _ = self.env.step(moves)
+        choices = zip(self._agents, self._spaces, action.tolist() if action.ndim == 1 else action, strict=True)
+        acting = self._live if self._named else self._agents
+        moves = {
+            agent: own.move(choice, scaled=self._scaled[index])
+            for index, (agent, own, choice) in enumerate(choices)
+            if agent in acting
+        }
+        observation, reward, terminated, truncated, _ = self.env.step(moves if self._named else tuple(moves.values()))
         ended, cut = self._flags(terminated), self._flags(truncated)
-        over = [one or other for one, other in zip(ended, cut, strict=True)]
-        if any(over) and not all(over):
+        observation, reward = self._of_each(observation), self._of_each(reward)
+        before, self._live = self._live, {agent for agent in observation if not (ended.get(agent) or cut.get(agent))}
+        if self._live and not (self._mortal or self._live == before):
             raise ValueError(
-                f"agents left before the episode ended ({dict(zip(self._agents, over, strict=True))}): "
-                "only environments whose agents all leave together can be wrapped"
+                f"agents left before the episode ended ({', '.join(map(str, before - self._live))}): only make_custom "
+                "(env=custom) wraps environments whose agents do not all leave together"
             )
-        return Turn(self._seen(observation), self._of_each(reward), any(ended), any(cut) and not any(ended))
+        survived = any(cut.get(agent) and not ended.get(agent) for agent in before)
+        over = not self._live
+        earned = [reward.get(agent, 0.0) for agent in self._agents]
+        return Turn(self._seen(observation), earned, over and not survived, over and survived)
 
     def draw(self) -> np.ndarray:
         mode = {"mode": "rgb_array"} if "mode" in inspect.signature(self.env.render).parameters else {}
         return self.env.render(**mode)
 
-    def _of_each(self, values: Any) -> list[Any]:
-        """Return the values of a dictionary or a list in the agents' order; a single value holds for all agents."""
+    def _of_each(self, values: Any) -> dict[Any, Any]:
+        """Return the values of a dictionary or a list by agent; a single value holds for all agents."""
         if isinstance(values, Mapping):
-            return [values[agent] for agent in self._agents]
-        return list(values) if hasattr(values, "__len__") else [values] * len(self._agents)
+            return {agent: values[agent] for agent in self._agents if agent in values}
+        values = list(values) if hasattr(values, "__len__") else [values] * len(self._agents)
+        return dict(zip(self._agents, values, strict=True))
 
-    def _flags(self, values: Any) -> list[bool]:
-        if isinstance(values, Mapping) and "__all__" in values:  # as in RLlib
-            return [bool(values["__all__"])] * len(self._agents)
-        return [bool(value) for value in self._of_each(values)]
+    def _flags(self, values: Any) -> dict[Any, bool]:
+        everyone = isinstance(values, Mapping) and values.get("__all__")  # as in RLlib
+        return dict.fromkeys(self._agents, True) if everyone else self._of_each(values)
 
-    def _seen(self, observation: Any) -> dict[str, np.ndarray]:
-        own = self._of_each(observation)
-        seen: dict[str, np.ndarray] = {}
-        if isinstance(own[0], Mapping):
-            seen["action_mask"] = np.stack([view["action_mask"] for view in own]).astype(bool)
-            own = [view["observation"] for view in own]
-        seen["observation"] = np.stack([np.ravel(view) for view in own]).astype(np.float32)
-        return {**seen, "state": self.env.state().astype(np.float32).ravel()} if self._has_state else seen
+    def _seen(self, observation: Mapping[Any, Any]) -> dict[str, np.ndarray]:
+        """Return what the agents see; those that have left see zeros and may do anything."""
+        seen = {key: value.copy() for key, value in self.blank.items()}
+        for index, (agent, own) in enumerate(zip(self._agents, self._spaces, strict=True)):
+            if agent not in self._live and (self._live or agent not in observation):
+                continue
+            view = observation[agent]
+            if own.masked:
+                seen["action_mask"][index, : own.num_actions] = view["action_mask"]
+                view = view["observation"]
+            row = seen["observation"][index].reshape(-1)
+            view = own.flat(view)
+            row[: len(view)] = view
+        if self._mortal:
+            seen["mask"][:] = [agent in self._live for agent in self._agents]
+        if "state" in seen:
+            with nullcontext() if self._live else suppress(Exception):  # of an episode that is over there may be none
+                self._state = self.env.state().astype(np.float32).ravel()
+            seen["state"] = self._state
+        return seen
 
 
 class _ForagingGame(SerialGame):
@@ -215,14 +303,24 @@ class _ForagingGame(SerialGame):
         return {"action_mask": mask, "food": np.array([eaten], np.float32)}
 
 
-def as_serial_game(env: Any) -> SerialGame:
+def as_serial_game(
+    env: Any, *, state: bool = True, mortal: bool = False, group_by: str | Mapping[str, Sequence[str]] | None = None
+) -> SerialGame:
     """Wrap an environment of PettingZoo's parallel API, or a Gymnasium environment of several agents.
 
     The latter has ``Tuple`` spaces, or ``Dict`` spaces by agent; rewards and flags may be common to all agents.
 
+    Args:
+        env: the environment.
+        state: whether to ask PettingZoo's environments that have one for their ``state()``.
+        mortal: whether agents may leave before the episode ends; ``mask`` then tells who is there.
+        group_by: see :func:`~torchrl_marl.envs.wrappers.spaces.group_agents`.
+
     Raises:
-        ValueError: if it is neither, if agents differ, or if the library's networks cannot take a space.
+        ValueError: if it is neither, if agents differ though ``group_by`` is ``None``, or if the library's networks
+            cannot take a space.
     """
+    how: dict[str, Any] = {"mortal": mortal, "group_by": group_by}
     name = type(env).__name__
     if hasattr(env, "agent_iter"):
         raise ValueError(
@@ -230,16 +328,18 @@ def as_serial_game(env: Any) -> SerialGame:
         )
     if hasattr(env, "possible_agents"):
         agents = list(env.possible_agents)
-        shape = getattr(getattr(env, "state_space", None), "shape", None)
+        shape = getattr(getattr(env, "state_space", None), "shape", None) if state else None
         observation = {agent: env.observation_space(agent) for agent in agents}
         action = {agent: env.action_space(agent) for agent in agents}
-        return _GymGame(env, observation, action, named=True, state_size=None if shape is None else int(np.prod(shape)))
+        size = None if shape is None else int(np.prod(shape))
+        return _GymGame(env, observation, action, named=True, state_size=size, **how)
     both: list[Any] = [getattr(env, kind, None) for kind in ("observation_space", "action_space")]
     spaces: list[Any] = [getattr(space, "spaces", None) for space in both]
     if all(isinstance(space, Mapping) for space in spaces):
-        return _GymGame(env, *spaces, named=True)
+        return _GymGame(env, *spaces, named=True, **how)
     if all(isinstance(space, Sequence) for space in spaces):
-        return _GymGame(env, *({f"agent_{i}": one for i, one in enumerate(space)} for space in spaces), named=False)
+        by_agent = ({f"agent_{i}": one for i, one in enumerate(space)} for space in spaces)
+        return _GymGame(env, *by_agent, named=False, **how)
     raise ValueError(
         f"{name} does not say what each agent observes and does: it needs possible_agents, observation_space(agent) "
         "and action_space(agent), as in PettingZoo, or observation_space and action_space that are both a Tuple with "
@@ -369,35 +469,3 @@ def _registered(package: str, scenario: str) -> dict[str, Any]:
         hint = f"; did you mean {' or '.join(map(repr, closest))}?" if closest else ""
         raise ValueError(f"{package} has no scenario {scenario!r}{hint}")
     return registry[scenario].kwargs
-
-
-def _equal_spaces(observation: Mapping[Any, Any], action: Mapping[Any, Any]) -> tuple[int, TensorSpec, bool]:
-    """Return the length of an observation, the spec of all agents' actions, and whether observations hold masks.
-
-    Raises:
-        ValueError: if agents differ, or if the library's networks cannot take a space.
-    """
-    if set(observation) != set(action) or not action:
-        raise ValueError(f"agents that observe ({list(observation)}) must be those that act ({list(action)})")
-    seen, played = [_seen_by_one(observation[agent]) for agent in action], list(action.values())
-    if any(other != seen[0] for other in seen) or any(other != played[0] for other in played):
-        raise ValueError(f"agents must have equal spaces, got observations {observation} and actions {action}")
-    (size, masked), space, num_agents = seen[0], played[0], len(played)
-    discrete = type(space).__name__ == "Discrete" and getattr(space, "start", 0) == 0
-    vector = type(space).__name__ == "Box" and len(space.shape) == 1 and np.isfinite([space.low, space.high]).all()
-    if not (discrete or vector):
-        raise ValueError(f"an agent's actions must be Discrete from 0, or a bounded Box of one dimension; got {space}")
-    return size, actions_like(space, num_agents), masked
-
-
-def _seen_by_one(space: Any) -> tuple[int, bool]:
-    """Return the length of an agent's observation, and whether it comes with a mask."""
-    parts = getattr(space, "spaces", None)
-    masked = isinstance(parts, Mapping) and set(parts) == {"observation", "action_mask"}
-    vector = parts["observation"] if masked else space  # pyright: ignore[reportOptionalSubscript]
-    if type(vector).__name__ not in ("Box", "MultiBinary"):
-        raise ValueError(
-            f"an agent's observations must be a Box, or a Dict of observation and action_mask; got {space}: flatten "
-            "them (gymnasium.spaces.flatten)"
-        )
-    return int(np.prod(vector.shape)), masked

@@ -1,0 +1,158 @@
+"""Spaces of Gymnasium as the tensors of a group of agents."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torchrl.data import Bounded, Categorical, TensorSpec
+
+from torchrl_marl.envs.wrappers.base import actions_like
+
+__all__ = ["AgentSpaces", "Part", "group_agents", "part_of"]
+
+
+class AgentSpaces(NamedTuple):
+    """What one agent sees and does."""
+
+    observation: Any
+    action: Any
+
+    @property
+    def masked(self) -> bool:
+        """Whether an observation is a dictionary of ``observation`` and ``action_mask``."""
+        parts = getattr(self.observation, "spaces", None)
+        return isinstance(parts, Mapping) and set(parts) == {"observation", "action_mask"}
+
+    @property
+    def seen(self) -> Any:
+        """The space of what it sees, without the mask."""
+        return self.observation.spaces["observation"] if self.masked else self.observation
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[size]``, or that of an image: ``uint8`` in three dimensions. Anything else is made a vector."""
+        space, kind = self.seen, type(self.seen).__name__
+        if kind in ("Box", "MultiBinary"):
+            image = len(space.shape) == 3 and getattr(space, "dtype", None) == np.uint8
+            return tuple(space.shape) if image else (int(np.prod(space.shape)),)
+        gymnasium = sys.modules.get("gymnasium")
+        if gymnasium is None or not getattr(space, "is_np_flattenable", False):
+            raise ValueError(
+                "an agent's observations must be a Box, or a Dict of observation and action_mask, or a space that "
+                f"gymnasium.spaces.flatten makes a vector; got {space}"
+            )
+        return (gymnasium.spaces.flatdim(space),)
+
+    @property
+    def num_actions(self) -> int | None:
+        """How many discrete actions it has; ``None`` if they are continuous."""
+        space, kind = self.action, type(self.action).__name__
+        if kind == "Discrete" and getattr(space, "start", 0) == 0:
+            return int(space.n)
+        if kind == "MultiDiscrete" and space.nvec.ndim == 1:
+            return int(np.prod(space.nvec))
+        if kind == "Box" and len(space.shape) == 1 and np.isfinite([space.low, space.high]).all():
+            return None
+        raise ValueError(
+            f"an agent's actions must be Discrete from 0, MultiDiscrete, or a bounded Box of one dimension; got {space}"
+        )
+
+    def flat(self, view: Any) -> np.ndarray:
+        """What the agent sees as a vector."""
+        if type(self.seen).__name__ in ("Box", "MultiBinary"):
+            return np.ravel(view)
+        return sys.modules["gymnasium"].spaces.flatten(self.seen, view)
+
+    def move(self, choice: Any, *, scaled: bool) -> Any:
+        """What the environment takes for a network's choice; ``scaled`` if that is from -1 to 1."""
+        if hasattr(self.action, "nvec"):
+            return np.array(np.unravel_index(choice, self.action.nvec))
+        if self.num_actions is not None:
+            return choice
+        low, high = self.action.low, self.action.high
+        choice = choice[: len(low)]
+        return (low + (choice + 1) / 2 * (high - low)).astype(np.float32) if scaled else choice
+
+
+class Part(NamedTuple):
+    """What the agents of a group have in common.
+
+    Attributes:
+        members: their indices.
+        shape: of an observation.
+        action_spec: of all of them, ``[n]`` or ``[n, A]``.
+        masked: whether they have an action mask.
+        scaled: whether actions are from -1 to 1 in place of each agent's own bounds.
+    """
+
+    members: list[int]
+    shape: tuple[int, ...]
+    action_spec: TensorSpec
+    masked: bool
+    scaled: bool
+
+
+def part_of(spaces: Sequence[AgentSpaces], members: list[int], *, pad: bool) -> Part:
+    """Return the spaces of a group, which are those of the largest where they differ.
+
+    Observations then end in zeros, discrete actions that an agent does not have are masked, and continuous ones are
+    from -1 to 1, scaled to each agent's own bounds, with some that have no effect.
+
+    Raises:
+        ValueError: if they differ though ``pad`` is off, or are of different kinds, or networks cannot take one.
+    """
+    own = [spaces[index] for index in members]
+    shapes, counts = [one.shape for one in own], [one.num_actions for one in own]
+    differ = any(one.action != own[0].action for one in own)
+    if not pad and (differ or any((one.shape, one.masked) != (shapes[0], own[0].masked) for one in own)):
+        kinds = "; ".join(dict.fromkeys(f"observations {one.observation} with actions {one.action}" for one in own))
+        raise ValueError(
+            "agents must have equal spaces, or group_by must say what to do: env.group_by=padding (one group), spaces "
+            "or name (groups, which recipes/groups_vmas.py trains), or a mapping of agents' names by group; agents "
+            f"have {kinds}"
+        )
+    images, discrete = {shape for shape in shapes if len(shape) > 1}, [count for count in counts if count is not None]
+    if (images and len(set(shapes)) > 1) or len(discrete) not in (0, len(own)):
+        raise ValueError(
+            "agents can be padded whose actions are all discrete or all continuous and whose images are of one size; "
+            f"got observations {shapes} and actions {[one.action for one in own]}"
+        )
+    shape = max(shapes)
+    if discrete:
+        spec: TensorSpec = Categorical(max(discrete), shape=torch.Size([len(own)]))
+    elif differ:
+        spec = Bounded(-1.0, 1.0, torch.Size([len(own), max(one.action.shape[0] for one in own)]), dtype=torch.float32)
+    else:
+        spec = actions_like(own[0].action, len(own))
+    return Part(members, shape, spec, any(one.masked for one in own) or len(set(discrete)) > 1, differ)
+
+
+def group_agents(
+    agents: Sequence[str], spaces: Sequence[AgentSpaces], group_by: str | Mapping[str, Sequence[str]] | None
+) -> dict[str, list[int]]:
+    """Return the indices of each group's agents by its name; there is one group, ``"agents"``, if nothing is asked for.
+
+    Raises:
+        ValueError: if ``group_by`` is unknown, or its groups do not hold every agent once.
+    """
+    if group_by is None or group_by == "padding":
+        return {"agents": list(range(len(agents)))}
+    if isinstance(group_by, Mapping):
+        if sorted(name for members in group_by.values() for name in members) != sorted(agents):
+            raise ValueError(f"group_by must hold each of the agents {', '.join(agents)} once; got {dict(group_by)}")
+        return {group: [agents.index(name) for name in members] for group, members in group_by.items()}
+    if group_by not in ("name", "spaces"):
+        raise ValueError(f"group_by must be padding, spaces, name or a mapping of agents by group; got {group_by!r}")
+    groups: dict[str, list[int]] = {}
+    firsts: list[AgentSpaces] = []
+    for index, (name, own) in enumerate(zip(agents, spaces, strict=True)):
+        if own not in firsts:
+            firsts.append(own)
+        label = re.sub(r"_?\d+$", "", name) or name if group_by == "name" else f"agents_{firsts.index(own)}"
+        groups.setdefault(label, []).append(index)
+    return groups

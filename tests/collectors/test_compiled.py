@@ -9,13 +9,15 @@ from torch.testing import assert_close
 from torchrl.collectors import Collector
 from torchrl.envs import RewardScaling, StepCounter, TransformedEnv
 
-from torchrl_marl.collectors import CompiledCollector, compiled
+from torchrl_marl.collectors import CompiledCollector, SequenceCollector, compiled
 from torchrl_marl.envs import RandomState, make_aerocombat, make_coordsum, make_env, make_maze, make_paxmen
 from torchrl_marl.modules import (
     collection_policy,
     make_actor,
+    make_mat,
     make_recurrent_actor,
     make_recurrent_critic,
+    make_sable,
     with_recurrent_state,
 )
 
@@ -47,6 +49,15 @@ def game_and_policy(name, *, recurrent=False, num_envs=4, **options):
     actor = make_recurrent_actor(env, hidden_sizes=[8], recurrent_size=8, head_sizes=[], device=env.device)
     critic = make_recurrent_critic(env, hidden_sizes=[8], recurrent_size=4, head_sizes=[], device=env.device)
     policy = collection_policy(actor, critic)
+    return with_recurrent_state(env, policy), policy
+
+
+def game_and_guider(name, make_guider, **options):
+    """Agents that act one after the other, and a learner whose memory is kept up to date beside them."""
+    env, _ = game_and_policy(name, **options)
+    guider, _ = make_guider(env, embed_dim=8)
+    learner = make_recurrent_actor(env, hidden_sizes=[8], recurrent_size=4, head_sizes=[])
+    policy = collection_policy(guider, learner)
     return with_recurrent_state(env, policy), policy
 
 
@@ -113,6 +124,28 @@ def test_traced_batches_are_those_of_torchrls_collector(name, recurrent):
     ours = take(CompiledCollector(*game_and_policy(name, recurrent=recurrent), **options))
     theirs = take(torchrls(*game_and_policy(name, recurrent=recurrent), 44))
     assert_same(ours, theirs, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "make_guider", "compile", "tolerance"),
+    [
+        ("PaxMen-4", make_sable, False, 0),
+        ("PaxMen-4", make_mat, False, 0),
+        ("balance", make_sable, False, 1e-5),
+        ("CoordSum-3x4", make_sable, "aot_eager", 1e-5),
+        pytest.param("CoordSum-3x4", make_mat, "aot_eager", 1e-5, marks=pytest.mark.slow),
+    ],
+)
+def test_batches_of_agents_that_act_in_turn_are_those_of_a_sequence_collector(name, make_guider, compile, tolerance):
+    torch.compiler.reset()
+    options = {"frames_per_batch": 44}
+    ours = take(CompiledCollector(*game_and_guider(name, make_guider), compile=compile, **options))
+    theirs = take(SequenceCollector(*game_and_guider(name, make_guider), **options))
+    assert ours[0]["next", "done"].any()
+    assert_same(ours, theirs, tolerance)
+    for key in ["agents_encoder_memory", "agents_decoder_memory"] if make_guider is make_sable else []:
+        assert ours[1][key].any()  # the second batch goes on from the first one's memory
+        assert ours[2][key].untyped_storage().nbytes() == ours[2][key][:, 0].numel() * 4
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -25,7 +25,7 @@ def coordsum() -> EnvBase:
         (lambda: make_env("simple", num_envs=2, seed=0), True, "mlp", CompiledCollector),
         (lambda: TransformedEnv(coordsum(), DoubleToFloat()), True, "mlp", Collector),
         (coordsum, False, "sable", SequenceCollector),
-        (coordsum, True, "sable", SequenceCollector),
+        (coordsum, True, "sable", CompiledCollector),
     ],
 )
 def test_the_collector_suits_the_loss_and_the_environment(make, compile, networks, expected) -> None:

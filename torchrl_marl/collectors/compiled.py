@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from types import FunctionType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.fx import GraphModule
 from torchrl.envs import EnvBase, ExplorationType, VmasEnv, set_exploration_type
 from torchrl.envs.transforms import Compose, InitTracker, RewardSum, StepCounter, TensorDictPrimer, TransformedEnv
 
+from torchrl_marl.collectors.sequences import memory_keys
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.vmas_graph import VmasGraphs
 
@@ -39,8 +41,10 @@ class CompiledCollector:
     VMAS's step and resets are the graphs of :class:`~torchrl_marl.envs.CompiledVmasEnv`, checked in the same way:
     equal to VMAS up to rounding, or VMAS goes on itself, with a warning. The environment need not be a compiled one.
 
-    Every batch has memory of its own, laid out by step: ``[num_envs, num_steps]`` is a view. The environment's state
-    is up to date between batches, so that it can be stored and brought back.
+    Every batch has memory of its own, laid out by step: ``[num_envs, num_steps]`` is a view. A policy's large states
+    (:class:`~torchrl_marl.modules.protocols.Remembering`) are kept before a batch's first step only, as by
+    :class:`~torchrl_marl.collectors.SequenceCollector`. The environment's state is up to date between batches, so that
+    it can be stored and brought back.
 
     Args:
         env: a :class:`~torchrl_marl.envs.TensorEnv` (CoordSum, the mazes, PaxMen, AeroCombat, or a game of your own),
@@ -77,7 +81,9 @@ class CompiledCollector:
         self._scribe = _Scribe(policy, first, described=game.observation_spec.keys(True, True))
         with preserve_random_state(), torch.no_grad():
             acted = _leaves(policy(first.copy()).exclude("next"))
-        self._shapes = {"root": {**self._first, **acted}, "next": _leaves(env.fake_tensordict()["next"])}
+        self._states = memory_keys(policy)
+        after = env.fake_tensordict()["next"].exclude(*self._states)
+        self._shapes = {"root": {**self._first, **acted}, "next": _leaves(after)}
         if isinstance(game, TensorEnv):
             self._game = _TensorGame(game, self._scribe, compile)
         else:
@@ -106,8 +112,9 @@ class CompiledCollector:
 
     @torch.no_grad()
     def _collect(self) -> TensorDictBase:
-        root, root_steps = _memory(self.num_steps + 1, self._shapes["root"])
+        root, root_steps = _memory(self.num_steps + 1, self._shapes["root"], self._states)
         after, next_steps = _memory(self.num_steps, self._shapes["next"])
+        started = {key: self._first[key] for key in self._states}
         for name in _FLAGS & root.keys():
             root[name].zero_()
         for key, value in self._first.items():
@@ -120,7 +127,10 @@ class CompiledCollector:
                     self._game.restart(then["done"], following)
         self._game.end()
         self._first = {key: root_steps[-1][key].clone() for key in self._first}  # does not keep the batch alive
-        batch = {key: value[:-1].transpose(0, 1) for key, value in root.items()}
+        batch = {key: value[:-1].transpose(0, 1) for key, value in root.items() if key not in started}
+        batch |= {
+            key: value.unsqueeze(1).expand(-1, self.num_steps, *value.shape[1:]) for key, value in started.items()
+        }
         following = {key: value.transpose(0, 1) for key, value in after.items()}
         shape = (*self.env.batch_size, self.num_steps)
         result = self._scribe.nest(batch, shape).set("next", self._scribe.nest(following, shape))
@@ -168,7 +178,8 @@ class _Scribe:
     def write(self, entries: _Entries, then: _Entries, following: _Entries) -> None:
         """Write what there is after a step."""
         for key, value in entries.items():
-            then[key].copy_(value)
+            if key in then:  # large states are not kept
+                then[key].copy_(value)
             if key in self._carried:
                 following[key].copy_(value)
 
@@ -349,8 +360,10 @@ def _contiguous(state: TensorDictBase) -> _Entries:
     return {key: value.contiguous() for key, value in state.items()}
 
 
-def _memory(num_steps: int, like: _Entries) -> tuple[_Entries, list[_Entries]]:
-    """Uninitialised entries of many steps, and views of each step's."""
-    entries: _Entries = {key: value.new_empty((num_steps, *value.shape)) for key, value in like.items()}
-    steps = zip(*(value.unbind(0) for value in entries.values()), strict=True)
+def _memory(num_steps: int, like: _Entries, passing: Sequence[NestedKey] = ()) -> tuple[_Entries, list[_Entries]]:
+    """Uninitialised entries of many steps, and views of each step's; those of ``passing`` ones take turns in two."""
+    entries: _Entries = {
+        key: value.new_empty((2 if key in passing else num_steps, *value.shape)) for key, value in like.items()
+    }
+    steps = zip(*(islice(cycle(value.unbind(0)), num_steps) for value in entries.values()), strict=True)
     return entries, [dict(zip(entries, step, strict=True)) for step in steps]

@@ -48,11 +48,9 @@ class SequenceCollector:
     ) -> None:
         self.env, self.policy = env, policy
         self.num_steps = -(-frames_per_batch // env.batch_size.numel())
-        if states is None:
-            remembering = [module for module in policy.modules() if isinstance(module, Remembering)]
-            states = [key for module in remembering for key in module.memory_keys]
-        self._states = list(states)
-        self._dropped = [*states, *(("next", *((key,) if isinstance(key, str) else key)) for key in states)]
+        self._states = memory_keys(policy) if states is None else list(states)
+        following = (("next", *((key,) if isinstance(key, str) else key)) for key in self._states)
+        self._dropped = [*self._states, *following]
         self._following: TensorDictBase | None = None
 
     def __iter__(self) -> Iterator[TensorDictBase]:
@@ -77,4 +75,10 @@ class SequenceCollector:
                 steps.append(step.exclude(*self._dropped))
         self._following = following
         batch = torch.stack(steps, -1)
+        batch.names = [*batch.names[:-1], "time"]
         return batch.update(start.unsqueeze(-1).expand(batch.batch_size))
+
+
+def memory_keys(policy: TensorDictModuleBase) -> list[NestedKey]:
+    """Return the entries of a policy's memory that are too large to store at every step."""
+    return [key for module in policy.modules() if isinstance(module, Remembering) for key in module.memory_keys]

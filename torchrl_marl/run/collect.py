@@ -19,9 +19,9 @@ def make_collector(
 ) -> Collector | CompiledCollector | SequenceCollector | WorkerCollector:
     """Build what collects for a loop: what ``cfg.collector`` names, or in this process what suits the loss and ``env``.
 
-    Losses that learn whole sequences get a :class:`~torchrl_marl.collectors.SequenceCollector`. With ``compile=true``
-    environments that a :class:`~torchrl_marl.collectors.CompiledCollector` takes get that one: VMAS and the games of
-    this library. All others get TorchRL's own.
+    With ``compile=true`` environments that a :class:`~torchrl_marl.collectors.CompiledCollector` takes get that one:
+    VMAS and the games of this library. Otherwise losses that learn whole sequences get a
+    :class:`~torchrl_marl.collectors.SequenceCollector`, and all others TorchRL's own.
 
     Args:
         cfg: configuration with ``collector``, ``frames_per_batch`` and ``compile``.
@@ -32,8 +32,8 @@ def make_collector(
     options = {"frames_per_batch": cfg.frames_per_batch}
     if "_target_" in cfg.collector:
         return instantiate(cfg.collector, env, policy, **options)
-    if loss.learns_sequences:
-        return SequenceCollector(env, policy, **options)
     if cfg.compile and CompiledCollector.takes(env):
         return CompiledCollector(env, policy, **options)
+    if loss.learns_sequences:
+        return SequenceCollector(env, policy, **options)
     return Collector(env, policy, **options, total_frames=-1, auto_register_policy_transforms=False)

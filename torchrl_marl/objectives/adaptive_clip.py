@@ -112,14 +112,7 @@ class AdaptiveClipLoss(ClipLoss):
     @torch.no_grad()
     def _move_target(self, batch: ScoredBatch) -> Tensor:
         """Measure the divergence from the old policy over live agents; in training mode, move the target towards it."""
-        missing = [key for key in self.actor_network[-1].in_keys if batch.data.get(key, None) is None]
-        if missing:
-            raise KeyError(
-                f"The data has no {', '.join(map(repr, missing))}: {type(self).__name__} measures the divergence from "
-                "the policy that collected it, so keep the parameters of its distribution, which the actor writes, in "
-                "the batch."
-            )
-        old = self.actor_network.build_dist_from_params(batch.data)
+        old = self._old_policy(batch.data)
         kl = average(masked_mean(policy_kl(old, batch.policy), batch.mask).to(self.kl_target.dtype))
         if self.training:
             goal = torch.where(kl.isfinite(), kl.clamp(min=self.kl_floor) + self.kl_bias, self.kl_target)

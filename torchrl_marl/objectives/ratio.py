@@ -536,6 +536,17 @@ class RatioLoss(LossModule):
             )
         return distribution, log_prob - stored
 
+    def _old_policy(self, tensordict: TensorDictBase) -> Distribution:
+        """The policy that collected; a method that asks for it names ``actor_network[-1].in_keys`` in ``_own_keys``."""
+        missing = [key for key in self.actor_network[-1].in_keys if tensordict.get(key, None) is None]
+        if missing:
+            raise KeyError(
+                f"The data has no {', '.join(map(repr, missing))}: {type(self).__name__} measures the divergence from "
+                "the policy that collected it, so keep the parameters of its distribution, which the actor writes, in "
+                "the batch."
+            )
+        return self.actor_network.build_dist_from_params(tensordict)
+
     def _advantage(self, tensordict: TensorDictBase, advantage: Tensor, shape: torch.Size) -> Tensor:
         """Bring advantages to ``[B, N]``, in units of the batch's own ones if the loss standardises them."""
         if self.normalize_advantage:

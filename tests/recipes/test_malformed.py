@@ -62,6 +62,11 @@ from torchrl_marl.run.run import Run
         ("mars_vmas", "collector.foo=1", "collector.foo has no effect: with these choices no collector is built"),
         ("mars_vmas", "env.compile=true", "env.compile is not an argument of torchrl_marl.envs.make_env"),
         ("magpo_vmas", "minibatch_size=9", "minibatch_size must be at least the 10 steps of a sequence; got 9"),
+        (
+            "mars_vmas",
+            "loss.gain._target_=torchrl_marl.objectives.surrogates.clip_gain",
+            r"loss.gain: clip_gain\(\) missing .*: loss.gain._partial_=true",
+        ),
         ("mars_vmas", "loss.gain=5", "loss.gain must be a _target_ that makes a Gain; got 5"),
         ("mars_vmas", "loss.entropy_coeff=nan", "loss.entropy_coeff must be a number; got nan"),
         ("mars_vmas", "loss.entropy_coeff=-1", "loss: entropy_coeff must be a number of at least 0; got -1"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
@@ -36,6 +37,12 @@ GRU = [
 ]
 VALUE_BASED = {"ldsa", "qmix", "qplex", "vdn"}  # those of test_qmix_vmas.py
 METHODS = sorted({path.stem for path in (RECIPES / "config" / "loss").glob("*.yaml")} - VALUE_BASED)
+ENVIRONMENTS = {path.stem: OmegaConf.load(path) for path in (RECIPES / "config" / "env").glob("*.yaml")}
+GAMES = sorted(
+    name
+    for name, cfg in ENVIRONMENTS.items()
+    if "_target_" in cfg and get_object(cfg._target_).__module__.startswith("torchrl_marl.envs.games")
+)
 RECIPE_OF = {  # the others are mars_vmas.py's
     **dict.fromkeys(("marpo", "rpo"), "marpo_vmas"),
     **dict.fromkeys(("magpo", "magpo_adaptive", "ctds"), "magpo_vmas"),
@@ -94,7 +101,7 @@ def test_every_method_trains_and_leaves_a_complete_folder(
     assert [int(row.split(",")[0]) for row in evaluations] == [0, 80, 160, 240]
 
 
-@pytest.mark.parametrize("env", ["coordsum", "maze", "paxmen", "aerocombat"])
+@pytest.mark.parametrize("env", GAMES)
 def test_every_game_trains_and_is_filmed(env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(monkeypatch, tmp_path, f"env={env}", "total_frames=80", "evaluation.video=true")
     (folder,) = run_folders(tmp_path)

@@ -223,7 +223,9 @@ def end_if_refused(error: Exception, script: str) -> None:
     no_memory = isinstance(cause, torch.OutOfMemoryError) or "can't allocate memory" in str(cause)
     others = isinstance(cause, CompactHydraException) or no_memory
     if others or (checked and _is_refusal(cause, script, inside=cause is not error)):
-        raise SystemExit(key + checks.in_one_line(cause)) from error
+        called = re.search(r"full_key: (\S+)[\s\S]*missing \d+ required positional", f"{error} {cause}")
+        hint = f". To hand the function on, uncalled: {called[1]}._partial_=true" if called else ""
+        raise SystemExit(key + checks.in_one_line(cause) + hint) from error
 
 
 def _is_refusal(error: Exception, script: str, *, inside: bool) -> bool:

@@ -195,7 +195,11 @@ def _random_inputs(actor: ProbabilisticActor, shape: GroupSpec, number: int) -> 
     """Observations, masks with a legal action, memories and episode starts, the same ones each time."""
     generator = torch.Generator().manual_seed(0)
     rows = (number, shape.num_agents)
-    inputs = {"observation": torch.randn(*rows, shape.observation_size, generator=generator)}
+    if shape.image is None:
+        observation = torch.randn(*rows, shape.observation_size, generator=generator)
+    else:
+        observation = torch.randint(256, (*rows, *shape.image), dtype=torch.uint8, generator=generator)
+    inputs = {"observation": observation}
     if shape.masked and shape.num_actions is not None:
         chance = torch.rand(*rows, shape.num_actions, generator=generator)
         inputs["action_mask"] = (chance < 0.5) | (chance == chance.amin(-1, keepdim=True))

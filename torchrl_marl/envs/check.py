@@ -91,7 +91,9 @@ def missing_entries(env: EnvBase) -> list[str]:
         for name, form in wanted.items():
             spec = found.get((group, name))
             sizes = [] if spec is None else list(spec.shape[len(env.batch_size) :])
-            fits = sizes[:1] == [len(agents)] and len(sizes) in ((1, 2) if name == "action" else (2,))
+            fits = sizes[:1] == [len(agents)] and len(sizes) in {"action": (1, 2), "observation": (2, 4)}.get(
+                name, (2,)
+            )
             if not fits or (name == "reward" and sizes[1:] != [1]):
                 keys = ", ".join(str(key if len(key) > 1 else "".join(key)) for key in found)
                 there = f"there are {keys}" if spec is None else f"it is {sizes}"

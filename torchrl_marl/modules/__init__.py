@@ -4,8 +4,10 @@ from torchrl_marl.modules.actor_critic import make_actor, make_critic
 from torchrl_marl.modules.agent_networks import AgentNetworks, agent_policy
 from torchrl_marl.modules.autoregressive import AutoregressiveActor, AutoregressiveCritic
 from torchrl_marl.modules.clusters import AgentAutoencoder, cluster_agents, encode_agents
+from torchrl_marl.modules.images import make_cnn_actor, make_cnn_critic
 from torchrl_marl.modules.mat import make_mat
 from torchrl_marl.modules.mixers import QPLEXMixer
+from torchrl_marl.modules.observation_norm import ObservationNorm
 from torchrl_marl.modules.recurrent import (
     MultiAgentGRU,
     RecurrentModule,
@@ -27,6 +29,7 @@ __all__ = [
     "Denormalize",
     "GroupSpec",
     "MultiAgentGRU",
+    "ObservationNorm",
     "QPLEXMixer",
     "RecurrentModule",
     "agent_policy",
@@ -34,6 +37,8 @@ __all__ = [
     "collection_policy",
     "encode_agents",
     "make_actor",
+    "make_cnn_actor",
+    "make_cnn_critic",
     "make_critic",
     "make_ldsa_actor",
     "make_mat",

@@ -12,6 +12,7 @@ from torchrl.envs import EnvBase
 from torchrl.modules import ProbabilisticActor, ValueNorm
 
 from torchrl_marl.modules.layers import Activation, Networks, initialize, make_policy, num_outputs
+from torchrl_marl.modules.observation_norm import ObservationNorm
 from torchrl_marl.modules.spec import GroupSpec, group_shape
 from torchrl_marl.modules.value_norm import Denormalize
 
@@ -26,6 +27,7 @@ def make_actor(
     activation: Activation = "tanh",
     share_parameters: bool | Sequence[int] = True,
     agent_id: bool = True,
+    normalize_observations: bool = False,
     device: torch.device | str | None = None,
 ) -> ProbabilisticActor:
     """Build a decentralised stochastic policy: an MLP from each agent's observation to its action distribution.
@@ -43,6 +45,8 @@ def make_actor(
             one for each cluster (:func:`~torchrl_marl.modules.cluster_agents` finds some).
         agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents
             with networks of their own, or of their clusters, get none.
+        normalize_observations: whether to normalise them by running statistics
+            (:class:`~torchrl_marl.modules.ObservationNorm`).
         device: where parameters live.
 
     Returns:
@@ -62,7 +66,10 @@ def make_actor(
     networks = Networks(shape, hidden_sizes, activation, share_parameters, agent_id)
     network = networks.each(shape.observation_size, num_outputs(shape))
     initialize(network, activation, output_gain=0.01)
-    return make_policy(shape, (shape.name, "observation"), network, device=device)
+    key = (shape.name, "observation")
+    if normalize_observations:
+        network = nn.Sequential(ObservationNorm(key, shape.observation_size), network)
+    return make_policy(shape, key, network, device=device)
 
 
 def make_critic(
@@ -74,6 +81,7 @@ def make_critic(
     activation: Activation = "tanh",
     share_parameters: bool | Sequence[int] = True,
     agent_id: bool = True,
+    normalize_observations: bool = False,
     value_norm: ValueNorm | None = None,
     device: torch.device | str | None = None,
 ) -> TensorDictModule:
@@ -92,6 +100,8 @@ def make_critic(
         share_parameters: one network for all agents, one for each, or one for each cluster, as for actors.
         agent_id: append a one-hot agent id to an agent's own observation (shared ``"observation"`` critics only; a
             centralised critic knows agents by its outputs).
+        normalize_observations: whether to normalise what it reads by running statistics
+            (:class:`~torchrl_marl.modules.ObservationNorm`).
         value_norm: running statistics of values; the network then predicts normalised values, see
             :class:`~torchrl_marl.modules.Denormalize`.
         device: where parameters live.
@@ -118,5 +128,7 @@ def make_critic(
         inputs, joined = networks.joint_input(observes)
         network = nn.Sequential(*joined, *networks.values(inputs))
     initialize(network, activation, output_gain=1.0)
-    layers = [network] if value_norm is None else [network, Denormalize(value_norm)]
+    size = shape.state_size if observes == "state" else shape.observation_size
+    layers: list[nn.Module] = [ObservationNorm(key, size or 0)] if normalize_observations else []
+    layers += [network] if value_norm is None else [network, Denormalize(value_norm)]
     return TensorDictModule(nn.Sequential(*layers).to(device), in_keys=[key], out_keys=[(shape.name, "state_value")])

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torchrl.data import Bounded, Categorical, TensorSpec
 from torchrl.envs import EnvBase
 
@@ -25,6 +26,7 @@ class GroupSpec:
         action_high: upper bound of each continuous action; empty if discrete.
         masked: whether the environment says which actions are legal, under ``(name, "action_mask")``.
         state_size: length of the global ``"state"`` at the root; ``None`` if there is none.
+        image: shape of one agent's observation if that is an image, ``[C, H, W]`` or ``[H, W, C]``.
     """
 
     name: str
@@ -35,6 +37,7 @@ class GroupSpec:
     action_high: tuple[float, ...] = ()
     masked: bool = False
     state_size: int | None = None
+    image: tuple[int, ...] | None = None
 
     @classmethod
     def from_env(cls, env: EnvBase, group: str | None = None) -> GroupSpec:
@@ -61,15 +64,20 @@ class GroupSpec:
         if (group, "observation") not in observation_spec.keys(True, True):
             raise ValueError(f"({group!r}, 'observation') is not in the environment; it has {_keys(observation_spec)}.")
         observation = observation_spec[group, "observation"]
-        if observation.ndim != 2:
-            raise ValueError(f"An MLP needs observations [agents, size]; {group!r} has {tuple(observation.shape)}.")
+        image = observation.ndim == 4 and observation.dtype == torch.uint8
+        if observation.ndim != 2 and not image:
+            raise ValueError(
+                f"An MLP needs observations [agents, size]; {group!r} has {tuple(observation.shape)}. A CNN takes "
+                "images [agents, C, H, W] or [agents, H, W, C], which are uint8."
+            )
         state = observation_spec["state"] if "state" in observation_spec.keys() else None
         if state is not None and state.ndim != 1:
             raise ValueError(f"An MLP needs a state [size]; it has shape {tuple(state.shape)}.")
         return cls(
             name=group,
             num_agents=len(group_map[group]),
-            observation_size=observation.shape[-1],
+            observation_size=observation.shape[1:].numel(),
+            image=tuple(observation.shape[1:]) if image else None,
             masked=(group, "action_mask") in observation_spec.keys(True, True),
             state_size=None if state is None else state.shape.numel(),
             **_action_space(env.full_action_spec_unbatched[group, "action"]),
@@ -88,14 +96,20 @@ class GroupSpec:
         return sum(math.log((high - low) / 1000) for low, high in ranges)
 
 
-def group_shape(env: EnvBase | GroupSpec, group: str | None) -> GroupSpec:
+def group_shape(env: EnvBase | GroupSpec, group: str | None, *, images: bool = False) -> GroupSpec:
     """Return the shape of a group of an environment, or the shape itself if that is what is given.
 
     Raises:
-        ValueError: if the group is not that of the shape, or does not fit (see :meth:`GroupSpec.from_env`).
+        ValueError: if the group is not that of the shape, does not fit (see :meth:`GroupSpec.from_env`), or sees images
+            though the network takes vectors (``images`` is off).
     """
     if not isinstance(env, GroupSpec):
-        return GroupSpec.from_env(env, group)
+        env = GroupSpec.from_env(env, group)
+    if env.image is not None and not images:
+        raise ValueError(
+            f"The agents of {env.name!r} see images {list(env.image)}, which an MLP would flatten to "
+            f"{env.observation_size:,} numbers: take networks with convolutions, actor=cnn critic=cnn."
+        )
     if group not in (None, env.name):
         raise ValueError(f"group={group!r}, but the shape given is that of {env.name!r}.")
     return env

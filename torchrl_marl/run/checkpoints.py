@@ -25,6 +25,7 @@ from torchrl.checkpoint import (
 from torchrl_marl.modules import (
     GroupSpec,
     make_actor,
+    make_cnn_actor,
     make_ldsa_actor,
     make_mat,
     make_recurrent_actor,
@@ -47,7 +48,7 @@ FORMAT_VERSION = 1
 
 _BUILDERS: dict[str, Callable[..., Any]] = {
     f"torchrl_marl.modules.{build.__name__}": build
-    for build in (make_actor, make_ldsa_actor, make_mat, make_recurrent_actor, make_sable)
+    for build in (make_actor, make_cnn_actor, make_ldsa_actor, make_mat, make_recurrent_actor, make_sable)
 }
 
 _SCORE = "score"

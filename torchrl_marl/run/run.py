@@ -22,18 +22,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from torchrl_marl.collectors import CompiledCollector, SequenceCollector, WorkerCollector
-from torchrl_marl.distributed import any_process, broadcast_from_main, rank, world_size
+from torchrl_marl.distributed import any_process, broadcast_from_main, gather, rank, world_size
 from torchrl_marl.envs import RandomState, preserve_random_state, render_episode, reseed
 from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve, plot_method
 from torchrl_marl.evaluation.episodes import ended_episode_returns
 from torchrl_marl.files import replacing
-from torchrl_marl.modules import GroupSpec
+from torchrl_marl.modules import GroupSpec, ObservationNorm
 from torchrl_marl.run.checkpoints import CheckpointFolder, actor_record, load_policy
 from torchrl_marl.run.logger import ABSOLUTE, LAST_FIFTH, MetricLog, git_commit, run_group
 from torchrl_marl.run.records import EvaluationRecord, metric_files, read_metric
@@ -124,6 +124,9 @@ class Run:
         )
         if resumed is not None:
             self._checkpoints.load(resumed)
+        networks = [part for part in (actor, *components.values()) if isinstance(part, nn.Module)]
+        modules = dict.fromkeys(module for network in networks for module in network.modules())
+        self._observation_norms = [module for module in modules if isinstance(module, ObservationNorm)]
         self._records: list[Mapping[str, Tensor]] = []
         self._warned: set[str] = set()
         self._asked_to_stop = self._interrupted = False
@@ -185,6 +188,8 @@ class Run:
                 batch = next(data)
                 collected = time.perf_counter()
                 yield batch
+                for norm in self._observation_norms:  # after learning: the policy that learns is the one that acted
+                    norm.update(batch, gather=gather)
                 self.finish_iteration(batch, collected - start, time.perf_counter() - collected, bar)
                 if self.evaluation_is_due(batch.numel()):
                     self.evaluate_and_save()

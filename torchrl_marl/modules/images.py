@@ -1,0 +1,177 @@
+"""Builders of actors and critics of agents that see images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+from torchrl.modules import ConvNet, ProbabilisticActor, ValueNorm
+
+from torchrl_marl.modules.layers import (
+    Activation,
+    Networks,
+    initialize,
+    make_policy,
+    num_outputs,
+)
+from torchrl_marl.modules.spec import GroupSpec, group_shape
+from torchrl_marl.modules.value_norm import Denormalize
+
+__all__ = ["make_cnn_actor", "make_cnn_critic"]
+
+
+class _ImageEncoder(nn.Module):
+    """Convolutions and a layer of features: ``[..., C, H, W]`` or ``[..., H, W, C]`` to ``[..., features]``.
+
+    ``uint8`` counts from 0 to 1. Channels are the smaller of the first and the last dimension.
+    """
+
+    def __init__(
+        self,
+        shape: GroupSpec,
+        num_channels: Sequence[int],
+        kernel_sizes: Sequence[int],
+        strides: Sequence[int],
+        features: int,
+    ) -> None:
+        super().__init__()
+        if shape.image is None:
+            raise ValueError(f"A CNN needs images [agents, C, H, W] or [agents, H, W, C]; {shape.name!r} has vectors.")
+        if not len(num_channels) == len(kernel_sizes) == len(strides):
+            raise ValueError(
+                "num_channels, kernel_sizes and strides need an entry for each layer; "
+                f"got {list(num_channels)}, {list(kernel_sizes)}, {list(strides)}."
+            )
+        first, middle, last = shape.image
+        self.channels_last = last <= first
+        size = (last, first, middle) if self.channels_last else (first, middle, last)
+        self.convolutions = ConvNet(
+            size[0],
+            num_cells=list(num_channels),
+            kernel_sizes=list(kernel_sizes),
+            strides=list(strides),
+            activation_class=nn.ReLU,
+        )
+        sides = list(size[1:])
+        for kernel, stride in zip(kernel_sizes, strides, strict=True):
+            sides = [(side - kernel) // stride + 1 for side in sides]
+            if min(sides) < 1:
+                raise ValueError(
+                    f"kernel_sizes {list(kernel_sizes)} with strides {list(strides)} are too large for images of "
+                    f"{size[1]} x {size[2]}."
+                )
+        self.features = nn.Linear(num_channels[-1] * math.prod(sides), features)
+        for layer in (module for module in self.modules() if isinstance(module, nn.Conv2d | nn.Linear)):
+            nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode images of any batch."""
+        image = image / 255 if image.dtype == torch.uint8 else image
+        image = image.movedim(-1, -3) if self.channels_last else image
+        return self.features(self.convolutions(image)).relu()
+
+
+def make_cnn_actor(
+    env: EnvBase | GroupSpec,
+    *,
+    group: str | None = None,
+    num_channels: Sequence[int] = (32, 64, 64),
+    kernel_sizes: Sequence[int] = (8, 4, 3),
+    strides: Sequence[int] = (4, 2, 1),
+    features: int = 256,
+    hidden_sizes: Sequence[int] = (256,),
+    activation: Activation = "tanh",
+    agent_id: bool = True,
+    device: torch.device | str | None = None,
+) -> ProbabilisticActor:
+    """Build a decentralised stochastic policy of agents that see images, one network for all of them.
+
+    Convolutions (:class:`torchrl.modules.ConvNet`, by default those of Mnih et al., 2015), a layer of features, then as
+    :func:`~torchrl_marl.modules.make_actor`.
+
+    Args:
+        env: the environment, or the shape of a group; its observations are ``[N, C, H, W]`` or ``[N, H, W, C]``.
+        group: which group of the environment; may be left out if it has just one.
+        num_channels: of each convolution.
+        kernel_sizes: of each convolution, in pixels.
+        strides: of each convolution, in pixels.
+        features: size of what an image is turned into.
+        hidden_sizes: widths of the hidden layers after it.
+        activation: of these.
+        agent_id: append a one-hot agent id to the features.
+        device: where parameters live.
+
+    Raises:
+        ValueError: if observations are no images, or the kernels do not fit them.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> spec = GroupSpec("agents", num_agents=2, observation_size=36 * 36 * 3, image=(36, 36, 3), num_actions=5)
+        >>> images = torch.zeros(7, 2, 36, 36, 3, dtype=torch.uint8)
+        >>> make_cnn_actor(spec)(TensorDict({"agents": {"observation": images}}, 7))["agents", "action"].shape
+        torch.Size([7, 2])
+    """
+    shape = group_shape(env, group, images=True)
+    encoder = _ImageEncoder(shape, num_channels, kernel_sizes, strides, features)
+    head = Networks(shape, hidden_sizes, activation, agent_id=agent_id).each(features, num_outputs(shape))
+    initialize(head, activation, output_gain=0.01)
+    return make_policy(shape, (shape.name, "observation"), nn.Sequential(encoder, head), device=device)
+
+
+def make_cnn_critic(
+    env: EnvBase | GroupSpec,
+    *,
+    group: str | None = None,
+    observes: Literal["joint_observation", "observation"] = "joint_observation",
+    num_channels: Sequence[int] = (32, 64, 64),
+    kernel_sizes: Sequence[int] = (8, 4, 3),
+    strides: Sequence[int] = (4, 2, 1),
+    features: int = 256,
+    hidden_sizes: Sequence[int] = (256,),
+    activation: Activation = "tanh",
+    agent_id: bool = True,
+    value_norm: ValueNorm | None = None,
+    device: torch.device | str | None = None,
+) -> TensorDictModule:
+    """Build a critic of agents that see images: of all agents' features side by side, or of each agent's own.
+
+    Args:
+        env: as of :func:`make_cnn_actor`, whose other arguments it has too.
+        group: which group of the environment.
+        observes: ``"joint_observation"`` or ``"observation"``.
+        num_channels: of each convolution.
+        kernel_sizes: of each convolution, in pixels.
+        strides: of each convolution, in pixels.
+        features: size of what an image is turned into.
+        hidden_sizes: widths of the hidden layers after it.
+        activation: of these.
+        agent_id: append a one-hot agent id (``"observation"`` only).
+        value_norm: running statistics of values, as of :func:`~torchrl_marl.modules.make_critic`.
+        device: where parameters live.
+
+    Returns:
+        Critic that writes ``(group, "state_value")``, ``[*batch, agents, 1]``, in units of the return.
+
+    Raises:
+        ValueError: if observations are no images, the kernels do not fit them, or an option is unknown.
+    """
+    shape = group_shape(env, group, images=True)
+    if observes not in ("joint_observation", "observation"):
+        raise ValueError(f"observes must be joint_observation or observation; got {observes!r}.")
+    encoder = _ImageEncoder(shape, num_channels, kernel_sizes, strides, features)
+    networks = Networks(shape, hidden_sizes, activation, agent_id=agent_id)
+    if observes == "observation":
+        head = networks.each(features, 1)
+    else:
+        head = nn.Sequential(nn.Flatten(-2, -1), *networks.values(shape.num_agents * features))
+    initialize(head, activation, output_gain=1.0)
+    layers = [encoder, head] if value_norm is None else [encoder, head, Denormalize(value_norm)]
+    key = (shape.name, "observation")
+    return TensorDictModule(nn.Sequential(*layers).to(device), in_keys=[key], out_keys=[(shape.name, "state_value")])

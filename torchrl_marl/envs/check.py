@@ -302,7 +302,7 @@ def _rewards(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
 def _teams(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
     advice = (
         "One group is one team, whose critic values all of them together. Make groups of opponents: group_by=name of "
-        "make_custom (env.group_by=name), or the environment's group_map; recipes/groups_vmas.py trains each with its "
+        "make_custom (env.group_by=name), or the environment's group_map; a loop of groups trains each with its "
         "own networks."
     )
     for group, agents in _group_map(env).items():

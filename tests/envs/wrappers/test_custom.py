@@ -473,7 +473,7 @@ WRONG = [
         r"agents move in turns: wrap it in pettingzoo\.utils\.aec_to_parallel",
     ),
     (changed(Listed, action_space=Tuple(Discrete(2), Discrete(3))), {}, "agents must have equal spaces"),
-    (Arena, {}, r"equal spaces, or group_by must .*env\.group_by=padding.*groups_vmas\.py"),
+    (Arena, {}, r"equal spaces, or group_by must .*env\.group_by=padding.*by themselves.*Discrete"),
     (Arena, {"group_by": "team"}, "group_by must be padding, spaces, name or a mapping .* got 'team'"),
     (Arena, {"group_by": {"a": ["red_0"]}}, "group_by must hold each of the agents red_0, red_1, blue_0 once"),
     (

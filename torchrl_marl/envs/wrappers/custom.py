@@ -63,8 +63,8 @@ def make_custom(
         scenario: name of the task, for those factories that make several; that of the factory itself is none.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards (PettingZoo and Gymnasium only).
-        group_by: how agents of PettingZoo and Gymnasium form groups, of which each learns with networks of its own
-            (recipes/groups_vmas.py): ``"name"`` without its number, as TorchRL's (``red_0`` and ``red_1`` are
+        group_by: how agents of PettingZoo and Gymnasium form groups, of which each learns with networks of its own,
+            in a loop for groups: ``"name"`` without its number, as TorchRL's (``red_0`` and ``red_1`` are
             ``"red"``), ``"spaces"``, those whose spaces are equal, or a mapping of agents' names by group. In a group
             unequal spaces are padded: observations with zeros, discrete actions by the mask, continuous ones, then from
             -1 to 1, with some that have no effect. ``"padding"`` does so in one group of all; ``None`` is one group

@@ -113,7 +113,7 @@ def part_of(spaces: Sequence[AgentSpaces], members: list[int], *, pad: bool) -> 
         kinds = "; ".join(dict.fromkeys(f"observations {one.observation} with actions {one.action}" for one in own))
         raise ValueError(
             "agents must have equal spaces, or group_by must say what to do: env.group_by=padding (one group), spaces "
-            "or name (groups, which recipes/groups_vmas.py trains), or a mapping of agents' names by group; agents "
+            "or name (groups that learn by themselves), or a mapping of agents' names by group; agents "
             f"have {kinds}"
         )
     images, discrete = {shape for shape in shapes if len(shape) > 1}, [count for count in counts if count is not None]

@@ -467,7 +467,7 @@ def test_bounds_may_differ_between_the_entries_of_an_action():
     [
         (stub_env(Unbounded((3, 8, 8, 3))), r"An MLP needs observations \[agents, size\]; 'agents' has \(3, 8, 8, 3\)"),
         (stub_env(Composite(pixels=Unbounded((3, 5)), shape=(3,))), "'observation'.* not in .* has .*pixels"),
-        (stub_env(state=Unbounded((8, 8))), r"An MLP needs a state \[size\]; it has shape \(8, 8\)"),
+        (stub_env(state=Unbounded((8, 8))), r"An MLP needs a state \[size\]; the environment's has shape \(8, 8\)"),
         (stub_env(action=OneHot(4, shape=(3, 4))), "Actions must be categorical .* or bounded"),
         (stub_env(action=CategoricalSpec(4, shape=(3, 2))), "Actions must be categorical .* or bounded"),
         (stub_env(action=Unbounded((3, 2))), "Actions must be categorical .* or bounded"),

@@ -129,7 +129,7 @@ def test_clusters_of_another_number_of_agents_raise(clusters):
 
 
 def test_recurrent_networks_are_shared_by_all_or_none():
-    with pytest.raises(ValueError, match=r"or none does; got share_parameters=\[0, 1, 0\]"):
+    with pytest.raises(ValueError, match=r"take True or False; got share_parameters=\[0, 1, 0\]"):
         make_recurrent_actor(group_shape("categorical"), share_parameters=[0, 1, 0])
 
 

@@ -113,7 +113,7 @@ def test_a_crowd_falls_into_its_clusters():
     [
         (4, {"num_clusters": 5}, "from 1 to 4.*got 5"),
         (4, {"num_clusters": 0}, "from 1 to 4.*got 0"),
-        (2, {}, "2 agents there is nothing to choose"),
+        (2, {}, "2 agents the number of clusters cannot be chosen"),
         (4, {"index": "elbow"}, "silhouette, davies_bouldin; got 'elbow'"),
     ],
 )

@@ -277,7 +277,7 @@ def test_policies_of_other_kinds_have_no_divergence():
     categorical, squashed = Categorical(torch.ones(3)), TanhNormal(torch.zeros(3), torch.ones(3))
     with pytest.raises(ValueError, match="one has discrete and one continuous"):
         divergence(categorical, squashed, constant="first")
-    with pytest.raises(ValueError, match="not of Normal"):
+    with pytest.raises(ValueError, match="not for Normal"):
         divergence(Normal(0.0, 1.0), squashed, constant="first")
 
 

@@ -168,9 +168,9 @@ def test_the_reflective_gain_clips_each_ratio_on_its_own():
         next_advantage = torch.full((5,), advantage)
         gain = reflective_clip_gain(r.log(), later.log(), next_advantage, **bounds)
         assert_close(gain, torch.minimum(r * later * advantage, clipped * advantage))
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         reflective_clip_gain(r.log(), later.log(), torch.ones(5, 1), **bounds)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         reflective_clip_gain(r.log(), later[:1].log(), torch.ones(5), **bounds)
 
 

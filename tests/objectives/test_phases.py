@@ -205,7 +205,7 @@ def test_marpo_prepares_batches_without_names_and_refuses_memories_of_their_own_
     assert torch.equal(loss.prepare(data)["next", "reflection_mask"], loss.prepare(named)["next", "reflection_mask"])
     plain, data = make(MARPOLoss, reflection_coeff=0.0)
     assert ("next", "reflection_mask") not in plain.prepare(data).keys(True)
-    with pytest.raises(ValueError, match="no policy with a memory of Sable's kind"):
+    with pytest.raises(ValueError, match="does not support a policy with Sable's memory"):
         MARPOLoss(*make_sable(GroupSpec("agents", AGENTS, 5, num_actions=4), embed_dim=8))
 
 

@@ -196,9 +196,9 @@ def test_the_matrix_is_part_of_the_state(tmp_path):
         ({"num_rows": 0}, "num_rows must be at least 1, got 0"),
         ({"reuse_matrix": "RS"}, "one of NR, AR, UR, RR; got 'RS'"),
         ({"reuse_matrix": [[1.0, 0.0], [0.0, 1.0]]}, r"must be \[4, 4\], got \(2, 2\)"),
-        ({"reuse_matrix": torch.full((4, 4), 0.3)}, "rows summing to 1"),
+        ({"reuse_matrix": torch.full((4, 4), 0.3)}, "rows that sum to 1"),
         ({"reuse_matrix": torch.eye(4) + torch.tensor([[0.5, -0.5, 0, 0]])}, "probabilities"),
-        ({"reuse_matrix": "UR"}, r"UR is a scheme for 3 agents \(red, black, blue\), but there are 4"),
+        ({"reuse_matrix": "UR"}, r"UR is a scheme for 3 agents \(red, black, blue\), but the group has 4"),
     ],
     ids=str,
 )

@@ -49,7 +49,7 @@ from torchrl_marl.run.run import Run
         (
             "mars_vmas",
             "actor=sable chunk_length=5",
-            "chunk_length must be null: whole sequences are learnt from; got 5",
+            "chunk_length must be null, as the loss trains on whole sequences; got 5",
         ),
         ("mars_vmas", "actor=mat critic=mlp", "critic=mlp has no effect: other choices set critic to null"),
         ("mars_vmas", "actor=mat critic.observes=state", "critic.observes has no effect: .* no critic is built"),
@@ -81,7 +81,7 @@ from torchrl_marl.run.run import Run
         (
             "oappo_vmas",
             "loss=oatrpo loss.reduction=sum",
-            "loss.reduction must be mean, as a natural step compares means; got sum",
+            "loss.reduction must be mean, as a natural-gradient step requires; got sum",
         ),
         ("groups_vmas", "env.scenario_kwargs.num_good_agents=-1", "env: scenario_kwargs.num_good_agents must be"),
         ("mars_vmas", "env.scenario=nowhere", "env: VMAS has no scenario 'nowhere'"),

@@ -506,7 +506,7 @@ def test_a_memory_for_one_of_the_two_networks_is_enough(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("length", "message"),
-    [("3", "divide the 10 steps.*got 3"), ("null", "be an integer: .*steps in a row; got null")],
+    [("3", "divide the 10 steps.*got 3"), ("null", "be an integer: .*consecutive steps; got null")],
 )
 def test_chunks_that_do_not_fit_are_refused(
     length: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,28 +32,29 @@ def make_actor(
 ) -> ProbabilisticActor:
     """Build a decentralised stochastic policy: an MLP from each agent's observation to its action distribution.
 
-    Continuous actions get a Gaussian squashed into their bounds, discrete ones a categorical, masked by
-    ``(group, "action_mask")`` where the environment writes it. Weights are orthogonal, the last layer's small.
+    Continuous actions follow a Gaussian squashed into their bounds. Discrete actions follow a categorical, masked by
+    ``(group, "action_mask")`` if the environment writes an action mask. Weights are initialised orthogonally, with a
+    small gain in the last layer.
 
     Args:
         env: the environment, or the shape of a group (then no environment is needed).
-        group: which group of the environment; may be left out if it has just one.
+        group: name of the group; optional if the environment has one group.
         hidden_sizes: widths of the hidden layers.
-        activation: of the hidden layers.
+        activation: activation of the hidden layers.
         share_parameters: one network for all agents, or one for each
-            (:class:`~torchrl_marl.modules.AgentNetworks`); or the cluster of each agent, such as ``[0, 1, 0]``, with
-            one for each cluster (:func:`~torchrl_marl.modules.cluster_agents` finds some).
-        agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents
-            with networks of their own, or of their clusters, get none.
-        normalize_observations: whether to normalise them by running statistics
+            (:class:`~torchrl_marl.modules.AgentNetworks`); or the cluster of each agent, such as ``[0, 1, 0]``, for one
+            network per cluster (see :func:`~torchrl_marl.modules.cluster_agents`).
+        agent_id: append a one-hot agent id to the observation, so that agents with a shared network can differ. Agents
+            with separate networks, or networks per cluster, get no id.
+        normalize_observations: whether to normalise observations by running statistics
             (:class:`~torchrl_marl.modules.ObservationNorm`).
-        device: where parameters live.
+        device: device of the parameters.
 
     Returns:
         Actor that reads ``(group, "observation")`` and writes ``(group, "action")`` and ``(group, "action_log_prob")``.
 
     Raises:
-        ValueError: if the group or its spaces do not fit, or the activation is unknown.
+        ValueError: if the group or its spaces are not supported, or the activation is unknown.
 
     Example:
         >>> from tensordict import TensorDict
@@ -85,32 +86,32 @@ def make_critic(
     value_norm: ValueNorm | None = None,
     device: torch.device | str | None = None,
 ) -> TensorDictModule:
-    """Build a critic: an MLP that values every agent of a group.
+    """Build a critic: an MLP that predicts the value of every agent of a group.
 
-    A centralised critic with shared parameters has one body and one output for each agent, so that a step of all agents
-    costs one forward pass.
+    A centralised critic with shared parameters has one body and one output for each agent, so one forward pass gives
+    the values of all agents.
 
     Args:
         env: the environment, or the shape of a group.
-        group: which group of the environment; may be left out if it has just one.
-        observes: ``"joint_observation"``, all agents' observations side by side; ``"state"``, the root's ``"state"``;
-            ``"observation"``, each agent's own (IPPO).
+        group: name of the group; optional if the environment has one group.
+        observes: ``"joint_observation"``, the concatenated observations of all agents; ``"state"``, the global state at
+            the root; ``"observation"``, each agent's own observation (IPPO).
         hidden_sizes: widths of the hidden layers.
-        activation: of the hidden layers.
-        share_parameters: one network for all agents, one for each, or one for each cluster, as for actors.
+        activation: activation of the hidden layers.
+        share_parameters: one network for all agents, for each agent, or for each cluster, as for actors.
         agent_id: append a one-hot agent id to an agent's own observation (shared ``"observation"`` critics only; a
-            centralised critic knows agents by its outputs).
-        normalize_observations: whether to normalise what it reads by running statistics
+            centralised critic has separate outputs for agents).
+        normalize_observations: whether to normalise the critic's inputs by running statistics
             (:class:`~torchrl_marl.modules.ObservationNorm`).
         value_norm: running statistics of values; the network then predicts normalised values, see
             :class:`~torchrl_marl.modules.Denormalize`.
-        device: where parameters live.
+        device: device of the parameters.
 
     Returns:
         Critic that writes ``(group, "state_value")``, ``[*batch, agents, 1]``, in units of the return.
 
     Raises:
-        ValueError: if the group or its spaces do not fit, there is no state, or an option is unknown.
+        ValueError: if the group or its spaces are not supported, the state is missing, or an option is unknown.
 
     Example:
         >>> from tensordict import TensorDict

@@ -1,4 +1,4 @@
-"""One network for each agent: evaluated together when they act, apart when one of them learns."""
+"""One network for each agent: evaluated in one batch to act, separately to update one agent."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["AgentNetworks", "agent_policy"]
 
 
 class AgentNetworks(nn.Module):
-    """Networks of one architecture, one for each agent: ``[..., N, I]`` to ``[..., N, O]``, slot i by network i.
+    """Networks of one architecture, one for each agent: ``[..., N, I]`` to ``[..., N, O]``, index i by network i.
 
-    Networks of several inputs, such as a recurrent unit, get as many, and all of these have agents' slots.
-    Agents share what stands in both their places: ``AgentNetworks([a, b, a])``.
+    Networks with several inputs, such as a recurrent unit, take as many tensors, each with a dimension of agents.
+    Agents listed with the same network share it: ``AgentNetworks([a, b, a])``.
 
-    A forward pass is one batched operation a layer, over parameters stacked for the occasion. The parameters themselves
-    stay apart, as leaves of their own: an objective of agent i alone (see :func:`agent_policy`) leaves ``grad`` of all
-    other agents at ``None``, and an optimiser skips what has no gradient, momentum included. Parameters that are stored
-    stacked, as in :class:`torchrl.modules.MultiAgentMLP`, get zeros there, on which Adam moves by its momentum.
+    A forward pass is one batched operation per layer, over temporarily stacked parameters. The parameters themselves
+    are separate leaves: an objective of agent i alone (see :func:`agent_policy`) leaves ``grad`` of all other agents at
+    ``None``, and optimisers skip these parameters and their momentum. Parameters that are stored stacked, as in
+    :class:`torchrl.modules.MultiAgentMLP`, get zero gradients instead, and Adam still updates them by momentum.
 
     Args:
-        networks: one for each agent, alike in all but their parameters' values; ``[..., I]`` to ``[..., O]`` each.
+        networks: one network for each agent, ``[..., I]`` to ``[..., O]``, identical except for parameter values.
 
     Raises:
-        ValueError: if there is no network, or parameters differ in name or shape; in ``forward``, if the inputs are
-            not those of so many agents.
+        ValueError: if there is no network, or parameters differ in name or shape; in ``forward``, if an input has
+            another number of agents.
 
     Example:
         >>> networks = AgentNetworks([nn.Linear(4, 2) for _ in range(3)])
@@ -61,7 +61,7 @@ class AgentNetworks(nn.Module):
         return torch.vmap(self._apply_network, in_dims=(0, *(-2 for _ in inputs)), out_dims=-2)(stacked, *inputs)
 
     def for_export(self, agent: int | None) -> nn.Module:
-        """Return one agent's network, or all without ``functional_call``, whose tensors are no constants of a program.
+        """Return one agent's network, or all networks without ``functional_call``, which cannot be exported.
 
         See :class:`~torchrl_marl.modules.protocols.Exportable`.
         """
@@ -72,7 +72,7 @@ class AgentNetworks(nn.Module):
 
 
 class _OneByOne(nn.Module):
-    """What :class:`AgentNetworks` computes, network after network."""
+    """The computation of :class:`AgentNetworks`, one network after another."""
 
     def __init__(self, networks: nn.ModuleList) -> None:
         super().__init__()
@@ -84,15 +84,15 @@ class _OneByOne(nn.Module):
 
 
 def agent_policy(actor: ProbabilisticTensorDictSequential, agent: int) -> ProbabilisticTensorDictSequential:
-    """Return the policy of one agent of a group, in place of everybody's.
+    """Return the policy of one agent, applied to all agents of a group.
 
-    It reads and writes the keys of the group's actor, with any number of slots ``[B, S, ...]``, and acts in all of them
-    as ``agent`` would; so it can be asked what this agent thinks of another one's experience. It shares the parameters
+    The policy reads and writes the keys of the group's actor, for any number of agents ``[B, S, ...]``, and applies the
+    network of ``agent`` to each. It can thus evaluate ``agent`` on another agent's experience. It shares the parameters
     of ``actor``.
 
     Args:
-        actor: its parameters are those of one or more :class:`AgentNetworks`.
-        agent: index in the group.
+        actor: actor whose parameters all belong to :class:`AgentNetworks`.
+        agent: index of the agent in the group.
 
     Raises:
         ValueError: if agents share parameters, or there is no such agent.
@@ -108,7 +108,7 @@ def agent_policy(actor: ProbabilisticTensorDictSequential, agent: int) -> Probab
     num_agents = count_agents(actor)
     if not 0 <= agent < num_agents:
         raise ValueError(f"There is no agent {agent}: the actor has agents 0 to {num_agents - 1}.")
-    memo: dict[int, object] = {}  # what deepcopy takes instead of copying: all but the containers on the way
+    memo: dict[int, object] = {}  # objects that deepcopy shares: all but the containers of AgentNetworks
     for module in actor.modules():
         if isinstance(module, AgentNetworks):
             memo[id(module)] = module.networks[agent]
@@ -118,10 +118,10 @@ def agent_policy(actor: ProbabilisticTensorDictSequential, agent: int) -> Probab
 
 
 def count_agents(actor: nn.Module) -> int:
-    """Return how many agents have networks of their own in ``actor``.
+    """Return the number of agents with a separate network in ``actor``.
 
     Raises:
-        ValueError: if any parameter is shared by agents, or there are no networks of their own.
+        ValueError: if agents share a parameter, or the actor has no :class:`AgentNetworks`.
     """
     stacks = [module for module in actor.modules() if isinstance(module, AgentNetworks)]
     networks = [network for stack in stacks for network in stack.networks]
@@ -136,6 +136,6 @@ def count_agents(actor: nn.Module) -> int:
 
 
 def _get(network: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer; or what tensordict has put in its place, which the module does not list as either."""
+    """A parameter or buffer, or its replacement by tensordict, which the module does not list as either."""
     path, _, name = name.rpartition(".")
     return getattr(network.get_submodule(path), name)

@@ -1,7 +1,7 @@
-"""Which agents are alike: an encoding of agents by what their actions bring about, and clusters of these.
+"""Clusters of similar agents, found from an encoding of the effects of their actions.
 
-Selective parameter sharing (SePS): collect transitions while everybody acts by one policy, encode the agents, cluster
-them, and let the agents of a cluster share networks, as in ``make_actor(env, share_parameters=clusters)``.
+Selective parameter sharing (SePS): collect transitions while all agents follow one policy, encode the agents, cluster
+the encodings, and let the agents of a cluster share a network: ``make_actor(env, share_parameters=clusters)``.
 
 Reference: Christianos et al., Scaling Multi-Agent Reinforcement Learning with Selective Parameter Sharing, ICML 2021,
 https://arxiv.org/abs/2102.07475.
@@ -25,20 +25,19 @@ __all__ = ["AgentAutoencoder", "cluster_agents", "encode_agents"]
 
 
 class AgentAutoencoder(nn.Module):
-    """Variational autoencoder of agents: who acts, as far as it shows in what an action brings about.
+    """Variational autoencoder that encodes agents by the outcomes of their actions.
 
         q(z|i) = N(mean_i, diag(scale_i^2)),   outcome = decoder(z, situation)
         loss = |outcome - (o', r)|^2 + kl_coeff KL(q(z|i) || N(0, I)),   situation = (o, a)
 
-    The encoder sees nothing but the agent's one-hot index, so agents whose outcomes need no telling apart have no
-    reason to lie apart.
+    The encoder sees only the agent's one-hot index, so agents with the same outcomes are encoded close to each other.
 
     Reference: SePS, section 4 and Fig. 2, with the authors' sum of squared errors as likelihood.
 
     Args:
         num_agents: N.
-        situation_size: numbers that describe observation and action.
-        outcome_size: numbers that describe the next observation and the reward.
+        situation_size: size of the concatenated observation and action.
+        outcome_size: size of the concatenated next observation and reward.
         latent_size: dimensions of the encoding.
         encoder_sizes: widths of the encoder's hidden layers.
         decoder_sizes: widths of the decoder's hidden layers.
@@ -68,13 +67,13 @@ class AgentAutoencoder(nn.Module):
         self.decoder = MLP(*sizes, num_cells=list(decoder_sizes), activation_class=nn.ReLU)
 
     def encode(self, agent: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and scale of the encodings of agents given by index, ``[*B]`` to ``[*B, latent_size]``."""
+        """Return mean and scale of the encodings of agent indices, ``[*B]`` to ``[*B, latent_size]``."""
         one_hot = functional.one_hot(agent, self.num_agents).to(torch.get_default_dtype())
         mean, log_variance = self.encoder(one_hot).chunk(2, -1)
         return mean, (log_variance / 2).exp()
 
     def forward(self, agent: Tensor, situation: Tensor, outcome: Tensor) -> Tensor:
-        """Return the loss of each row, ``[*B]``, with one sample of its agent's encoding."""
+        """Return the loss of each row, ``[*B]``, with one sample of the agent's encoding."""
         mean, scale = self.encode(agent)
         latent = mean + scale * torch.randn_like(mean)
         predicted = self.decoder(torch.cat([latent, situation], -1))
@@ -93,19 +92,19 @@ def encode_agents(
     minibatch_size: int = 128,
     lr: float = 3e-4,
 ) -> Tensor:
-    """Train an autoencoder on transitions and return where it puts the agents, the means of their encodings.
+    """Train an autoencoder on transitions and return the mean encodings of the agents.
 
-    Defaults are the authors'. They collect 200,000 steps.
+    Defaults are the authors', who collect 200,000 steps.
 
     Args:
-        tensordict: transitions, any batch shape ``[*B]``, with the group's observations, actions and ``"mask"`` (live
-            agents; if missing all live) and, under ``"next"``, observations and rewards.
-        shape: of the group.
+        tensordict: transitions, any batch shape ``[*B]``, with the group's observations, actions and optionally
+            ``"mask"`` (live agents; all are alive by default) and, under ``"next"``, observations and rewards.
+        shape: shape of the group.
         latent_size: see :class:`AgentAutoencoder`.
-        kl_coeff: see there.
+        kl_coeff: see :class:`AgentAutoencoder`.
         num_epochs: passes over the data.
         minibatch_size: transitions of single agents in a minibatch.
-        lr: of Adam.
+        lr: learning rate of Adam.
 
     Returns:
         ``[N, latent_size]``
@@ -146,23 +145,23 @@ def cluster_agents(
 ) -> list[int]:
     """Group agents by k-means on their encodings.
 
-    Left open, the number of clusters is that between 2 and N - 1 with the best index; neither index knows what to say
-    of a single cluster, or of clusters of one agent each throughout. SePS takes the lowest Davies-Bouldin index, the
-    width of clusters over the distance between them. A cluster of one agent has no width, so in small teams this index
-    parts agents that are alike; the silhouette, to which such a cluster is worth nothing, does not.
+    By default, the number of clusters between 2 and N - 1 with the best index is chosen; neither index is defined for a
+    single cluster or for N clusters. SePS takes the lowest Davies-Bouldin index, the width of clusters over the
+    distance between them. A cluster of one agent has no width, so in small teams this index separates similar agents.
+    The silhouette, which is 0 for a cluster of one agent, does not.
 
     Args:
         encodings: ``[N, latent_size]``
-        num_clusters: how many, from 1 to N; ``None`` to let the index choose.
-        index: what chooses.
-        seed: of k-means' starts, the best of ten.
+        num_clusters: number of clusters, from 1 to N; ``None`` to let the index choose.
+        index: index that chooses the number of clusters.
+        seed: seed of the ten k-means starts, of which the best is kept.
 
     Returns:
         The cluster of each agent, numbered from 0 in the order of agents.
 
     Raises:
-        ValueError: if there cannot be so many clusters, the number is left open with fewer than three agents, or there
-            is no such index.
+        ValueError: if ``num_clusters`` is out of its range, or is ``None`` for fewer than three agents, or the index is
+            unknown.
         ImportError: without scikit-learn.
 
     Example:
@@ -180,7 +179,7 @@ def cluster_agents(
     if num_clusters is not None and not 1 <= num_clusters <= num_agents:
         raise ValueError(f"num_clusters must be from 1 to {num_agents}, the number of agents; got {num_clusters}.")
     if num_clusters is None and num_agents < 3:
-        raise ValueError(f"With {num_agents} agents there is nothing to choose from: give num_clusters.")
+        raise ValueError(f"With {num_agents} agents the number of clusters cannot be chosen: set num_clusters.")
     points = encodings.cpu().numpy()
     numbers = range(2, num_agents) if num_clusters is None else [num_clusters]
     candidates = [cluster.KMeans(number, n_init=10, random_state=seed).fit_predict(points) for number in numbers]

@@ -1,4 +1,4 @@
-"""What the builders share: networks over agents, the head that turns outputs into actions, initial weights."""
+"""Shared parts of the builders: networks over agents, the policy head, and weight initialisation."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def make_policy(
     *before: TensorDictModuleBase,
     device: torch.device | str | None = None,
 ) -> ProbabilisticActor:
-    """Turn what a network makes of ``in_key`` into actions: squashed Gaussians or (masked) categoricals.
+    """Build a policy from a network that reads ``in_key``, with squashed Gaussian or (masked) categorical actions.
 
     Args:
-        shape: of the group.
+        shape: shape of the group.
         in_key: entry that the network reads, ``[*batch, agents, size]``.
-        network: has ``num_outputs(shape)`` outputs for each agent.
-        *before: TensorDict modules that run first, such as one that writes ``in_key``.
-        device: where parameters live.
+        network: network with ``num_outputs(shape)`` outputs for each agent.
+        *before: TensorDict modules that run first, such as a module that writes ``in_key``.
+        device: device of the parameters.
     """
     name = shape.name
     if shape.num_actions is None:
@@ -65,12 +65,12 @@ def make_policy(
 
 
 def num_outputs(shape: GroupSpec) -> int:
-    """How many numbers describe an agent's action distribution: logits, or a location and a scale per dimension."""
+    """Number of parameters of an agent's action distribution: logits, or a location and a scale per dimension."""
     return 2 * len(shape.action_low) if shape.num_actions is None else shape.num_actions
 
 
 class Networks(NamedTuple):
-    """The multi-layer perceptrons of a group: how they are built, and which agents share one."""
+    """Architecture and parameter sharing of the multi-layer perceptrons of a group."""
 
     shape: GroupSpec
     hidden_sizes: Sequence[int]
@@ -79,7 +79,7 @@ class Networks(NamedTuple):
     agent_id: bool = False
 
     def each(self, inputs: int, outputs: int) -> nn.Module:
-        """Network applied to each agent's own input, ``[..., N, inputs]`` to ``[..., N, outputs]``."""
+        """Network of each agent's own input, ``[..., N, inputs]`` to ``[..., N, outputs]``."""
         num_agents = self.shape.num_agents
         if self.share_parameters is not True:
             clusters = list(range(num_agents) if self.share_parameters is False else self.share_parameters)
@@ -95,9 +95,9 @@ class Networks(NamedTuple):
         return nn.Sequential(OneHotAgentID(num_agents), self._mlp(inputs + num_agents, outputs))
 
     def joint_input(self, observes: str) -> tuple[int, list[nn.Module]]:
-        """Return the size of what all agents see together, and the layers that put it side by side.
+        """Return the size of the joint input and the layers that concatenate it.
 
-        They give ``[..., size]`` for a network that all agents share, ``[..., N, size]`` for networks of their own.
+        The layers return ``[..., size]`` for a network shared by all agents, otherwise ``[..., N, size]``.
         """
         shape = self.shape
         if observes == "joint_observation":
@@ -113,7 +113,7 @@ class Networks(NamedTuple):
         return size, [joined] if self.share_parameters is True else [joined, _ExpandToAgents(shape.num_agents)]
 
     def values(self, inputs: int) -> list[nn.Module]:
-        """Layers to values from ``[..., inputs]`` (shared: one body, an output an agent) or ``[..., N, inputs]``."""
+        """Value layers for ``[..., inputs]`` (shared body with an output per agent) or ``[..., N, inputs]``."""
         if self.share_parameters is not True:
             return [self._replace(agent_id=False).each(inputs, 1)]
         return [self._mlp(inputs, self.shape.num_agents), nn.Unflatten(-1, (self.shape.num_agents, 1))]
@@ -127,16 +127,16 @@ class Networks(NamedTuple):
 
 
 def activation_class(name: Activation) -> type[nn.Module]:
-    """Return the activation called ``name``."""
+    """Return the activation class named ``name``."""
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {name!r}.")
     return _ACTIVATIONS[name]
 
 
 def initialize(network: nn.Module, activation: Activation, *, output_gain: float | None = None) -> None:
-    """Orthogonal weights, zero biases, in each MLP.
+    """Initialise every MLP with orthogonal weights and zero biases.
 
-    The last layer's weights get ``output_gain``, or that of hidden layers if it feeds an activation (``None``).
+    The last layer has the gain ``output_gain``, or with ``None`` that of hidden layers, if an activation follows.
     """
     hidden_gain = math.sqrt(2) if activation == "relu" else nn.init.calculate_gain(activation)
     last_gain = hidden_gain if output_gain is None else output_gain
@@ -148,7 +148,7 @@ def initialize(network: nn.Module, activation: Activation, *, output_gain: float
 
 
 class OneHotAgentID(nn.Module):
-    """One-hot agent ids beside each agent's input."""
+    """Append one-hot agent ids to each agent's input."""
 
     ids: Tensor
 
@@ -157,7 +157,7 @@ class OneHotAgentID(nn.Module):
         self.register_buffer("ids", torch.eye(num_agents), persistent=False)
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Append them: ``[..., N, O]`` to ``[..., N, O + N]``."""
+        """Append the ids, ``[..., N, O]`` to ``[..., N, O + N]``."""
         if len(self.ids) not in (1, observation.shape[-2]):
             raise ValueError(
                 f"The policy was trained with {len(self.ids)} agents, whose ids it reads, and got "
@@ -173,7 +173,7 @@ class OneHotAgentID(nn.Module):
 
 
 class _ExpandToAgents(nn.Module):
-    """Give every agent the whole input: ``[..., D]`` to ``[..., N, D]``."""
+    """Repeat the whole input for every agent, ``[..., D]`` to ``[..., N, D]``."""
 
     def __init__(self, num_agents: int) -> None:
         super().__init__()

@@ -1,17 +1,18 @@
 """Recurrent actors and critics whose hidden state is an entry of the TensorDict, for one step or a whole sequence.
 
-A row's stored state is the one *before* its step. The environment's primer puts it to zero where an episode starts, the
-network writes the one after the step under ``"next"``, and TorchRL carries it on. So there are two ways to run:
+A row stores the state *before* its step. The environment's primer resets the state to zero at the start of an episode,
+the network writes the state after the step under ``"next"``, and TorchRL carries it over. A network runs in one of two
+modes:
 
-* one step for every row (acting, value estimation): from the row's stored state;
-* a sequence ``[*batch, time]`` (losses): from the stored state of its first row, and again from that of every row
-  marked by ``"is_init"``; in between each step goes on from the one before, with gradients.
+* one step for every row (acting, value estimation), from the row's stored state;
+* a sequence ``[*batch, time]`` (losses), from the stored state of the first row and of every row marked by
+  ``"is_init"``; every other step continues from the step before, with gradients.
 
-TorchRL's :class:`~torchrl.modules.set_recurrent_mode` chooses: off by default, on within every loss.
+TorchRL's :class:`~torchrl.modules.set_recurrent_mode` selects the mode: off by default, on within every loss.
 
-Restarting from stored states rather than from zeros makes values of next observations exact, too. Value estimators run
-the critic over those as rows or as a sequence of its own, marked where episodes start; the state stored beside the
-first next observation of an episode, and beside its last one, has seen all that came before in that episode.
+Restarting from stored states rather than from zeros also makes the values of next observations exact. Value estimators
+run the critic over next observations as rows or as a separate sequence with marked episode starts. The states stored
+with the first and the last next observation of an episode include all earlier steps of the episode.
 """
 
 from __future__ import annotations
@@ -48,22 +49,22 @@ _INIT = "is_init"
 
 
 class MultiAgentGRU(nn.Module):
-    """Gated recurrent unit, one set of weights for all rows, that starts anew within a sequence.
+    """Gated recurrent unit with one set of weights for all rows, which can restart within a sequence.
 
         r, z = sigmoid(W_r x + U_r h), sigmoid(W_z x + U_z h),   n = tanh(W_n x + r U_n h),   h' = (1 - z) n + z h
 
-    with a bias in every product, as in :class:`torch.nn.GRU`, whose layout of weights it has too. Each gate's matrices
-    are initialised orthogonal, biases zero. For weights of agents' own hold one unit for each in
+    with a bias in every product. Equations and weight layout are those of :class:`torch.nn.GRU`. The matrices of each
+    gate are initialised orthogonally, biases to zero. For separate weights, hold one unit for each agent in
     :class:`~torchrl_marl.modules.AgentNetworks`.
 
-    Sequences run in a loop over time with one matrix product for the inputs of all steps. On a CPU it takes the time of
-    ``torch.nn.GRU``, which cannot restart within a sequence.
+    Sequences run in a loop over time with one matrix product for the inputs of all steps. On a CPU, the loop is as fast
+    as ``torch.nn.GRU``, which cannot restart within a sequence.
 
     Reference: Cho et al., 2014, https://arxiv.org/abs/1406.1078, in the variant of ``torch.nn.GRU``.
 
     Args:
         input_size: length of an input.
-        hidden_size: length of the hidden state, which is the output too.
+        hidden_size: length of the hidden state, which is also the output.
 
     Example:
         >>> gru = MultiAgentGRU(3, 8)
@@ -83,15 +84,16 @@ class MultiAgentGRU(nn.Module):
                 nn.init.orthogonal_(gate)
 
     def forward(self, inputs: Tensor, state: Tensor, restart: Tensor | None = None) -> Tensor:
-        """Take one step or, if told where to restart, one after the other along the first dimension.
+        """Take one step or, given ``restart``, a sequence of steps along the first dimension.
 
         Args:
             inputs: ``[*rows, input_size]``, or ``[time, *rows, input_size]``.
-            state: before each step, shaped alike; of a sequence, those of the first step and of restarts are read.
-            restart: bool, ``[time, *rows, 1]``: where a step starts from its entry of ``state``.
+            state: states before each step, same leading shape; in a sequence, only the first state and those at
+                restarts are read.
+            restart: bool, ``[time, *rows, 1]``: steps that start from their entry of ``state``.
 
         Returns:
-            The state after each step, shaped as ``state``.
+            The state after each step, same shape as ``state``.
         """
         projected = functional.linear(inputs, self.weight_ih, self.bias_ih)
         if restart is None:
@@ -112,28 +114,28 @@ class MultiAgentGRU(nn.Module):
 
 
 class RecurrentModule(TensorDictModuleBase):
-    """An embedding followed by a GRU: reads an input and the state before the step, writes the state after it.
+    """An embedding followed by a GRU: reads an input and the state before the step, writes the state after the step.
 
-    The state is read under ``state_key`` and written under ``("next", state_key)``. In recurrent mode it also reads
-    ``"is_init"``, ``[*batch, time, 1]``; outside of it a row's state says all there is to say (see this file's head).
+    The state is read under ``state_key`` and written under ``("next", state_key)``. In recurrent mode, the module also
+    reads ``"is_init"``, ``[*batch, time, 1]``; otherwise each row starts from its own state (see the module docstring).
 
-    It follows TorchRL's protocol for recurrent modules: ``make_tensordict_primer``, on which
+    The module implements TorchRL's protocol for recurrent modules, ``make_tensordict_primer``, which
     :func:`torchrl.modules.utils.get_env_transforms_from_module` and
-    ``Collector(auto_register_policy_transforms=True)`` build.
+    ``Collector(auto_register_policy_transforms=True)`` use.
 
     Args:
         embedding: network from the input to ``[*batch, *agents, input_size]`` of the GRU.
         gru: the recurrent unit, or one for each agent in :class:`~torchrl_marl.modules.AgentNetworks`.
-        in_key: the input.
-        state_key: the state; ``(group, name)`` with one state for each agent, ``name`` with one for the team.
-        state_shape: of one step, ``(agents, hidden_size)`` or, for the team's one, ``(hidden_size,)``.
+        in_key: key of the input.
+        state_key: key of the state; ``(group, name)`` for one state per agent, ``name`` for one state of the team.
+        state_shape: shape of a state, ``(agents, hidden_size)`` or, for the team, ``(hidden_size,)``.
 
     Attributes:
-        state_shape: of one state, ``[*agents, hidden_size]``.
+        state_shape: shape of a state, ``[*agents, hidden_size]``.
 
     Raises:
-        KeyError: on a call, if there is no state (the environment lacks the primer).
-        ValueError: on a call, if the state has another shape, or the data are no sequences in recurrent mode.
+        KeyError: on a call, if the state is missing (the environment lacks the primer).
+        ValueError: on a call, if the state has another shape, or the data are not sequences in recurrent mode.
     """
 
     def __init__(
@@ -163,11 +165,11 @@ class RecurrentModule(TensorDictModuleBase):
                 f"{(*batch, *self.state_shape)} at the start of an episode and carry {self.out_keys[0]!r} on."
             )
         inputs = self.embedding(tensordict.get(self.in_keys[0]))
-        rows = inputs.shape[:-1]  # of all agents; in an agent's policy, of any number of slots
+        rows = inputs.shape[:-1]  # all agents; in an agent's policy, any number of them
         if state.shape != (*rows, self.state_shape[-1]) or len(rows) != len(batch) + len(self.state_shape) - 1:
             raise ValueError(
                 f"{self.state_key!r} has shape {tuple(state.shape)} and the embedded {self.in_keys[0]!r} "
-                f"{tuple(inputs.shape)}, but the batch {tuple(batch)} asks for {(*batch, *self.state_shape)}."
+                f"{tuple(inputs.shape)}, but the batch {tuple(batch)} needs {(*batch, *self.state_shape)}."
             )
         if recurrent_mode():
             time, restart = len(batch) - 1, self._restart(tensordict).expand(*rows, 1)
@@ -177,7 +179,7 @@ class RecurrentModule(TensorDictModuleBase):
         return tensordict.set(self.out_keys[0], after)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Return the transform that adds the state to an environment, zero where episodes start."""
+        """Return the transform that adds the state to an environment, zero at the start of episodes."""
         *group, name = (self.state_key,) if isinstance(self.state_key, str) else self.state_key
         spec = Composite({name: Unbounded(self.state_shape)}, shape=self.state_shape[:-1] if group else ())
         return TensorDictPrimer(Composite({group[0]: spec}) if group else spec, expand_specs=True)
@@ -191,7 +193,7 @@ class RecurrentModule(TensorDictModuleBase):
         batch, restart = tensordict.batch_size, tensordict.get(_INIT, None)
         if len(batch) < 2:
             raise ValueError(
-                f"Recurrent networks are trained on sequences [*batch, time], but the data have shape {tuple(batch)}: "
+                f"Recurrent networks train on sequences [*batch, time], but the data has shape {tuple(batch)}: "
                 "split batches with torchrl_marl.collectors.split_into_chunks (recipes: chunk_length=...)."
             )
         if restart is None or restart.shape != (*batch, 1):
@@ -212,29 +214,30 @@ def make_recurrent_actor(
     agent_id: bool = True,
     device: torch.device | str | None = None,
 ) -> ProbabilisticActor:
-    """Build a decentralised policy with a memory: MLP, GRU, MLP, from each agent's own history to its actions.
+    """Build a decentralised recurrent policy: MLP, GRU, MLP, from each agent's own history to its actions.
 
     Action distributions and initial weights are those of :func:`~torchrl_marl.modules.make_actor`. Act in
     :func:`with_recurrent_state`; train on sequences (:func:`torchrl_marl.collectors.split_into_chunks`).
 
     Args:
         env: the environment, or the shape of a group (then no environment is needed).
-        group: which group of the environment; may be left out if it has just one.
+        group: name of the group; optional if the environment has one group.
         hidden_sizes: widths of the layers before the GRU.
         recurrent_size: length of each agent's hidden state.
         head_sizes: widths of the hidden layers after the GRU.
-        activation: of the hidden layers.
+        activation: activation of the hidden layers.
         share_parameters: one network for all agents, or one for each.
-        agent_id: append a one-hot agent id to the observation, so that agents that share a network can differ. Agents
-            with networks of their own need none and get none.
-        device: where parameters live.
+        agent_id: append a one-hot agent id to the observation, so that agents with a shared network can differ. Agents
+            with separate networks get no id.
+        device: device of the parameters.
 
     Returns:
         Actor that reads ``(group, "observation")`` and ``(group, "recurrent_state")`` and writes ``(group, "action")``,
         ``(group, "action_log_prob")`` and ``("next", group, "recurrent_state")``.
 
     Raises:
-        ValueError: if the group or its spaces do not fit, ``hidden_sizes`` is empty, or the activation is unknown.
+        ValueError: if the group or its spaces are not supported, ``hidden_sizes`` is empty, or the activation is
+            unknown.
 
     Example:
         >>> from tensordict import TensorDict
@@ -272,30 +275,30 @@ def make_recurrent_critic(
     value_norm: ValueNorm | None = None,
     device: torch.device | str | None = None,
 ) -> TensorDictSequential:
-    """Build a critic with a memory: MLP, GRU, MLP, from a history to the value of every agent of a group.
+    """Build a recurrent critic: MLP, GRU, MLP, from a history to the value of every agent of a group.
 
-    A centralised critic with shared parameters has one state for the team; any other has one for each agent. Its state
-    before each step must be in the data: collect with :func:`collection_policy`.
+    A centralised critic with shared parameters has one state for the team; other critics have one state per agent. The
+    state before each step must be in the data: collect with :func:`collection_policy`.
 
     Args:
         env: the environment, or the shape of a group.
-        group: which group of the environment; may be left out if it has just one.
+        group: name of the group; optional if the environment has one group.
         observes: as for :func:`~torchrl_marl.modules.make_critic`.
         hidden_sizes: widths of the layers before the GRU.
         recurrent_size: length of a hidden state.
         head_sizes: widths of the hidden layers after the GRU.
-        activation: of the hidden layers.
+        activation: activation of the hidden layers.
         share_parameters: one network for all agents, or one for each.
         agent_id: append a one-hot agent id to an agent's own observation (shared ``"observation"`` critics only).
         value_norm: running statistics of values, see :class:`~torchrl_marl.modules.Denormalize`.
-        device: where parameters live.
+        device: device of the parameters.
 
     Returns:
-        Critic that reads what it observes and its state, ``"<group>_critic_state"`` for the team or
-        ``(group, "critic_state")``, and writes ``(group, "state_value")`` and, under ``"next"``, the state to carry on.
+        Critic that reads its observations and its state, ``"<group>_critic_state"`` for the team or
+        ``(group, "critic_state")``, and writes ``(group, "state_value")`` and, under ``"next"``, the next state.
 
     Raises:
-        ValueError: if the group or its spaces do not fit, there is no global state, or an option is unknown.
+        ValueError: if the group or its spaces are not supported, the global state is missing, or an option is unknown.
 
     Example:
         >>> from tensordict import TensorDict
@@ -330,10 +333,10 @@ def make_recurrent_critic(
 
 
 def collection_policy(actor: ProbabilisticActor, critic: TensorDictModuleBase) -> TensorDictModuleBase:
-    """Return what a collector must run: the actor and, where the critic has a memory, that memory.
+    """Return the policy for a collector: the actor and, if the critic is recurrent, the critic's memory.
 
-    The critic's states then lie in the data, from which values and losses start. Without a memory it is the actor. A
-    learner that follows a guider (:class:`~torchrl_marl.objectives.MAGPOLoss`) stands here in the critic's place.
+    The data then holds the critic's states, from which value estimation and losses start. If the critic has no memory,
+    the policy is the actor. For :class:`~torchrl_marl.objectives.MAGPOLoss`, pass the learner as ``critic``.
 
     Args:
         actor: the policy.
@@ -346,12 +349,12 @@ def collection_policy(actor: ProbabilisticActor, critic: TensorDictModuleBase) -
 def with_recurrent_state(env: EnvBase, policy: nn.Module) -> EnvBase:
     """Return an environment that holds the states of a policy's recurrent modules and marks episode starts.
 
-    States are zero wherever an episode starts, in those copies of the environment where it does. The environment given
-    stays as it is; it is returned if nothing is missing.
+    States are reset to zero in each copy of the environment at the start of its episodes. ``env`` itself is not
+    modified, and is returned if no transform is missing.
 
     Args:
         env: environment with done flags at the root.
-        policy: any module, with or without parts that have a state, such as :class:`RecurrentModule`,
+        policy: any module, with or without recurrent parts such as :class:`RecurrentModule`,
             :class:`~torchrl_marl.modules.AutoregressiveActor` or TorchRL's recurrent modules.
 
     Example:
@@ -373,13 +376,11 @@ def recurrent_state_keys(network: nn.Module) -> list[NestedKey]:
 
 
 def _embed(networks: Networks, inputs: int) -> nn.Module:
-    """The layers before a recurrent unit, an activation behind the last."""
+    """Layers before a recurrent unit, with an activation after the last one."""
     if not isinstance(networks.share_parameters, bool):
-        raise ValueError(
-            f"All agents share a recurrent network, or none does; got share_parameters={networks.share_parameters}."
-        )
+        raise ValueError(f"Recurrent networks take True or False; got share_parameters={networks.share_parameters}.")
     if not networks.hidden_sizes:
-        raise ValueError(f"hidden_sizes must name at least one layer before the GRU, got {networks.hidden_sizes!r}.")
+        raise ValueError(f"hidden_sizes must have at least one layer before the GRU, got {networks.hidden_sizes!r}.")
     *widths, last = networks.hidden_sizes
     network = networks._replace(hidden_sizes=widths).each(inputs, last)
     initialize(network, networks.activation)

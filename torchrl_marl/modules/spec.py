@@ -1,4 +1,4 @@
-"""What a network must know of a group of agents."""
+"""The sizes and bounds of a group of agents that a network is built from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["GroupSpec", "group_shape"]
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """Sizes and action bounds of one group of agents, in plain numbers so that a checkpoint can hold them.
+    """Sizes and action bounds of one group of agents, as plain numbers that a checkpoint can store.
 
     Args:
         name: the group's name, the first part of its keys.
@@ -24,7 +24,7 @@ class GroupSpec:
         num_actions: number of discrete actions; ``None`` if actions are continuous.
         action_low: lower bound of each continuous action; empty if discrete.
         action_high: upper bound of each continuous action; empty if discrete.
-        masked: whether the environment says which actions are legal, under ``(name, "action_mask")``.
+        masked: whether the environment writes legal actions under ``(name, "action_mask")``.
         state_size: length of the global ``"state"`` at the root; ``None`` if there is none.
         image: shape of one agent's observation if that is an image, ``[C, H, W]`` or ``[H, W, C]``.
     """
@@ -41,14 +41,14 @@ class GroupSpec:
 
     @classmethod
     def from_env(cls, env: EnvBase, group: str | None = None) -> GroupSpec:
-        """Read the shape of a group off an environment's specs.
+        """Read the shape of a group from an environment's specs.
 
         Args:
             env: environment with a ``group_map``.
-            group: the group; may be left out if there is just one.
+            group: name of the group; optional if the environment has one group.
 
         Raises:
-            ValueError: if the group is unknown, must be named, or has spaces that an MLP cannot take.
+            ValueError: if the group is unknown or ambiguous, or an MLP does not support its spaces.
         """
         group_map = cast("dict[str, list[str]]", env.group_map)
         groups = list(group_map)
@@ -72,7 +72,7 @@ class GroupSpec:
             )
         state = observation_spec["state"] if "state" in observation_spec.keys() else None
         if state is not None and state.ndim != 1:
-            raise ValueError(f"An MLP needs a state [size]; it has shape {tuple(state.shape)}.")
+            raise ValueError(f"An MLP needs a state [size]; the environment's has shape {tuple(state.shape)}.")
         return cls(
             name=group,
             num_agents=len(group_map[group]),
@@ -85,10 +85,10 @@ class GroupSpec:
 
     @property
     def settled_entropy(self) -> float:
-        """Entropy in nats below which an agent has all but settled on what it does in each situation.
+        """Entropy in nats below which a policy is nearly deterministic.
 
-        Discrete: that of 1.01 equally likely actions. Continuous: that of a uniform choice from a thousandth of the
-        range of every action.
+        Discrete actions: the entropy of 1.01 equally likely actions. Continuous actions: the entropy of a uniform
+        distribution over a thousandth of the range of every action.
         """
         if self.num_actions is not None:
             return math.log(1.01)
@@ -97,11 +97,11 @@ class GroupSpec:
 
 
 def group_shape(env: EnvBase | GroupSpec, group: str | None, *, images: bool = False) -> GroupSpec:
-    """Return the shape of a group of an environment, or the shape itself if that is what is given.
+    """Return the shape of a group of an environment, or ``env`` itself if it is a shape.
 
     Raises:
-        ValueError: if the group is not that of the shape, does not fit (see :meth:`GroupSpec.from_env`), or sees images
-            though the network takes vectors (``images`` is off).
+        ValueError: if ``group`` differs from the group of the shape, is not supported (see
+            :meth:`GroupSpec.from_env`), or observes images and the network takes vectors (``images`` is off).
     """
     if not isinstance(env, GroupSpec):
         env = GroupSpec.from_env(env, group)
@@ -121,7 +121,9 @@ def _action_space(spec: TensorSpec) -> dict[str, Any]:
     if isinstance(spec, Bounded) and spec.ndim == 2 and spec.dtype.is_floating_point:
         low, high = spec.space.low, spec.space.high
         if not ((low == low[:1]).all() and (high == high[:1]).all()):
-            raise ValueError("The agents of one group must share their action bounds; put them into separate groups.")
+            raise ValueError(
+                "The agents of one group must share their action bounds; put other agents into separate groups."
+            )
         return {"action_low": tuple(low[0].tolist()), "action_high": tuple(high[0].tolist())}
     raise ValueError(f"Actions must be categorical [agents] or bounded and continuous [agents, size], got {spec}.")
 

@@ -1,4 +1,4 @@
-"""Value normalisation as MAPPO's authors do it: the critic predicts normalised values."""
+"""Value normalisation as in MAPPO: the critic predicts normalised values."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["Denormalize"]
 class Denormalize(nn.Module):
     """Last layer of a critic whose network predicts normalised values: ``value = mean + scale * prediction``.
 
-    The critic as a whole then speaks in units of the return, which is what value estimators need, while the losses of
-    this library measure its error in units of ``scale``: the network regresses ``(target - mean) / scale``. Call
-    ``loss.update_value_norm(batch)`` once per batch to move the statistics.
+    The critic returns values in units of the return, as value estimators require, while the losses of this library
+    measure its error in units of ``scale``: the network regresses ``(target - mean) / scale``. Call
+    ``loss.update_value_norm(batch)`` once per batch to update the statistics.
 
-    TorchRL's ``MAPPOLoss(value_norm=...)`` alone only rescales the loss; combined with a critic that ends in this layer
-    it is the normalisation of the paper too.
+    TorchRL's ``MAPPOLoss(value_norm=...)`` alone only rescales the loss; with a critic that ends in this layer, it also
+    implements the paper's normalisation.
 
     Reference: Yu et al., 2022, https://arxiv.org/abs/2103.01955, section 5.1 (value normalization).
 
@@ -37,11 +37,11 @@ class Denormalize(nn.Module):
 
     def __init__(self, value_norm: ValueNorm) -> None:
         super().__init__()
-        beta = getattr(value_norm, "beta", 0.0)  # PopArt's, which nobody else checks
+        beta = getattr(value_norm, "beta", 0.0)  # PopArt's decay, which TorchRL does not check
         if not 0 <= beta < 1:
             raise ValueError(f"A value norm's beta must be in [0, 1); got {beta}.")
         self.value_norm = value_norm
 
     def forward(self, prediction: Tensor) -> Tensor:
-        """Turn normalised predictions ``[..., 1]`` into values of the same shape."""
+        """Convert normalised predictions ``[..., 1]`` to values of the same shape."""
         return self.value_norm.denormalize(prediction)

@@ -1,4 +1,4 @@
-"""Losses, one class per method, and the equations that they are made of."""
+"""Losses, one class per method, and the equations behind them."""
 
 from torchrl_marl.objectives.ctds import CTDSLoss
 from torchrl_marl.objectives.happo import HAPPOLoss, HATRPOLoss

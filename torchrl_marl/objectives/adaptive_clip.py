@@ -1,4 +1,4 @@
-"""A clip whose interval follows the KL divergence, for methods that clip with it."""
+"""Base of methods whose clip interval follows the KL divergence."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ class AdaptiveClipOptions(ClipOptions, total=False):
 
 
 class AdaptiveClipLoss(ClipLoss):
-    """Ratio loss that can clip with an interval made of the two roots of ``x - 1 - ln x = d``; abstract.
+    """Abstract ratio loss that can clip with the interval between the two roots of ``x - 1 - ln x = d``.
 
-    The KL target ``d`` follows the measured divergence, moved once by every ``forward`` in training mode, with or
+    The KL target ``d`` follows the measured divergence. Every ``forward`` in training mode updates ``d`` once, with or
     without gradients:
 
         d <- min((1 - ema_rate) d + ema_rate (max(KL(old || new), kl_floor) + kl_bias), kl_target_max)
 
-    ``d`` is the buffer ``kl_target``, which a checkpoint saves and restores. The divergence is exact; ``forward`` finds
-    the old policy's distribution in the batch, where collectors leave its parameters (``loc`` and ``scale``,
-    ``logits``). A divergence that is not finite leaves the target as it is. Where no interval depends on it, nothing is
-    measured.
+    ``d`` is the buffer ``kl_target``, which a checkpoint saves and restores. The divergence is exact: ``forward`` reads
+    the parameters of the old policy's distribution (``loc`` and ``scale``, or ``logits``) from the batch, where
+    collectors store them. A non-finite divergence leaves the target unchanged. If no interval depends on the
+    divergence, it is not measured.
 
     Reference: MARPO, https://arxiv.org/abs/2512.22832, Eqs. (9) to (12).
 
     Args:
         actor_network: as for every ratio loss.
-        critic_network: likewise.
-        ema_rate: weight of the new divergence in the KL target, in [0, 1]; at 0 the target, and so the interval, stays.
-        kl_bias: added to the divergence; it sets the width in practice: where the divergence stays small, ``d`` tends
-            to ``kl_floor + kl_bias``. A buffer, as is ``kl_target``: assign to it to anneal it.
-        kl_floor: smallest divergence that counts.
-        kl_target_init: first KL target.
+        critic_network: as for every ratio loss.
+        ema_rate: weight of the new divergence in the KL target, in [0, 1]; 0 keeps the target and interval fixed.
+        kl_bias: added to the divergence. It sets the interval width in practice: for small divergences, ``d`` tends
+            to ``kl_floor + kl_bias``. Like ``kl_target``, it is a buffer that can be assigned to for annealing.
+        kl_floor: lower bound applied to the measured divergence.
+        kl_target_init: initial KL target.
         kl_target_max: largest KL target.
         **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`.
 
@@ -82,7 +82,7 @@ class AdaptiveClipLoss(ClipLoss):
         if not 0 <= ema_rate <= 1:
             raise ValueError(f"ema_rate, the weight of the new divergence, must be in [0, 1], got {ema_rate}.")
         if not (kl_bias >= 0 and kl_floor >= 0 and kl_bias + kl_floor > 0):
-            raise ValueError(f"kl_bias and kl_floor must be at least 0, one of them above; got {kl_bias}, {kl_floor}.")
+            raise ValueError(f"kl_bias and kl_floor must be at least 0 and not both 0; got {kl_bias}, {kl_floor}.")
         if not 0 < kl_target_init <= kl_target_max:
             raise ValueError(f"kl_target_init must be in (0, kl_target_max = {kl_target_max}], got {kl_target_init}.")
         self.ema_rate, self.kl_floor, self.kl_target_max = ema_rate, kl_floor, kl_target_max
@@ -92,7 +92,7 @@ class AdaptiveClipLoss(ClipLoss):
     @property
     @abstractmethod
     def uses_kl(self) -> bool:
-        """Whether any interval of an active term follows the divergence."""
+        """Whether the interval of any active term follows the divergence."""
 
     def _computed_keys(self) -> list[str]:
         kl = ["kl", "kl_target", "kl_interval_low", "kl_interval_high"]
@@ -103,7 +103,7 @@ class AdaptiveClipLoss(ClipLoss):
         return list(self.actor_network[-1].in_keys) if self.uses_kl else []
 
     def follow_kl(self, batch: ScoredBatch) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
-        """Move the target and return the interval that clips now, and diagnostics."""
+        """Update the target; return the current clip interval and diagnostics."""
         kl = self._move_target(batch)
         low, high = kl_interval_unchecked(self.kl_target)
         diagnostics = {"kl": kl, "kl_target": self.kl_target.clone(), "kl_interval_low": low, "kl_interval_high": high}

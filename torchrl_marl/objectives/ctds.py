@@ -41,33 +41,34 @@ class CTDSOptions(ClipOptions, total=False):
 
 
 class CTDSLoss(ClipLoss):
-    """Centralised teacher with decentralised students: the guider never sees the learner, which only imitates it.
+    """Centralised teacher with decentralised students: the learner imitates a guider that ignores the learner.
 
         loss_learner_kl        =  mean(KL(mu || pi)),   or KL(pi || mu)
         loss_learner_objective = -rl_coeff mean(gain(log pi - log mu_old, A))
 
-    and ``loss_objective``, ``loss_entropy`` and ``loss_critic`` of the guider ``mu`` as for every ratio loss: with the
-    clip, PPO. Here ``mu`` is a constant for the learner ``pi``. It is :class:`MAGPOLoss` without the double clip and
-    the guider's divergence. With ``rl_coeff`` above 0 learners also follow the advantages: "CTDS with RL" (MAGPO's
-    Fig. 5b has 1, 2 and 4).
+    The losses ``loss_objective``, ``loss_entropy`` and ``loss_critic`` of the guider ``mu`` are those of every ratio
+    loss; with the clip, the guider is trained by PPO. The learner's losses treat ``mu`` as a constant. CTDS is
+    :class:`MAGPOLoss` without the double clip and the guider's divergence. With ``rl_coeff`` above 0 the learner also
+    follows the advantages: "CTDS with RL" (1, 2 and 4 in Fig. 5b of the MAGPO paper).
 
-    Reference: on-policy CTDS as MAGPO's paper has it, https://arxiv.org/abs/2507.18059, section 5, after Zhao et al.,
-    CTDS: Centralized Teacher with Decentralized Student for Multi-Agent Reinforcement Learning, 2022,
+    Reference: on-policy CTDS as described in the MAGPO paper, https://arxiv.org/abs/2507.18059, section 5, after Zhao
+    et al., CTDS: Centralized Teacher with Decentralized Student for Multi-Agent Reinforcement Learning, 2022,
     https://arxiv.org/abs/2203.08412.
 
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`, whose actor is the guider.
-    ``forward`` returns these scalars, too: ``learner_min_ratio`` and ``learner_max_ratio`` (of ``pi / mu_old``).
+    ``forward`` also returns the scalars ``learner_min_ratio`` and ``learner_max_ratio`` (of ``pi / mu_old``).
 
     Args:
         guider_network: centralised policy, which collects the data.
         critic_network: the guider's critic.
         learner_network: decentralised policy.
-        learner_kl: which divergence the learner minimises, ``"forward"``, ``KL(mu || pi)``, or ``"reverse"``.
-        rl_coeff: lambda, weight of the learner's own objective. A buffer: assign to it to schedule it.
-        learner_gain: another trust region of the learner's own objective, with the guider's bounds.
-        guider_first: let learners follow the guider of after its update, in a phase of their own, as the paper writes,
-            at twice the cost.
-        shuffle_agents: let the guider decode agents in another order in each epoch, as the authors do.
+        learner_kl: divergence that the learner minimises: ``"forward"``, ``KL(mu || pi)``, or ``"reverse"``,
+            ``KL(pi || mu)``.
+        rl_coeff: lambda, weight of the learner's own objective; a buffer, so it can be scheduled by assignment.
+        learner_gain: trust region of the learner's own objective, with the guider's bounds.
+        guider_first: train the learner in a separate phase after the guider's update, as in the paper, at twice the
+            cost.
+        shuffle_agents: shuffle the guider's decoding order of agents in every epoch, as in the authors' code.
         **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`, for the guider.
 
     Raises:
@@ -105,7 +106,7 @@ class CTDSLoss(ClipLoss):
         self._trained = GUIDER_LOSSES + LEARNER_LOSSES
 
     def phases(self, batch: TensorDictBase, *, chunk_length: int | None = None) -> Iterator[Phase]:
-        """Yield one phase for guider and learner, or the guider's and then the learner's."""
+        """Yield one phase for guider and learner; with ``guider_first``, a guider phase and then a learner phase."""
         phase = self._phase(batch, chunk_length)
         if self.shuffle_agents:
             phase = replace(phase, before_epoch=partial(self._shuffle, phase.rows))
@@ -123,7 +124,7 @@ class CTDSLoss(ClipLoss):
 
     @property
     def learns_sequences(self) -> bool:
-        """Always, for guider and learner."""
+        """Always true: guider and learner train on sequences."""
         return True
 
     def _output(self, entries: dict[str, Tensor]) -> TensorDict:
@@ -137,7 +138,7 @@ class CTDSLoss(ClipLoss):
         return list(self.learner_network.in_keys)
 
     def objective(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``loss_objective``, the learner's losses and a method's own ones of the guider, and diagnostics."""
+        """Return ``loss_objective``, the learner's losses, method-specific guider losses and diagnostics."""
         with self._parameters_of("learner_network"):
             learner = self.learner_network.get_dist(batch.data.copy())
         if self.learner_kl == "forward":
@@ -159,13 +160,15 @@ class CTDSLoss(ClipLoss):
     def guide(
         self, batch: ScoredBatch, learner: Distribution, log_ratio: Tensor, imitation: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the guider's ``loss_objective`` and its other losses, to which the learner is a constant; the hook.
+        """Return the guider's ``loss_objective`` and its other losses, which treat the learner as a constant.
+
+        Subclasses override this hook.
 
         Args:
             batch: as for :meth:`objective`.
             learner: the learner's policy.
-            log_ratio: of the learner to the guider that collected the data, ``[B, N]``, without gradient.
-            imitation: the divergence that the learner minimises, ``[B, N]``, without gradient.
+            log_ratio: log-ratio of the learner to the guider that collected the data, ``[B, N]``, without gradient.
+            imitation: divergence that the learner minimises, ``[B, N]``, without gradient.
         """
         return super().objective(batch)
 
@@ -175,7 +178,7 @@ class CTDSLoss(ClipLoss):
         log_prob = learner.log_prob(batch.data.get(self.tensor_keys.action))
         if log_prob.shape != stored.shape:
             raise ValueError(
-                f"The learner gives log-probabilities of shape {tuple(log_prob.shape)}, but the guider's have shape "
-                f"{tuple(stored.shape)}: both must be of the same agents."
+                f"The learner's log-probabilities have shape {tuple(log_prob.shape)}, but the guider's have shape "
+                f"{tuple(stored.shape)}: both networks must act for the same agents."
             )
         return where_live(log_prob - stored, batch.mask)

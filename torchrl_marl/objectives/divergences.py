@@ -14,17 +14,17 @@ __all__ = ["categorical_kl", "divergence", "gaussian_kl", "pairwise_kl", "policy
 
 
 def policy_kl(old: Distribution, new: Distribution) -> Tensor:
-    """Exact divergence ``KL(old || new)`` of two policies of one kind, differentiable twice.
+    """Exact divergence ``KL(old || new)`` of two policies of the same family, differentiable twice.
 
-    Categorical policies, masked ones over their legal actions; Gaussian policies, and Gaussian policies squashed by
-    the same ``tanh``, which leaves the divergence as it is.
+    Supported are categorical policies (masked ones over their legal actions), Gaussian policies, and Gaussian policies
+    squashed by the same ``tanh``, which leaves the divergence unchanged.
 
     Args:
-        old: the policy in expectation under which the divergence is taken.
-        new: the other policy, over the same actions.
+        old: policy under which the expectation is taken.
+        new: policy over the same actions.
 
     Returns:
-        Divergence in nats, of the distributions' batch shape, such as ``[B, N]``.
+        Divergence in nats, with the batch shape of the distributions, such as ``[B, N]``.
 
     Raises:
         NotImplementedError: if the pair has no closed form.
@@ -44,9 +44,9 @@ def policy_kl(old: Distribution, new: Distribution) -> Tensor:
 def categorical_kl(old_log_probs: Tensor, new_log_probs: Tensor) -> Tensor:
     """Divergence of categorical distributions, ``sum_a pi_old(a) (ln pi_old(a) - ln pi_new(a))``.
 
-    Actions that the old policy never takes count zero, also in gradients, and also where nothing is legal. The
-    unweighted sum over actions of ``r - 1 - ln r`` that HARL and its predecessors use in this place is no divergence:
-    its second derivative is not the Fisher matrix.
+    Actions of probability zero under the old policy contribute zero to value and gradient, even if no action is legal.
+    HARL and its predecessors use the unweighted sum of ``r - 1 - ln r`` over actions instead. That sum is not a
+    divergence: its second derivative is not the Fisher matrix.
 
     Args:
         old_log_probs: ``[..., A]``, normalised, ``-inf`` for illegal actions.
@@ -59,19 +59,19 @@ def categorical_kl(old_log_probs: Tensor, new_log_probs: Tensor) -> Tensor:
         >>> categorical_kl(torch.tensor([0.5, 0.5, 0.0]).log(), torch.tensor([0.25, 0.75, 0.0]).log())
         tensor(0.1438)
     """
-    possible = old_log_probs > -torch.inf  # False for NaN, too: the log-probabilities of an agent without legal actions
+    possible = old_log_probs > -torch.inf  # also False for NaN, the log-probabilities of an agent with no legal action
     old, new = (torch.where(possible, log_probs, 0.0) for log_probs in (old_log_probs, new_log_probs))
     return torch.where(possible, old.exp() * (old - new), 0.0).sum(-1)
 
 
 def gaussian_kl(old_loc: Tensor, old_scale: Tensor, new_loc: Tensor, new_scale: Tensor) -> Tensor:
-    """Divergence of Gaussians with independent components, by formula: it compiles, unlike PyTorch's dispatch.
+    """Divergence of diagonal Gaussians in closed form, which compiles, unlike PyTorch's ``kl_divergence`` dispatch.
 
     Args:
-        old_loc: mean, ``[..., A]``.
-        old_scale: standard deviation, same shape.
-        new_loc: of the other one, same shape.
-        new_scale: of the other one, same shape.
+        old_loc: mean of the old policy, ``[..., A]``.
+        old_scale: standard deviation of the old policy, same shape.
+        new_loc: mean of the new policy, same shape.
+        new_scale: standard deviation of the new policy, same shape.
 
     Returns:
         ``[...]``
@@ -86,18 +86,18 @@ def gaussian_kl(old_loc: Tensor, old_scale: Tensor, new_loc: Tensor, new_scale: 
 
 
 def divergence(p: Distribution, q: Distribution, *, constant: Literal["first", "second"]) -> Tensor:
-    """Exact ``KL(p || q)`` of each agent's policy, ``[*batch, N]``, with gradient to one of the two only.
+    """Exact ``KL(p || q)`` of each agent's policy, ``[*batch, N]``, with gradient to only one of the two.
 
-    Actions of probability zero, such as illegal ones, count zero, in the gradient as well. Squashing both policies
-    alike does not change their divergence, so that squashed Gaussians have that of their Gaussians.
+    Actions of probability zero, such as illegal actions, contribute zero to value and gradient. Squashing both policies
+    by the same ``tanh`` does not change their divergence, so squashed Gaussians are compared before squashing.
 
     Args:
-        p: categorical, masked or not, or squashed Gaussian.
-        q: of the same kind and over the same actions.
-        constant: which of the two takes no gradient.
+        p: categorical (masked or not) or squashed Gaussian.
+        q: distribution of the same family over the same actions.
+        constant: which of the two receives no gradient.
 
     Raises:
-        ValueError: if they are of other kinds, or one of either.
+        ValueError: if a distribution is of another family, or the two families differ.
 
     Example:
         >>> p, q = Categorical(torch.tensor([0.5, 0.5, 0.0])), Categorical(torch.tensor([0.25, 0.75, 0.0]))
@@ -106,7 +106,9 @@ def divergence(p: Distribution, q: Distribution, *, constant: Literal["first", "
     """
     p_parameters, q_parameters = _parameters(p, constant == "first"), _parameters(q, constant == "second")
     if len(p_parameters) != len(q_parameters):
-        raise ValueError("Guider and learner must have the same actions, but one has discrete and one continuous ones.")
+        raise ValueError(
+            "Guider and learner must share an action space, but one has discrete and one continuous actions."
+        )
     if isinstance(p, Categorical):
         return categorical_kl(*p_parameters, *q_parameters)
     return gaussian_kl(*p_parameters, *q_parameters)
@@ -120,7 +122,7 @@ def _parameters(distribution: Distribution, frozen: bool) -> tuple[Tensor, ...]:
         parameters = (distribution.loc, distribution.scale)
     else:
         raise ValueError(
-            f"Divergences are known of categoricals and squashed Gaussians, not of {type(distribution).__name__}."
+            f"Divergences are defined for categoricals and squashed Gaussians, not for {type(distribution).__name__}."
         )
     return tuple(x.detach() for x in parameters) if frozen else parameters
 
@@ -132,22 +134,23 @@ def pairwise_kl(
     *,
     reduction: Literal["mean", "max"] = "mean",
 ) -> Tensor:
-    """How far each agent's policy is from each source's, on that source's data.
+    """Divergence of each learner's policy from each source's policy, on the source's data.
 
-        K[i, j] = mean over rows where j lives of KL(pi_j(.|o_j) || pi_i(.|o_j))
+        K[i, j] = mean over rows where j is alive of KL(pi_j(.|o_j) || pi_i(.|o_j))
 
     Args:
         own: every agent's policy on its own observations, batch shape ``[*B, N]``.
-        others: for each agent i, its policy on the observations of all, batch shape ``[*B, N]``.
+        others: for each agent i, its policy on the observations of all agents, batch shape ``[*B, N]``.
         mask: live agents (bool), ``[*B, N]``.
-        reduction: ``"mean"``, or ``"max"`` as Eq. (9) has it: the largest of the batch, which is one sample's and grows
-            with the number of rows.
+        reduction: ``"mean"``, or ``"max"`` as in Eq. (9): the maximum over the batch, which is set by one sample and
+            grows with the number of rows.
 
     Returns:
-        ``[N, N]``, learners down, sources across; infinite where a source has no live row: nothing can be learnt there.
+        ``[N, N]``, learners in rows and sources in columns; infinite for a source without a live row, which offers
+        nothing to learn from.
 
     Raises:
-        ValueError: if the reduction is neither.
+        ValueError: if ``reduction`` is neither ``"mean"`` nor ``"max"``.
 
     Example:
         >>> first, second = (torch.tensor(p) for p in ([0.5, 0.5], [0.25, 0.75]))

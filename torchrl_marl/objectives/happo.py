@@ -1,4 +1,4 @@
-"""HAPPO and HATRPO: agents update one after the other, each aware of what the others have just changed."""
+"""HAPPO and HATRPO: agents update sequentially, each accounting for the updates of earlier agents."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["HAPPOLoss", "HATRPOLoss"]
 
 
 class HAPPOLoss(SequentialLoss):
-    """Heterogeneous-agent PPO: MAPPO's clipped gain, one agent at a time, times the compound ratio of the others.
+    """Heterogeneous-agent PPO: MAPPO's clipped gain for one agent at a time, times the compound ratio of the others.
 
-    With one agent it is PPO. The trust region of another paper is one argument: ``gain=barrier_gain`` is a sequential
-    MARS, say.
+    With one agent, HAPPO is PPO. Another trust region takes one argument: ``gain=barrier_gain`` gives a sequential
+    MARS, for example.
 
     Reference: Kuba et al., Trust Region Policy Optimisation in Multi-Agent Reinforcement Learning, ICLR 2022,
-    https://arxiv.org/abs/2109.11251, HAPPO. One critic, updated last, as in HARL, Zhong et al., JMLR 2024; unlike there
-    a truncated episode bootstraps from its last state (that is the value estimator's doing), and the compound ratio is
-    taken to the log-probabilities stored at collection.
+    https://arxiv.org/abs/2109.11251, HAPPO. One critic is updated last, as in HARL, Zhong et al., JMLR 2024. Two
+    differences to HARL: the value estimator bootstraps a truncated episode from its last state, and the compound ratio
+    is relative to the log-probabilities stored at collection.
 
     The loop, keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.
 
@@ -44,13 +44,13 @@ class HAPPOLoss(SequentialLoss):
 
 
 class HATRPOLoss(NaturalGradientLoss):
-    """Heterogeneous-agent TRPO: one natural-gradient step for each agent, within a trust region of the exact KL.
+    """Heterogeneous-agent TRPO: one natural-gradient step for each agent, within an exact KL trust region.
 
     An agent's turn is one call of :meth:`step` on the whole batch.
 
-    Reference: Kuba et al., ICLR 2022, https://arxiv.org/abs/2109.11251, HATRPO. The authors' code, and
-    HARL's, sums an unweighted ``r - 1 - ln r`` over all actions in place of the KL of categorical policies, which
-    tightens the bound by about the number of actions; here it is exact, and over live agents only. Defaults are HARL's.
+    Reference: Kuba et al., ICLR 2022, https://arxiv.org/abs/2109.11251, HATRPO. Defaults are HARL's. For categorical
+    policies, the authors' code and HARL replace the KL by an unweighted sum of ``r - 1 - ln r`` over all actions, which
+    tightens the bound by about the number of actions; here the KL is exact, and over live agents only.
 
     The loop: :class:`~torchrl_marl.objectives.natural_gradient.NaturalGradientLoss`; keys, shapes, outputs and errors:
     :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.

@@ -1,4 +1,4 @@
-"""MAGPO: a centralised guider that stays where the decentralised learners that imitate it can follow."""
+"""MAGPO: a centralised guider, kept close to the decentralised learners that imitate it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["MAGPOLoss", "RatioRule", "follow_imitation_gap"]
 
 
 class RatioRule(Protocol):
-    """How far the guider may be from the learner, given how far it was allowed to and how far it is."""
+    """Rule for the bound on the guider-learner ratio, given the current bound and the measured imitation gap."""
 
     def __call__(self, guider_learner_ratio: Tensor, imitation_gap: Tensor) -> Tensor:
         """Return the next bound; both arguments and the result are 0-dim tensors without gradient."""
@@ -37,21 +37,21 @@ def follow_imitation_gap(
     low: float = 1.05,
     high: float = 3.0,
 ) -> Tensor:
-    """Narrow the guider's bound while the learner is further away than it should be; widen it while it is closer.
+    """Narrow the guider's bound while the imitation gap exceeds its target; widen the bound while it is smaller.
 
         ln delta <- clip(ln delta (target / gap)^rate, ln low, ln high)
 
     The bound confines ``ln(mu / pi)`` to ``[-ln delta, ln delta]``, and a divergence grows with the square of that
-    width. A gap that is not finite changes nothing.
+    width. A non-finite gap leaves the bound unchanged.
 
-    MAGPO's authors tune delta for each task, name small values as the remedy for wide imitation gaps, and adapting it
-    to the observed gap as an open direction (section 6); the rule is ours.
+    MAGPO's authors tune delta for each task and recommend small values against wide imitation gaps. They leave
+    adapting delta to the observed gap as future work (section 6); this rule is ours.
 
     Args:
-        guider_learner_ratio: delta so far, 0-dim.
+        guider_learner_ratio: current delta, 0-dim.
         imitation_gap: mean divergence of learner and guider, 0-dim, in nats.
-        target: the gap to aim at.
-        rate: how fast; the width changes by this power of the relative error.
+        target: target imitation gap.
+        rate: adaptation speed: the width changes by this power of the relative error.
         low: smallest delta, above 1.
         high: largest delta.
 
@@ -70,49 +70,50 @@ def follow_imitation_gap(
 
 
 class MAGPOLoss(CTDSLoss):
-    """Multi-agent guided policy optimisation: PPO of a centralised guider that stays where learners can follow.
+    """Multi-agent guided policy optimisation: PPO of a centralised guider that stays close to its learners.
 
         loss_objective         = -mean(min(r A, clip(clip(mu / pi, 1 / delta, delta) pi / mu_old, 1 - e, 1 + e) A))
         loss_guider_kl         =  mean(m KL(mu || pi)),   m = 1 where mu / pi of the action leaves [1 / delta, delta]
         loss_learner_kl        =  mean(KL(mu || pi)),   or KL(pi || mu)
         loss_learner_objective = -rl_coeff mean(gain(log pi - log mu_old, A))
 
-    and ``loss_entropy`` and ``loss_critic`` as for every ratio loss, those of the guider. ``mu`` is the guider, which
-    has collected the data; ``pi`` is the learner, whose actions depend on its agents' own observations and which alone
-    is executed in the end. In the first two losses ``pi`` is a constant, in the last two ``mu`` is. Divergences are
-    exact and those of each agent's action given, for the guider, the actions before it. All losses are meant to be
-    summed and back-propagated at once: guider and learner move together, each from the other's old parameters, as in
-    the authors' code. In the paper the learner follows the guider that has been updated: ``guider_first=True``.
+    The guider's ``loss_entropy`` and ``loss_critic`` are those of every ratio loss. The guider ``mu`` collects the
+    data. The learner ``pi`` acts on each agent's own observation and is the policy executed after training. The first
+    two losses treat ``pi`` as a constant, the last two ``mu``. Divergences are exact and per agent; the guider's
+    distribution of an agent's action is conditioned on the actions decoded before. Sum all losses and back-propagate
+    the sum: guider and learner are then updated simultaneously, each against the other's old parameters, as in the
+    authors' code. In the paper the learner imitates the updated guider: ``guider_first=True``.
 
     The guider may be any actor; those of :func:`~torchrl_marl.modules.make_mat` and
-    :func:`~torchrl_marl.modules.make_sable` are autoregressive. The learner may be any actor of the same group and the
-    same action space, with or without memory: the loss only asks both for their distributions on the same data.
+    :func:`~torchrl_marl.modules.make_sable` are autoregressive. The learner may be any actor of the same group and
+    action space, with or without memory: the loss only needs both distributions on the same data.
 
-    Where this follows the authors' code and not the paper: the learner's divergence is ``KL(mu || pi)`` (Eq. 10 has the
-    other one), both are updated at once, and the guider is not set back to the learner. With
-    ``guider_learner_ratio=inf`` and ``rl_coeff=0`` this is :class:`CTDSLoss`.
+    This loss follows the authors' code rather than the paper in three points: the learner's divergence is
+    ``KL(mu || pi)`` (Eq. 10 has the reverse), guider and learner are updated simultaneously, and the guider is not
+    reset to the learner. With ``guider_learner_ratio=inf`` and ``rl_coeff=0`` the loss is :class:`CTDSLoss`.
 
-    Beyond the paper, ``adapt_ratio`` moves ``delta`` with the measured imitation gap ``KL(mu || pi)`` (or the other
-    one, as the learner has it), once by every ``forward`` in training mode, with or without gradients. The buffer
-    ``guider_learner_ratio`` is its state, which a checkpoint saves and restores; ``forward`` returns it, too.
+    Beyond the paper, ``adapt_ratio`` adapts ``delta`` to the measured imitation gap, the divergence that the learner
+    minimises, once in every ``forward`` in training mode, with or without gradients. Its state is the buffer
+    ``guider_learner_ratio``, which a checkpoint saves and restores and which ``forward`` also returns.
 
     Reference: Li et al., Multi-Agent Guided Policy Optimization, 2025, https://arxiv.org/abs/2507.18059, Eqs. (8) to
     (11); code at https://github.com/liyheng/MAGPO.
 
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`, whose actor is the guider.
-    ``forward`` returns these scalars, too: ``double_clip_fraction`` (mean of ``m``), and those of :class:`CTDSLoss`.
+    ``forward`` also returns the scalars of :class:`CTDSLoss` and ``double_clip_fraction`` (mean of ``m``).
 
     Args:
         guider_network: centralised policy, which collects the data.
         critic_network: the guider's critic.
         learner_network: decentralised policy.
-        guider_learner_ratio: delta, how many times likelier than the learner the guider may make an action, or less
-            likely; above 1. The paper searches 1.1 to 3 for each task. A buffer: assign to it to schedule it.
-        adapt_ratio: how delta follows the imitation gap, such as :func:`follow_imitation_gap`; ``None``: it stays.
-        **options: :class:`~torchrl_marl.objectives.ctds.CTDSOptions`; ``rl_coeff`` is 1 by default, the paper searches
-            0 to 8. ``gain`` is as for :func:`~torchrl_marl.objectives.surrogates.double_clip_gain`. The authors'
-            critic has ``clip_value=clip_epsilon``, ``loss_critic_type="l2"`` and, with a coefficient of a half before
-            half the square, ``critic_coeff=0.25``.
+        guider_learner_ratio: delta, the factor by which guider and learner probabilities of an action may differ;
+            above 1. The paper searches 1.1 to 3 for each task. A buffer, so it can be scheduled by assignment.
+        adapt_ratio: rule that adapts delta to the imitation gap, such as :func:`follow_imitation_gap`; ``None`` keeps
+            delta fixed.
+        **options: :class:`~torchrl_marl.objectives.ctds.CTDSOptions`; ``rl_coeff`` is 1 by default (the paper searches
+            0 to 8). ``gain`` is passed to :func:`~torchrl_marl.objectives.surrogates.double_clip_gain`. The authors'
+            critic corresponds to ``clip_value=clip_epsilon``, ``loss_critic_type="l2"`` and ``critic_coeff=0.25`` (a
+            coefficient of 0.5 times half the square).
 
     Raises:
         ValueError: if an option is out of its range.
@@ -150,7 +151,7 @@ class MAGPOLoss(CTDSLoss):
     def check_loop(
         self, frames_per_batch: int, num_envs: int, minibatch_size: int, chunk_length: int | None = None
     ) -> None:
-        """Refuse what :meth:`phases` could not use, and options that ``adapt_ratio`` refuses itself."""
+        """Reject settings that :meth:`phases` cannot use and options that ``adapt_ratio`` rejects."""
         super().check_loop(frames_per_batch, num_envs, minibatch_size, chunk_length)
         if self.adapt_ratio is not None:
             self.adapt_ratio(self.guider_learner_ratio, self.guider_learner_ratio.log())
@@ -162,12 +163,12 @@ class MAGPOLoss(CTDSLoss):
     def guide(
         self, batch: ScoredBatch, learner: Distribution, log_ratio: Tensor, imitation: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the guider's ``loss_objective``, its divergence from the learner where too far, and diagnostics."""
+        """Return the guider's ``loss_objective``, its divergence loss outside the bound, and diagnostics."""
         adapted = {}
         if self.adapt_ratio is not None:
             self._move_ratio(average(masked_mean(imitation, batch.mask)))
             adapted = {"guider_learner_ratio": self.guider_learner_ratio.clone()}
-        gap = batch.log_ratio - log_ratio  # log mu - log pi: the old guider cancels
+        gap = batch.log_ratio - log_ratio  # log mu - log pi: log mu_old cancels
         delta, bounds = self.guider_learner_ratio, {"low": self.ratio_low, "high": self.ratio_high}
         gain = double_clip_gain(
             batch.log_ratio, gap, batch.advantage, guider_learner_ratio=delta, gain=self.gain, **bounds

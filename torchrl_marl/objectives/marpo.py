@@ -25,7 +25,7 @@ __all__ = ["ClipLayout", "MARPOLoss"]
 ClipLayout = Literal["code", "paper", "paper_next_fixed", "rpo"]
 
 Bounds = tuple[float | Tensor, float | Tensor]
-_LAYOUTS = {  # which interval clips r in the first term, r in the second, and r'
+_LAYOUTS = {  # intervals that clip r in the first term, r in the second term, and r'
     "code": ("fixed", "kl", "kl"),
     "paper": ("kl", "kl", "kl"),
     "paper_next_fixed": ("kl", "kl", "next"),
@@ -34,63 +34,62 @@ _LAYOUTS = {  # which interval clips r in the first term, r in the second, and r
 
 
 class MARPOLoss(AdaptiveClipLoss):
-    """Multi-agent reflective policy optimisation: MAPPO plus a term in which this action is held to the next advantage.
+    """Multi-agent reflective policy optimisation: MAPPO plus a term that credits an action with the next advantage.
 
         objective = mean(min(r A, clip(r, e, f) A))
                     + reflection_coeff mean(min(r r' A', clip(r, x, y) clip(r', v, w) A'))
 
-    ``r'`` and ``A'`` are ratio and advantage of the same agent one step later, written by
-    :class:`~torchrl_marl.collectors.NextStepKeys`; both ratios carry gradients; the second mean runs over rows that
-    have a next step. Each of the intervals ``(e, f)``, ``(x, y)`` and ``(v, w)`` is fixed or follows the KL divergence,
-    as :class:`~torchrl_marl.objectives.adaptive_clip.AdaptiveClipLoss` says.
+    ``r'`` and ``A'`` are the ratio and advantage of the same agent one step later, written by
+    :class:`~torchrl_marl.collectors.NextStepKeys`. Both ratios carry gradients. The second mean runs over rows that
+    have a next step. Each of the intervals ``(e, f)``, ``(x, y)`` and ``(v, w)`` is fixed or follows the KL divergence
+    (see :class:`~torchrl_marl.objectives.adaptive_clip.AdaptiveClipLoss`).
 
-    ``layout`` says which interval clips ``r`` in the first term, ``r`` in the second, and ``r'``:
+    ``layout`` selects the intervals that clip ``r`` in the first term, ``r`` in the second term, and ``r'``:
 
     ====================  ==================  ==================  ==================  ==================================
     layout                r, first term       r, second term      r'                  from
     ====================  ==================  ==================  ==================  ==================================
     ``code``              ``clip_epsilon``    KL                  KL                  the authors' code, section 5.3
     ``paper``             KL                  KL                  KL                  the paper's Eqs. (6) to (8)
-    ``paper_next_fixed``  KL                  KL                  next_clip_epsilon   Eq. (8) with bounds of its own
+    ``paper_next_fixed``  KL                  KL                  next_clip_epsilon   Eq. (8) with separate bounds
     ``rpo``               ``clip_epsilon``    ``clip_epsilon``    next_clip_epsilon   RPO for each agent
     ====================  ==================  ==================  ==================  ==================================
 
-    Any other ``gain`` becomes the trust region of both terms: the reflective one is then
-    ``gain(log r + log r', A'; x x', y y')``, that trust region on the product of the ratios, with the product of the
-    intervals, in place of the two clips.
+    Any other ``gain`` becomes the trust region of both terms. The reflective term is then
+    ``gain(log r + log r', A'; x x', y y')``: the gain of the product of the ratios, with the product of the intervals,
+    in place of the two clips.
 
-    Where this departs from the paper and from the code that matches it (github.com/wucuiling/MARPO, probably the
-    authors'): ``A'`` stands in both arguments of the minimum (the paper's
-    Eq. 7 prints ``A`` in one). ``ema_rate`` weights the new divergence, as in the code (Eq. 12 is printed the other way
-    round; literally it is ``1 - ema_rate``). The target is capped, where the code's root finder falls back to a
-    narrower interval beyond 0.307. Next advantages are the batch's own (the code reads an array that is all zeros).
-    Pairs end where an episode is truncated too, and where an agent is dead at either step; RPO's mean counts rows
-    without a pair as zero, here they do not count.
+    Differences from the paper and from the code that matches it (github.com/wucuiling/MARPO, probably the authors'):
+    ``A'`` appears in both arguments of the minimum (the paper's Eq. 7 prints ``A`` in one). ``ema_rate`` weights the
+    new divergence, as in the code (Eq. 12, read literally, has ``1 - ema_rate``). The target is capped, where the
+    code's root finder falls back to a narrower interval beyond 0.307. Next advantages come from the batch (the code
+    reads an array of zeros). A row has no pair at a truncation or where the agent is dead at either step. Rows without
+    a pair are left out of the mean; RPO's mean counts them as zero.
 
-    With ``reflection_coeff=0`` and ``layout="code"`` this is :class:`MAPPOLoss`, bit for bit.
+    With ``reflection_coeff=0`` and ``layout="code"`` the loss is bit-identical to :class:`MAPPOLoss`.
 
     Reference: MARPO: A Reflective Policy Optimization for Multi Agent Reinforcement Learning,
     https://arxiv.org/abs/2512.22832; RPO: Gan et al., Reflective Policy Optimization, 2024,
     https://arxiv.org/abs/2406.03678.
 
-    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`. ``forward`` returns these
-    scalars, too: the two means of the objective, ``current_gain`` and ``next_gain``; where an interval follows the
-    divergence ``kl``, ``kl_target``, ``kl_interval_low`` and ``kl_interval_high``; and of the second term
-    ``reflection_share`` (rows with a next step), ``next_ratio`` (mean of ``r'``), ``reflective_clip_fraction`` and
+    Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`. ``forward`` also returns these
+    scalars: ``current_gain`` and ``next_gain`` (the two means of the objective); if an interval follows the divergence,
+    ``kl``, ``kl_target``, ``kl_interval_low`` and ``kl_interval_high``; and for the second term ``reflection_share``
+    (share of rows with a next step), ``next_ratio`` (mean of ``r'``), ``reflective_clip_fraction`` and
     ``next_clip_fraction`` (shares of ``r`` and ``r'`` outside their intervals; ``clip_fraction`` is the first term's).
 
     Args:
         actor_network: decentralised policy.
         critic_network: sees the joint observations or the state.
-        reflection_coeff: weight of the reflective term (alpha in the paper, which does not state it; 0.3 in the code).
-        next_clip_epsilon: half-width of the clip of ``r'``, or a pair ``(low, high)``, in the layouts that fix it
-            (RPO's value).
+        reflection_coeff: weight of the reflective term (alpha in the paper, which gives no value; 0.3 in the code).
+        next_clip_epsilon: half-width of the clip of ``r'``, or a pair ``(low, high)``, in layouts with a fixed ``r'``
+            interval (the default is RPO's).
         layout: see the table.
-        sequences: ``forward`` gets sequences of consecutive steps, ``[*B, T]``, such as ``split_into_chunks`` makes,
-            instead of rows. The next log-ratio is then the same output one step on: only the last step of each sequence
-            takes a second pass through the policy, where rows take one for all. A recurrent policy needs it; the last
-            step's second pass starts from the state that was collected.
-        **options: :class:`~torchrl_marl.objectives.adaptive_clip.AdaptiveClipOptions`; ``clip_epsilon`` is that of the
+        sequences: ``forward`` gets sequences of consecutive steps, ``[*B, T]``, such as ``split_into_chunks`` returns,
+            instead of rows. The next log-ratio is then the policy's output one step later, so only the last step of
+            each sequence needs a second pass through the policy; rows need one for every step. Recurrent policies
+            require ``sequences=True``; the second pass of the last step starts from the collected state.
+        **options: :class:`~torchrl_marl.objectives.adaptive_clip.AdaptiveClipOptions`; ``clip_epsilon`` belongs to the
             fixed clip.
 
     Raises:
@@ -123,9 +122,9 @@ class MARPOLoss(AdaptiveClipLoss):
     ) -> None:
         super().__init__(actor_network, critic_network, **options)
         if self._memory_keys:
-            raise ValueError("MARPOLoss pairs steps of one another: it takes no policy with a memory of Sable's kind.")
+            raise ValueError("MARPOLoss pairs consecutive steps and does not support a policy with Sable's memory.")
         if not sequences and reflection_coeff and "is_init" in actor_network.in_keys:
-            raise ValueError("A recurrent policy is trained on sequences [*batch, time]: it needs sequences=True.")
+            raise ValueError("A recurrent policy trains on sequences [*batch, time]: set sequences=True.")
         check_choice("layout", layout, tuple(_LAYOUTS))
         check_at_least_0(reflection_coeff=reflection_coeff)
         self.reflection_coeff, self.layout, self.sequences = reflection_coeff, layout, sequences
@@ -133,7 +132,7 @@ class MARPOLoss(AdaptiveClipLoss):
 
     @property
     def uses_kl(self) -> bool:
-        """Whether any interval of an active term follows the divergence."""
+        """Whether the interval of any active term follows the divergence."""
         return "kl" in _LAYOUTS[self.layout][: None if self.reflection_coeff else 1]
 
     def _computed_keys(self) -> list[str]:
@@ -196,7 +195,7 @@ class MARPOLoss(AdaptiveClipLoss):
         }
 
     def _next_step(self, batch: ScoredBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-ratio and advantage one step later, and the mask of rows that have them; the others are zero."""
+        """Log-ratio and advantage one step later, and the mask of rows with a next step; other rows are zero."""
         if self.sequences and batch.data.ndim < 2:
             raise ValueError(f"sequences=True needs data [*batch, time], got {tuple(batch.data.batch_size)}.")
         keys, shape, mask = self.tensor_keys, batch.log_ratio.shape, batch.mask

@@ -17,19 +17,19 @@ __all__ = ["MARSLoss", "additive_target_ratios", "multiplicative_target_ratios"]
 class MARSLoss(RatioLoss):
     """Multi-agent ratio symmetry: MAPPO with a multiplicatively symmetric barrier on the ratio in place of the clip.
 
-    The gain of each sample is largest at its target ratio, has a gradient everywhere else, and falls without bound as
-    the ratio goes to zero, so that no finite advantage can drive the probability of an action to extinction.
+    The gain of each sample is largest at its target ratio, has a non-zero gradient everywhere else, and falls without
+    bound as the ratio goes to zero, so no finite advantage can drive the probability of an action to zero.
 
     Reference: Rethinking Ratio-Based Trust Regions for Policy Optimization in Multi-Agent Reinforcement Learning
-    (MARS), Eqs. (7), (11), (12). The paper's search ranges are not known; the default targets are ours. At equal
-    width the barrier moves a policy less per update than a clip does: our recipes use (0.5, 2), see ``results/``.
+    (MARS), Eqs. (7), (11), (12). The paper's search ranges are unknown; the default targets are ours. At equal
+    width, a barrier changes a policy less per update than a clip; the recipes use (0.5, 2), see ``results/``.
 
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
 
     Args:
         actor_network: decentralised policy.
         critic_network: sees the joint observations or the state.
-        target_ratios: ``(low, high)`` with ``0 < low < 1 < high``: where the gain is largest for bad and for good
+        target_ratios: ``(low, high)`` with ``0 < low < 1 < high``: ratios of largest gain for bad and for good
             actions. The paper's other parameterisations are :func:`multiplicative_target_ratios` and
             :func:`additive_target_ratios`.
         gain: another trust region in place of the barrier, with the same bounds.

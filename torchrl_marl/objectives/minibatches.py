@@ -1,4 +1,4 @@
-"""What a loss learns from a batch: rows, chunks of steps or whole sequences, minibatches of them, and phases."""
+"""Training data of a loss: rows, chunks of steps or whole sequences of a batch, their minibatches, and phases."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["Phase", "minibatches", "sequence_minibatches", "sequences_in", "spli
 
 
 def split_into_chunks(batch: TensorDictBase, chunk_length: int | None) -> TensorDictBase:
-    """Cut a batch ``[*B, T]`` into chunks ``[chunks, chunk_length]`` of steps in a row, or into single rows.
+    """Split a batch ``[*B, T]`` into chunks ``[chunks, chunk_length]`` of consecutive steps, or into single rows.
 
-    Episodes may end within a chunk. A recurrent network starts each chunk from the state stored in its first row, so
-    gradients reach back to there.
+    Episodes may end within a chunk. A recurrent network starts each chunk from the state stored in its first row;
+    gradients are truncated there.
 
     Args:
-        batch: time is its last dimension.
-        chunk_length: steps of a chunk, a divisor of ``T``; ``None`` gives rows ``[B * T]``.
+        batch: batch with time as the last dimension.
+        chunk_length: steps per chunk, a divisor of ``T``; ``None`` gives rows ``[B * T]``.
 
     Returns:
         The same data, in the order of the batch.
 
     Raises:
-        ValueError: if the chunks do not fill ``T``.
+        ValueError: if ``chunk_length`` does not divide ``T``.
 
     Example:
         >>> import torch
@@ -44,28 +44,28 @@ def split_into_chunks(batch: TensorDictBase, chunk_length: int | None) -> Tensor
 
 
 def check_chunks(steps: int, chunk_length: int | None) -> None:
-    """Refuse chunks that do not fill the steps of a batch.
+    """Reject a chunk length that does not divide the steps of a batch.
 
     Args:
-        steps: that each environment takes.
-        chunk_length: steps of a chunk; ``None`` for rows, which always do.
+        steps: steps per environment.
+        chunk_length: steps per chunk; ``None``, for rows, is always valid.
 
     Raises:
-        ValueError: unless the length divides the steps.
+        ValueError: unless ``chunk_length`` divides ``steps``.
     """
     if chunk_length is not None and (chunk_length < 1 or steps % chunk_length):
         raise ValueError(f"chunk_length must divide the {steps} steps that each environment takes, got {chunk_length}.")
 
 
 def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
-    """Yield rows ``[B]``, or chunks of steps ``[B, T]``, once, in random order.
+    """Yield minibatches that together hold each row ``[B]``, or chunk of steps ``[B, T]``, once, in random order.
 
-    They are gathered in one go, a minibatch is a view. If one minibatch holds all, the rows come as they are, in order
-    and not copied: copying costs as much as a forward pass of small networks.
+    All rows are gathered at once; a minibatch is a view. If one minibatch holds all rows, they are neither shuffled nor
+    copied: a copy costs as much as a forward pass of small networks.
 
     Args:
-        rows: such as :func:`split_into_chunks` returns.
-        size: steps of a minibatch, rounded up to whole chunks; the last one may have fewer.
+        rows: rows or chunks, as returned by :func:`split_into_chunks`.
+        size: steps per minibatch, rounded up to whole chunks; the last minibatch may have fewer.
 
     Raises:
         ValueError: if a minibatch would have no rows.
@@ -88,10 +88,10 @@ def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
 
 
 def sequences_in(minibatch_size: int, num_steps: int) -> int:
-    """Return how many whole sequences of ``num_steps`` a minibatch of so many steps holds.
+    """Return the number of whole sequences of ``num_steps`` steps in a minibatch of ``minibatch_size`` steps.
 
     Raises:
-        ValueError: if it holds none.
+        ValueError: if the minibatch is shorter than a sequence.
 
     Example:
         >>> sequences_in(250, 100)
@@ -105,12 +105,12 @@ def sequences_in(minibatch_size: int, num_steps: int) -> int:
 def sequence_minibatches(
     batch: TensorDictBase, num_sequences: int, *, states: Sequence[NestedKey] = ()
 ) -> Iterator[TensorDictBase]:
-    """Yield the sequences of a batch ``[B, T]`` once, in random order, ``num_sequences`` at a time.
+    """Yield each sequence of a batch ``[B, T]`` once, in random order, ``num_sequences`` at a time.
 
     Args:
-        batch: as :class:`~torchrl_marl.collectors.SequenceCollector` yields it.
-        num_sequences: sequences of a minibatch; the last one may have fewer.
-        states: entries of which only the first of each sequence counts; they are not copied for each step.
+        batch: batch of a :class:`~torchrl_marl.collectors.SequenceCollector`.
+        num_sequences: sequences per minibatch; the last minibatch may have fewer.
+        states: entries needed only at the first step of each sequence; they are not copied for every step.
 
     Raises:
         ValueError: if a minibatch would have no sequence.
@@ -123,7 +123,7 @@ def sequence_minibatches(
     """
     if num_sequences < 1:
         raise ValueError(
-            f"A minibatch must have at least one sequence, {batch.shape[1]} steps; got {num_sequences} sequences."
+            f"A minibatch must have at least one sequence of {batch.shape[1]} steps; got {num_sequences} sequences."
         )
     start, rest = batch.select(*states)[:, 0], batch.exclude(*states)
     for rows in torch.randperm(len(batch), device=batch.device).split(num_sequences):
@@ -132,14 +132,14 @@ def sequence_minibatches(
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the learning from one batch, in which a loss trains some of its parameters; ``loss.phases`` makes them.
+    """A stage of training on one batch, in which a loss trains some of its parameters; yielded by ``loss.phases``.
 
     Args:
-        rows: what minibatches are taken from: rows ``[R]`` or chunks of steps ``[R, T]``.
-        whole: one update takes all rows, as those of natural gradients do.
-        sequences: rows are whole sequences ``[B, T]``, of which a minibatch holds some.
-        states: of these entries only the first of each sequence counts.
-        before_epoch: called before each pass through the rows, which it may change.
+        rows: data that minibatches are drawn from: rows ``[R]`` or chunks of steps ``[R, T]``.
+        whole: whether one update uses all rows, as natural-gradient steps do.
+        sequences: whether rows are whole sequences ``[B, T]``.
+        states: entries needed only at the first step of each sequence.
+        before_epoch: called before each pass through the rows; it may modify them.
     """
 
     rows: TensorDictBase
@@ -149,7 +149,7 @@ class Phase:
     before_epoch: Callable[[], None] | None = None
 
     def minibatches(self, size: int, *, epochs: int) -> Iterator[TensorDictBase]:
-        """Yield minibatches of ``size`` steps in random order, all rows once an epoch; a ``whole`` phase yields one.
+        """Yield minibatches of ``size`` steps in random order, each row once per epoch; a ``whole`` phase yields one.
 
         Raises:
             ValueError: if a minibatch would have no row, or no sequence.

@@ -1,4 +1,4 @@
-"""The base of methods whose agents move by natural gradients, one after the other."""
+"""Base of methods that update agents sequentially by natural gradients."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class NaturalGradientOptions(ClipOptions, StepOptions, total=False):
 
 
 class NaturalGradientLoss(SequentialLoss):
-    """Sequential loss whose agents move by natural gradients; abstract: HATRPO and OATRPO are made of it.
+    """Abstract sequential loss with natural-gradient updates; base of HATRPO and OATRPO.
 
-    An agent's turn is one call of :meth:`step` on the whole batch instead of epochs of minibatches; the critic's is as
-    for any loss::
+    An agent's turn is one call of :meth:`step` on the whole batch instead of epochs of minibatches. The critic's turn
+    is the same as in every sequential loss::
 
         for turn in loss.turns(batch):
             if turn != "critic":
@@ -43,12 +43,12 @@ class NaturalGradientLoss(SequentialLoss):
             for minibatch in minibatches(batch): ...
 
     Args:
-        max_kl: radius of the trust region (the papers' delta), in nats, 0.01 by default; a buffer: assign to it to
-            schedule it.
+        max_kl: radius of the trust region (the papers' delta), in nats, 0.01 by default; a buffer, so it can be
+            scheduled by assignment.
         reuse, sampled: see :class:`SequentialLoss`.
         **options: :class:`~torchrl_marl.objectives.trust_region.StepOptions` and
             :class:`~torchrl_marl.objectives.ratio.ClipOptions`. By default the surrogate is the ratio itself, without
-            an entropy bonus; all gains have one slope at ratio 1, others than the ratio act on the line search.
+            an entropy bonus. All gains have the same gradient at ratio 1, so another gain only affects the line search.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
@@ -80,36 +80,38 @@ class NaturalGradientLoss(SequentialLoss):
     def check_loop(
         self, frames_per_batch: int, num_envs: int, minibatch_size: int, chunk_length: int | None = None
     ) -> None:
-        """Refuse what :meth:`phases` could not use, and what a step cannot be taken on."""
+        """Reject settings that :meth:`phases` or :meth:`step` cannot use."""
         super().check_loop(frames_per_batch, num_envs, minibatch_size, chunk_length)
         if world_size() > 1:
-            raise ValueError(f"{type(self).__name__} takes steps on a whole batch: it learns in one process.")
+            raise ValueError(f"{type(self).__name__} takes steps on a whole batch: train it in a single process.")
         if self.reduction != "mean":
-            raise ValueError(f"loss.reduction must be mean, as a natural step compares means; got {self.reduction}.")
+            raise ValueError(f"loss.reduction must be mean, as a natural-gradient step requires; got {self.reduction}.")
 
     @property
     def takes_steps(self) -> bool:
-        """Whether it is an agent's turn: it moves by :meth:`step`."""
+        """Whether the turn is an agent's, which updates by :meth:`step`."""
         return isinstance(self.turn, int)
 
     @set_recurrent_mode(True)
     def step(self, tensordict: TensorDictBase) -> TensorDict:
-        """Move the actor of the agent whose turn it is, in place, by one confirmed natural-gradient step.
+        """Update the current agent's policy in place by one natural-gradient step, accepted by a line search.
 
         Args:
             tensordict: the whole batch, any shape ``[B]``.
 
         Returns:
-            What ``forward`` returns after the step and, of the step, ``step_fraction`` (0: none was good enough),
-            ``improvement``, ``expected_improvement``, ``kl`` and ``grad_norm``. All detached.
+            The outputs of ``forward`` after the step, and the step's ``step_fraction`` (0 if no step was accepted),
+            ``improvement``, ``expected_improvement``, ``kl`` and ``grad_norm``. All are detached.
 
         Raises:
             ValueError: outside of an agent's turn, or if ``reduction`` is not ``"mean"``.
         """
         if not isinstance(self.turn, int):
-            raise ValueError(f"A step is an agent's, but the turn is {self.turn!r}: call it within turns(batch).")
+            raise ValueError(
+                f"step() needs an agent's turn, but the turn is {self.turn!r}: call it within turns(batch)."
+            )
         if self.reduction != "mean":
-            raise ValueError(f"A step compares means: it needs reduction='mean', not {self.reduction!r}.")
+            raise ValueError(f"A natural-gradient step needs reduction='mean', not {self.reduction!r}.")
         learner = cast("Learner", self._learner)
         policy, device = learner.policy, self.ratio_low.device
         devices = [device] if device.type == "cuda" else []
@@ -118,7 +120,7 @@ class NaturalGradientLoss(SequentialLoss):
             old = policy.get_dist(experience.copy())
 
         def evaluate() -> tuple[Tensor, Tensor]:
-            with torch.random.fork_rng(devices):  # a sampled entropy has the same noise at all parameters
+            with torch.random.fork_rng(devices):  # a sampled entropy uses the same noise at all parameters
                 losses, new = self._actor_losses(experience, policy, entropy_mask)
             kl = policy_kl(old, new)
             mask = self._mask(experience, kl.shape)

@@ -1,4 +1,4 @@
-"""OAPPO and OATRPO: agents that also learn from the experience of those whose policies are close to theirs."""
+"""OAPPO and OATRPO: agents also learn from the experience of agents with similar policies."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ class OATRPOOptions(NaturalGradientOptions, ReuseOptions, total=False):
 
 
 class OAPPOLoss(SequentialLoss):
-    """Off-agent PPO: HAPPO in which agents learn from each other's experience as well.
+    """Off-agent PPO: HAPPO in which agents also learn from each other's experience.
 
-    With ``own_weight=1`` it is HAPPO, bit for bit. ``turns`` decides anew for each batch how much of whose experience
-    an agent uses; ``loss.reuse.matrix`` shows it (:class:`~torchrl_marl.collectors.ReuseMappingSampler`). It decides
-    once, on policies as they collected the batch: a pair that drifts apart while agents update is not looked at again,
-    for by then each of its rows leaves the clip, or the step OATRPO's trust region, by itself.
+    With ``own_weight=1`` the loss is bit-identical to HAPPO. For each batch, ``turns`` computes the weight of every
+    source's experience for every agent; ``loss.reuse.matrix`` holds the weights
+    (:class:`~torchrl_marl.collectors.ReuseMappingSampler`). The weights depend on the policies that collected the batch
+    and are not updated between turns: the rows of a pair that drifts apart leave the clip, and in OATRPO the step
+    leaves the trust region.
 
-    Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, Eqs. (8), (9), Algorithm 1. Where
-    the paper leaves a choice: an agent judges a source's observations and legal actions with its own network, and takes
-    the source's advantage; probabilities of mappings are weights of objectives; the compound ratio leaves the source's
-    own slot out, which the ratio already counts; the clip's minimum is taken after multiplying by the advantage, as in
-    PPO; the entropy is that on own observations. All agents have one observation space and one action space.
+    Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, Eqs. (8), (9), Algorithm 1. Choices
+    that the paper leaves open: an agent's network is evaluated on the source's observations and legal actions, with the
+    source's advantage; probabilities of mappings are weights of objectives; the compound ratio excludes the source,
+    whose actions the ratio already covers; the clip's minimum is taken after multiplying by the advantage, as in PPO;
+    the entropy is computed on the agent's own observations. All agents share one observation space and one action
+    space.
 
     The loop, keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.sequential.SequentialLoss`.
 
@@ -52,7 +54,7 @@ class OAPPOLoss(SequentialLoss):
             ``"RR"`` or a matrix ``[N, N]`` (:func:`~torchrl_marl.objectives.reuse.fixed_reuse_matrix`).
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
-        kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
+        kl_reduction: ``"mean"`` over rows, or ``"max"`` as in Eq. (9).
         **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`.
 
     Raises:
@@ -71,11 +73,11 @@ class OAPPOLoss(SequentialLoss):
 
 
 class OATRPOLoss(NaturalGradientLoss):
-    """Off-agent TRPO: HATRPO in which agents learn from each other's experience as well.
+    """Off-agent TRPO: HATRPO in which agents also learn from each other's experience.
 
-    With ``own_weight=1`` it is HATRPO, bit for bit. The trust region is one of the learner around itself, on what it
-    learns from: ``sum_j M[i, j] mean(KL(pi_i_old(.|o_j) || pi_i(.|o_j))) < max_kl``. (Around the source, as Eq. (7) has
-    it, it could be violated before any step.)
+    With ``own_weight=1`` the loss is bit-identical to HATRPO. The trust region is centred on the learner's old policy,
+    on the data it learns from: ``sum_j M[i, j] mean(KL(pi_i_old(.|o_j) || pi_i(.|o_j))) < max_kl``. (A trust region
+    around the source's policy, as in Eq. (7), could be violated before any step.)
 
     An agent's turn is one call of :meth:`step` on the whole batch.
 
@@ -94,7 +96,7 @@ class OATRPOLoss(NaturalGradientLoss):
             ``"RR"`` or a matrix ``[N, N]`` (:func:`~torchrl_marl.objectives.reuse.fixed_reuse_matrix`).
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
-        kl_reduction: ``"mean"`` over rows, or ``"max"`` as Eq. (9) has it.
+        kl_reduction: ``"mean"`` over rows, or ``"max"`` as in Eq. (9).
         **options: :class:`~torchrl_marl.objectives.natural_gradient.NaturalGradientOptions`.
 
     Raises:
@@ -113,7 +115,7 @@ class OATRPOLoss(NaturalGradientLoss):
 
 
 def _with_sampler(actor: Actor, reuse: str, options: Any) -> Any:
-    """Options of the sequential loss: a sampler in place of what it is made of."""
+    """Replace the reuse options by the sampler built from them."""
     if reuse not in get_args(Reuse):
         raise ValueError(f"reuse must be weighted or sampled; got {reuse!r}.")
     sampler = ReuseMappingSampler(count_agents(actor), **take_options(options, ReuseOptions))

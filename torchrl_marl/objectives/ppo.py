@@ -14,12 +14,12 @@ __all__ = ["IPPOLoss", "MAPPOLoss", "MASPOLoss"]
 class MAPPOLoss(ClipLoss):
     """Multi-agent PPO: the clipped gain for each agent, with a centralised critic.
 
-    It equals :class:`torchrl.objectives.multiagent.MAPPOLoss` on the same batch, in value and gradient, and in addition
-    leaves dead agents out of the policy's means and of the advantage normalisation, and regresses normalised values
-    when the critic ends in a :class:`~torchrl_marl.modules.Denormalize` layer.
+    The loss equals :class:`torchrl.objectives.multiagent.MAPPOLoss` on the same batch, in value and gradient. In
+    addition, it excludes dead agents from the policy's means and the advantage normalisation, and regresses normalised
+    values if the critic ends in a :class:`~torchrl_marl.modules.Denormalize` layer.
 
     Reference: Yu et al., The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games, 2022,
-    https://arxiv.org/abs/2103.01955; Eq. (2) of the MARS paper. Defaults are TorchRL's. A pair of widths is the MARS
+    https://arxiv.org/abs/2103.01955; Eq. (2) of the MARS paper. Defaults are TorchRL's. A pair of widths gives the MARS
     paper's asymmetric MAPPO.
 
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
@@ -27,7 +27,7 @@ class MAPPOLoss(ClipLoss):
     Args:
         actor_network: decentralised policy.
         critic_network: sees the joint observations or the state.
-        clip_epsilon: half-width of the clip, or a pair ``(low, high)``: ratios count within ``[1 - low, 1 + high]``.
+        clip_epsilon: half-width of the clip, or a pair ``(low, high)`` for the interval ``[1 - low, 1 + high]``.
         gain: another trust region in place of the clip, with the same bounds.
         **options: :class:`~torchrl_marl.objectives.ratio.RatioOptions`.
 
@@ -40,8 +40,7 @@ class MAPPOLoss(ClipLoss):
 class IPPOLoss(MAPPOLoss):
     """Independent PPO: the clipped gain for each agent, with a critic that sees only that agent's observation.
 
-    The equations are :class:`MAPPOLoss`'s; the critic makes the difference. Build one with
-    ``make_critic(env, observes="observation")``.
+    IPPO differs from :class:`MAPPOLoss` only in the critic, built with ``make_critic(env, observes="observation")``.
 
     Reference: de Witt et al., Is Independent Learning All You Need in the StarCraft Multi-Agent Challenge?, 2020,
     https://arxiv.org/abs/2011.09533.
@@ -57,7 +56,7 @@ class MASPOLoss(ClipLoss):
     and the gradient never vanishes beyond it.
 
     Reference: Selmonaj et al., 2025, after Xie et al., Simple Policy Optimization, 2025; Eq. (3) of the MARS paper. A
-    pair of widths is the MARS paper's asymmetric MASPO.
+    pair of widths gives the MARS paper's asymmetric MASPO.
 
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
 

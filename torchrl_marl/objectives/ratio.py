@@ -1,4 +1,4 @@
-"""The base of every method that weights an advantage by a probability ratio: one loss, any gain."""
+"""Base of every method that weights an advantage by a probability ratio: one loss for any gain."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["ClipLoss", "ClipOptions", "RatioLoss", "RatioOptions", "ScoredBatch"
 LOSSES = ("loss_objective", "loss_entropy", "loss_critic")
 DIAGNOSTICS = ("entropy", "kl_approx", "clip_fraction", "min_ratio", "max_ratio")
 OUT_KEYS = (*LOSSES, *DIAGNOSTICS, "explained_variance")
-"""What ``forward`` of every ratio loss returns; a method may add to it."""
+"""Entries that ``forward`` of every ratio loss returns; a method may add entries."""
 
 
 class RatioOptions(TypedDict, total=False):
@@ -59,58 +59,59 @@ class ClipOptions(RatioOptions, total=False):
 
 
 class ScoredBatch(NamedTuple):
-    """A batch and what the current policy makes of it: what an objective is computed from."""
+    """A batch evaluated by the current policy; the input of an objective."""
 
     data: TensorDictBase
-    """As it was collected: what it stores of the old policy is still there."""
+    """The collected data, including the stored outputs of the old policy."""
     policy: Distribution
     log_ratio: Tensor
     """``[B, N]``, zero for dead agents."""
     advantage: Tensor
-    """``[B, N]``, standardised if the loss does so, zero for dead agents."""
+    """``[B, N]``, standardised if the loss standardises advantages, zero for dead agents."""
     mask: Tensor | None
     """Live agents ``[B, N]``; ``None`` if all live."""
 
 
 class RatioLoss(LossModule):
-    """Actor-critic loss over per-agent probability ratios; abstract: a method chooses the gain and its bounds.
+    """Abstract actor-critic loss over per-agent probability ratios; a method chooses the gain and its bounds.
 
         loss_objective = -mean(gain(log r, A; low, high)),   r = pi(a|o) / pi_old(a|o) of each agent
         loss_entropy   = -entropy_coeff mean(H(pi(.|o)))
         loss_critic    =  critic_coeff mean(distance(value, value_target))
 
-    Means of the policy's terms run over steps and live agents, the critic's over steps and all agents: an agent's
-    return goes on after its death, with what its team earns, so the value estimator bootstraps from values of dead
-    agents, and these must be learnt like all others. Log-probabilities stay per agent: there is no joint ratio. If the
-    critic ends in a :class:`~torchrl_marl.modules.Denormalize` layer, its distance is measured in units of the value
-    scale, so the network regresses normalised targets.
+    The policy terms average over steps and live agents, the critic's loss over steps and all agents: the return of an
+    agent continues after its death with the team's reward, so the value estimator bootstraps from the values of dead
+    agents, and the critic must learn them. Log-probabilities stay per agent: there is no joint ratio. If the critic
+    ends in a :class:`~torchrl_marl.modules.Denormalize` layer, its distance is measured in units of the value scale,
+    so the network regresses normalised targets.
 
     Keys (see :mod:`torchrl_marl.keys`), all renamable with ``set_keys``: action, ``sample_log_prob`` and the group are
-    read off the actor, ``value`` off the critic; ``mask`` (live agents, ``[B, N]``) is used where the data holds it.
-    Rows that TorchRL's ``loss_mask_key`` leaves out, such as padding, take part in nothing. If ``advantage`` is
-    missing, the value estimator computes it.
+    taken from the actor, ``value`` from the critic; ``mask`` (live agents, ``[B, N]``) is used if the data holds it.
+    Rows excluded by TorchRL's ``loss_mask_key``, such as padding, are ignored everywhere. If ``advantage`` is missing,
+    the value estimator computes it.
 
-    ``ratio_low``, ``ratio_high``, ``entropy_coeff`` and ``critic_coeff`` are buffers; assign to them to schedule them.
+    ``ratio_low``, ``ratio_high``, ``entropy_coeff`` and ``critic_coeff`` are buffers, so they can be scheduled by
+    assignment.
 
     Args:
-        actor_network: decentralised policy; its ``get_dist`` gives a distribution whose ``log_prob`` is ``[B, N]``.
+        actor_network: decentralised policy; its ``get_dist`` returns a distribution with a ``log_prob`` of ``[B, N]``.
         critic_network: writes the value, ``[B, N, 1]`` for each agent or ``[B, 1]`` for the team.
-        gain: the trust region, a function of :mod:`torchrl_marl.objectives.surrogates` or one of yours.
+        gain: the trust region, a function of :mod:`torchrl_marl.objectives.surrogates` or your own.
         low: lower ratio bound or target ratio, in (0, 1).
         high: upper ratio bound or target ratio, above 1.
         entropy_coeff: weight of the entropy bonus.
         critic_coeff: weight of the critic's loss.
         loss_critic_type: ``"smooth_l1"``, ``"l2"`` or ``"l1"``.
-        normalize_advantage: standardise the advantages of the data given to ``forward``. Turn it off when the training
-            loop does so once for the whole batch with :func:`standardize`, as MAPPO's authors do and our recipes.
-        normalize_advantage_exclude_dims: dimensions with statistics of their own; by default each agent has its own.
+        normalize_advantage: standardise the advantages of the data given to ``forward``. Turn it off if the training
+            loop standardises the whole batch once with :func:`standardize`, as MAPPO's authors and the recipes do.
+        normalize_advantage_exclude_dims: dimensions with separate statistics; by default the agent dimension.
         functional: hold parameters as TorchRL's functional losses do; ``False`` is simpler and faster.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one entry per step and agent, of the policy's terms zero for
-            dead agents).
-        clip_value: how far, in units of the value scale, a value may move from the stored one before it counts as not
-            moving; the larger of both distances is the loss. ``None``: as far as it likes.
-        standardize_per_agent: let :meth:`prepare` standardise each agent's advantages by themselves, where agents have
-            their own ones; otherwise all agents' together.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one entry per step and agent; policy terms are zero for dead
+            agents).
+        clip_value: half-width of PPO's value clipping around the stored value, in units of the value scale; the loss is
+            the larger of the clipped and the unclipped distance. ``None`` disables value clipping.
+        standardize_per_agent: let :meth:`prepare` standardise advantages for each agent separately, if advantages are
+            per agent; by default all agents share the statistics.
 
     Raises:
         ValueError: if the bounds are on the wrong side of 1, or an option is not one of those listed.
@@ -133,13 +134,13 @@ class RatioLoss(LossModule):
     default_value_estimator = ValueEstimators.MAGAE
     _schedulable_buffers = frozenset({"ratio_low", "ratio_high", "entropy_coeff", "critic_coeff"})
 
-    abstract = True  # in the class itself: its subclasses are not
+    abstract = True  # looked up in the class itself, so subclasses do not inherit it
     moves_buffers = False
-    """Whether ``forward`` itself moves a buffer in training mode, as MARPO's KL target."""
+    """Whether ``forward`` updates a buffer in training mode, such as MARPO's KL target."""
     trains_in_parts = False
-    """Whether some phases leave parameters alone, which must then have no gradient at all."""
+    """Whether some phases train only part of the parameters; the other parameters must then have no gradient."""
     clipped_apart: str | None = None
-    """Whose gradients have a norm of their own, such as ``"critic"``; ``None``: all have one norm."""
+    """Network whose gradient norm is clipped separately, such as ``"critic"``; ``None`` clips one joint norm."""
 
     actor_network: Actor
     critic_network: Critic
@@ -207,12 +208,12 @@ class RatioLoss(LossModule):
         )
 
     def _register(self, **coefficients: float) -> None:
-        """Hold coefficients as buffers, which a schedule may assign to."""
+        """Register coefficients as buffers, which a schedule may assign to."""
         for name, value in coefficients.items():
             self.register_coeff_buffer(name, value, device=self._device)
 
     def _hold(self, name: str, network: Any) -> None:
-        if isinstance(network, tuple):  # an actor that comes with a critic
+        if isinstance(network, tuple):  # an (actor, critic) pair
             raise TypeError(f"{name} must be a network; got {type(network).__name__}.")
         if self._functional:
             self.convert_to_functional(network, name, create_target_params=False)
@@ -222,7 +223,7 @@ class RatioLoss(LossModule):
 
     @property
     def functional(self) -> bool:
-        """Whether parameters are held apart from their networks."""
+        """Whether the loss holds parameters separately from the networks."""
         return self._functional
 
     @property
@@ -236,7 +237,7 @@ class RatioLoss(LossModule):
 
     @property
     def out_keys(self) -> list[str]:
-        """Entries that ``forward`` returns: all it computes, or those of them that :meth:`select_out_keys` names."""
+        """Entries that ``forward`` returns: all computed entries, or those chosen with :meth:`select_out_keys`."""
         keys = self._computed_keys()
         return keys if self._selected is None else [key for key in keys if key in self._selected]
 
@@ -244,7 +245,7 @@ class RatioLoss(LossModule):
         """Let ``forward`` return these entries only, until :meth:`reset_out_keys`.
 
         Raises:
-            ValueError: if it does not compute one of them.
+            ValueError: if ``forward`` does not compute one of the entries.
         """
         unknown = [key for key in out_keys if key not in self._computed_keys()]
         if unknown:
@@ -253,7 +254,7 @@ class RatioLoss(LossModule):
         return self
 
     def reset_out_keys(self) -> RatioLoss:
-        """Let ``forward`` return all that it computes again."""
+        """Let ``forward`` return all computed entries again."""
         self._selected = None
         return self
 
@@ -262,7 +263,7 @@ class RatioLoss(LossModule):
         return list(OUT_KEYS)
 
     def _output(self, entries: dict[str, Tensor]) -> TensorDict:
-        """Return what ``forward`` has computed, or what is selected of it."""
+        """Return the computed entries, or the selected ones."""
         return TensorDict(entries if self._selected is None else {key: entries[key] for key in self.out_keys})
 
     def _own_keys(self) -> list[NestedKey]:
@@ -275,9 +276,9 @@ class RatioLoss(LossModule):
         """Choose how advantages and value targets are computed; default: multi-agent GAE, gamma 0.99, lambda 0.95.
 
         Args:
-            value_type: as in :meth:`torchrl.objectives.LossModule.make_value_estimator`; V-trace excepted, whose
-                TorchRL estimator knows no agents.
-            **hyperparams: of the estimator, such as ``gamma`` and ``lmbda``.
+            value_type: as in :meth:`torchrl.objectives.LossModule.make_value_estimator`, except V-trace: TorchRL's
+                estimator does not support agent dimensions.
+            **hyperparams: hyper-parameters of the estimator, such as ``gamma`` and ``lmbda``.
 
         Returns:
             The loss itself.
@@ -285,7 +286,7 @@ class RatioLoss(LossModule):
         names = ("advantage", "value_target", "value", "reward", "done", "terminated")
         keys = {name: getattr(self.tensor_keys, name) for name in names}
         chosen = value_type or self.default_value_estimator
-        if chosen is self.default_value_estimator and self._memory_keys:  # prepare asks the critic itself
+        if chosen is self.default_value_estimator and self._memory_keys:  # prepare calls the critic itself
             settings: Any = {"gamma": 0.99, "lmbda": 0.95, **hyperparams}
             chosen, hyperparams = MultiAgentGAE(value_network=None, **settings), {}
         if isinstance(chosen, (ValueEstimatorBase, type)):
@@ -298,15 +299,15 @@ class RatioLoss(LossModule):
 
     @torch.no_grad()
     def prepare(self, batch: TensorDictBase) -> TensorDictBase:
-        """Write into a batch, in time order, what learning from it needs, once for all epochs.
+        """Write the entries that training needs into a batch in time order, once for all epochs.
 
-        Advantages, standardised over the whole batch and its live agents as MAPPO's authors do (or agent by agent, with
-        ``standardize_per_agent``), value targets, and what a method adds; the critic's value statistics follow the
-        targets. Standardisation and statistics are those of all processes of ``torch.distributed``. A loop that wants
-        advantages of another kind calls the parts itself.
+        The entries are advantages, value targets and entries of the method. Advantages are standardised over the whole
+        batch and its live agents as by MAPPO's authors (with ``standardize_per_agent``, for each agent). The critic's
+        value statistics are updated with the targets. All statistics span every process of ``torch.distributed``. A
+        loop that needs other advantages calls the parts itself.
 
         Args:
-            batch: as a collector yields it, ``[*B, T]``; it is changed.
+            batch: a collector's batch ``[*B, T]``, modified in place.
 
         Returns:
             The same batch.
@@ -316,13 +317,15 @@ class RatioLoss(LossModule):
         self.update_value_norm(batch, gather=gather)
         advantage = batch.get(keys.advantage)
         mask = self._mask(batch, advantage.shape[:-1])
-        apart = (-2,) if self.standardize_per_agent and advantage.ndim > batch.ndim + 1 else ()  # a team has one
+        apart = (
+            (-2,) if self.standardize_per_agent and advantage.ndim > batch.ndim + 1 else ()
+        )  # a team has one advantage
         batch.set(keys.advantage, masking.standardize(advantage, mask, exclude_dims=apart, gather=gather))
         self._complete(batch)
         return batch
 
     def phases(self, batch: TensorDictBase, *, chunk_length: int | None = None) -> Iterator[Phase]:
-        """Yield what to train on, phase after phase; here there is one, and every parameter learns in it.
+        """Yield the training phases of a batch; by default a single phase trains every parameter.
 
         The loop of every method::
 
@@ -332,42 +335,46 @@ class RatioLoss(LossModule):
                     update(minibatch)
 
         Args:
-            batch: as :meth:`prepare` has left it.
-            chunk_length: steps in a row that a recurrent network is trained on; ``None`` for single rows.
+            batch: batch returned by :meth:`prepare`.
+            chunk_length: consecutive steps that a recurrent network is trained on; ``None`` for single rows.
 
         Raises:
-            ValueError: if ``chunk_length`` does not divide the batch's steps, or policies with a memory of their own
-                kind, which are trained on whole sequences, are given one.
+            ValueError: if ``chunk_length`` does not divide the batch's steps, or is set for a policy whose memory
+                requires whole sequences.
         """
         yield self._phase(batch, chunk_length)
 
     def check_loop(
         self, frames_per_batch: int, num_envs: int, minibatch_size: int, chunk_length: int | None = None
     ) -> None:
-        """Refuse what :meth:`phases` could not use, before anything is collected.
+        """Reject settings that :meth:`phases` cannot use, before data is collected.
 
         Args:
-            frames_per_batch: steps of a batch, in all environments together; rounded up to whole ones of each.
+            frames_per_batch: steps of a batch over all environments, rounded up to whole steps of every environment.
             num_envs: number of environments.
             minibatch_size: steps of a minibatch.
             chunk_length: see :meth:`phases`.
 
         Raises:
-            ValueError: with what is allowed.
+            ValueError: with the allowed values.
         """
         num_steps = -(-frames_per_batch // num_envs)
         if self.learns_sequences:
             sequences_in(minibatch_size, num_steps)
             if chunk_length is not None:
-                raise ValueError(f"chunk_length must be null: whole sequences are learnt from; got {chunk_length}.")
+                raise ValueError(
+                    f"chunk_length must be null, as the loss trains on whole sequences; got {chunk_length}."
+                )
             return
         chunk_length = self._chunk_length(chunk_length, num_steps)
         check_chunks(num_steps, chunk_length)
         if chunk_length is None and "is_init" in [*self.actor_network.in_keys, *self.critic_network.in_keys]:
-            raise ValueError("chunk_length must be an integer: a recurrent policy learns steps in a row; got null.")
+            raise ValueError(
+                "chunk_length must be an integer: recurrent policies train on consecutive steps; got null."
+            )
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters whose gradients are scaled down to one norm together, by the name under which it is logged."""
+        """Parameters whose gradients are clipped by a joint norm, by the name under which the norm is logged."""
         if self.clipped_apart is None:
             return {"grad_norm": list(self.parameters())}
         apart = set(getattr(self, f"{self.clipped_apart}_network").parameters())
@@ -378,30 +385,30 @@ class RatioLoss(LossModule):
 
     @property
     def takes_steps(self) -> bool:
-        """Whether the phase under way moves parameters by :meth:`step`, without an optimiser."""
+        """Whether the current phase updates parameters by :meth:`step` instead of an optimiser."""
         return False
 
     def step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Move parameters in place and return what was measured; only of losses that ``takes_steps``."""
+        """Update parameters in place and return diagnostics; only for losses with ``takes_steps``."""
         raise NotImplementedError(f"{type(self).__name__} is trained by an optimiser.")
 
     def metrics(self) -> dict[str, Tensor]:
-        """What the loss can say of itself after a batch, for logs."""
+        """Diagnostics of the loss after a batch, for logs."""
         return {}
 
     def _complete(self, batch: TensorDictBase) -> None:
-        """Write what a method needs besides advantages and targets; the hook of methods that add entries."""
+        """Write entries besides advantages and targets; a hook for methods that need more."""
 
     def _phase(self, batch: TensorDictBase, chunk_length: int | None, **options: Any) -> Phase:
         data = batch.select(*self.in_keys, strict=False)
         if not self.learns_sequences:
             return Phase(split_into_chunks(data, self._chunk_length(chunk_length, batch.shape[-1])), **options)
         if chunk_length is not None:
-            raise ValueError(f"{type(self).__name__} learns whole sequences here: chunk_length must be None.")
+            raise ValueError(f"{type(self).__name__} trains on whole sequences here: chunk_length must be None.")
         return Phase(data, sequences=True, states=self._memory_keys, **options)
 
     def _chunk_length(self, chunk_length: int | None, num_steps: int) -> int | None:
-        """Steps of a chunk where the loop leaves it to the method; the hook of methods that need steps in a row."""
+        """Chunk length if the loop sets none; a hook for methods that need consecutive steps."""
         return chunk_length
 
     @property
@@ -410,18 +417,19 @@ class RatioLoss(LossModule):
 
     @property
     def learns_sequences(self) -> bool:
-        """Whether minibatches are whole sequences, of which the first memory alone counts."""
+        """Whether minibatches are whole sequences, which need the memory of their first step only."""
         return bool(self._memory_keys)
 
     @torch.no_grad()
     def update_value_norm(self, tensordict: TensorDictBase, *, gather: Gather = alone) -> None:
-        """Fold the value targets into the critic's running value statistics.
+        """Update the critic's running value statistics with the value targets.
 
-        Call it once per batch, after the value estimator; it does nothing if the critic does not normalise values.
+        Call it once per batch, after the value estimator; it is a no-op if the critic does not normalise values.
 
         Args:
-            tensordict: holds the value target.
-            gather: joins what several processes hold of one batch, as :func:`torchrl_marl.distributed.gather` does.
+            tensordict: data with the value target.
+            gather: concatenates the shards of a batch that several processes hold, such as
+                :func:`torchrl_marl.distributed.gather`.
         """
         value_norm = self._value_norm()
         if value_norm is None:
@@ -429,7 +437,7 @@ class RatioLoss(LossModule):
         target = tensordict.get(self.tensor_keys.value_target)
         valid = self._valid(tensordict, target.shape[:-1])
         targets = gather(target) if valid is None else gather(target)[gather(valid)]
-        if targets.numel() == 0:  # the statistics of nothing would be NaN, for good
+        if targets.numel() == 0:  # statistics of no values would stay NaN forever
             return
         with self._parameters_of("critic_network"):
             value_norm.update(targets)
@@ -439,7 +447,7 @@ class RatioLoss(LossModule):
         """Compute the losses and detached diagnostics.
 
         Args:
-            tensordict: a batch of any shape ``[B]``; it is not changed.
+            tensordict: a batch of any shape ``[B]``, not modified.
 
         Returns:
             A TensorDict with ``loss_objective``, ``loss_entropy`` and ``loss_critic`` (back-propagate their sum) and
@@ -455,14 +463,14 @@ class RatioLoss(LossModule):
         return self._output({**losses, **self._critic_losses(tensordict)})
 
     def objective(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``loss_objective``, reduced, and a method's own losses and diagnostics; the hook of methods."""
+        """Return the reduced ``loss_objective`` and a method's own losses and diagnostics; a hook for methods."""
         return self._reduce(-self._gain_of(batch.log_ratio, batch.advantage), batch.mask), {}
 
     def _gain_of(self, log_ratio: Tensor, advantage: Tensor) -> Tensor:
         return self.gain(log_ratio, advantage, low=self.ratio_low, high=self.ratio_high)
 
     def _with_advantage(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Copy the batch, with the value estimator's advantages and targets if it holds none."""
+        """Copy the batch; if it has no advantages, add those of the value estimator and its targets."""
         tensordict = tensordict.copy()
         if self.tensor_keys.advantage not in tensordict.keys(True):
             self._estimate(tensordict)
@@ -481,16 +489,16 @@ class RatioLoss(LossModule):
     def _actor_losses(
         self, tensordict: TensorDictBase, policy: Actor, entropy_mask: Tensor | None = None
     ) -> tuple[dict[str, Tensor], Distribution]:
-        """Objective, entropy and their diagnostics for ``policy``, and its distributions.
+        """Objective, entropy and diagnostics of ``policy``, and its distributions.
 
         Args:
             tensordict: the batch; its group may be a selection of agents.
-            policy: acts in their slots.
-            entropy_mask: where the entropy counts; ``None`` for wherever agents live.
+            policy: policy of the selected agents.
+            entropy_mask: mask of the entropy; ``None`` for all live agents.
         """
         distribution, log_ratio = self._log_ratio(tensordict, policy)
         mask = self._mask(tensordict, log_ratio.shape)
-        log_ratio = where_live(log_ratio, mask)  # dead agents get r = 1: whatever they stored has no effect
+        log_ratio = where_live(log_ratio, mask)  # dead agents get r = 1: their stored log-probabilities have no effect
         advantage = self._advantage(tensordict, tensordict.get(self.tensor_keys.advantage), log_ratio.shape)
         batch = ScoredBatch(tensordict, distribution, log_ratio, where_live(advantage, mask), mask)
         loss_objective, others = self.objective(batch)
@@ -521,17 +529,17 @@ class RatioLoss(LossModule):
         stored = require(tensordict, keys.sample_log_prob)
         if stored.requires_grad:
             raise ValueError(
-                f"The stored log-probability {keys.sample_log_prob!r} requires grad: collect under no_grad."
+                f"The stored log-probability {keys.sample_log_prob!r} requires grad: collect data under no_grad."
             )
         with self._parameters_of("actor_network"):
             acted = tensordict.copy()
             distribution = policy.get_dist(acted)
-        for key in self._shared_keys:  # the output of an encoder that both networks have: the critic goes on from it
+        for key in self._shared_keys:  # output of an encoder shared by both networks, from which the critic continues
             tensordict.set(key, acted.get(key))
         log_prob = distribution.log_prob(require(tensordict, keys.action))
         if log_prob.shape != stored.shape:
             raise ValueError(
-                f"The policy gives log-probabilities of shape {tuple(log_prob.shape)}, but {keys.sample_log_prob!r} "
+                f"The policy's log-probabilities have shape {tuple(log_prob.shape)}, but {keys.sample_log_prob!r} "
                 f"has shape {tuple(stored.shape)}: both must be [*batch, agents]."
             )
         return distribution, log_prob - stored
@@ -548,7 +556,7 @@ class RatioLoss(LossModule):
         return self.actor_network.build_dist_from_params(tensordict)
 
     def _advantage(self, tensordict: TensorDictBase, advantage: Tensor, shape: torch.Size) -> Tensor:
-        """Bring advantages to ``[B, N]``, in units of the batch's own ones if the loss standardises them."""
+        """Convert advantages to ``[B, N]``; standardise them with the batch's statistics if the loss does so."""
         if self.normalize_advantage:
             own = tensordict.get(self.tensor_keys.advantage)
             dims = self.normalize_advantage_exclude_dims if own.ndim > len(shape) else ()
@@ -557,7 +565,7 @@ class RatioLoss(LossModule):
         return per_agent(advantage, shape, self.tensor_keys.advantage)
 
     def _critic_distance(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Reduced distance of the critic to its target, in units of the value scale, and its explained variance."""
+        """Reduced distance of the critic from its target, in units of the value scale, and explained variance."""
         keys = self.tensor_keys
         target = require(tensordict, keys.value_target)
         valid = self._valid(tensordict, target.shape[:-1])
@@ -578,7 +586,7 @@ class RatioLoss(LossModule):
         return self._reduce(distance.squeeze(-1), valid), explained
 
     def _value_distance(self, value: Tensor, target: Tensor, old: Tensor | None, scale: Tensor | float) -> Tensor:
-        """Elementwise distance in units of the value scale, and with an old value that of a clipped move if larger."""
+        """Elementwise distance in units of the value scale; with an old value, at least the clipped distance."""
         value, target = value / scale, target / scale  # (v - m) / s - (t - m) / s: the mean cancels
         distance = distance_loss(value, target, self.loss_critic_type)
         if old is None or self.clip_value is None:
@@ -598,11 +606,11 @@ class RatioLoss(LossModule):
         return [] if named is None else list(AUTO_LOSS_MASK_KEYS) if named == "auto" else [named]
 
     def _valid(self, tensordict: TensorDictBase, shape: torch.Size) -> Tensor | None:
-        """Rows that are data and no padding, ``[*batch, agents]`` or ``[*batch]`` as ``shape`` says; ``None``: all."""
+        """Mask of rows that are not padding, ``[*batch, agents]`` or ``[*batch]`` as ``shape``; ``None`` if all are."""
         return self._joined(self._valid_keys(), tensordict, shape)
 
     def _mask(self, tensordict: TensorDictBase, shape: torch.Size) -> Tensor | None:
-        """Those of them whose agent lives: rows that a policy learns from."""
+        """Mask of valid rows whose agent is alive: the rows that train the policy."""
         return self._joined([self.tensor_keys.mask, *self._valid_keys()], tensordict, shape)
 
     @staticmethod
@@ -622,12 +630,12 @@ class RatioLoss(LossModule):
 
 
 class ClipLoss(RatioLoss):
-    """Ratio loss whose bounds are a clip's; abstract.
+    """Abstract ratio loss with the bounds of a clip.
 
     Args:
         actor_network: as for :class:`RatioLoss`.
-        critic_network: likewise.
-        clip_epsilon: half-width of the clip, or a pair ``(low, high)``: ratios count within ``[1 - low, 1 + high]``.
+        critic_network: as for :class:`RatioLoss`.
+        clip_epsilon: half-width of the clip, or a pair ``(low, high)`` for the interval ``[1 - low, 1 + high]``.
         gain: another trust region in place of the clip, with the same bounds.
         **options: :class:`RatioOptions`.
     """
@@ -651,7 +659,7 @@ def clip_bounds(clip_epsilon: float | Sequence[float]) -> tuple[float, float]:
     """Ratio bounds ``(1 - low, 1 + high)`` of a half-width, or of a pair ``(low, high)`` of half-widths.
 
     Raises:
-        ValueError: if a width is not positive, the lower one reaches 1, or there are not one or two of them.
+        ValueError: if a width is not positive, the lower width is at least 1, or the widths are not one or two.
 
     Example:
         >>> clip_bounds(0.25), clip_bounds((0.25, 0.5))
@@ -673,7 +681,7 @@ def clip_fraction(log_ratio: Tensor, mask: Tensor | None, low: float | Tensor, h
 
 
 def ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-    """What ratio losses report of detached log-ratios, over live agents."""
+    """Diagnostics of detached log-ratios, over live agents."""
     smallest, largest = masking.extremes(log_ratio.exp(), mask)
     return {
         "kl_approx": masked_mean(log_ratio.expm1() - log_ratio, mask),
@@ -684,7 +692,7 @@ def ratio_diagnostics(log_ratio: Tensor, mask: Tensor | None, low: Tensor, high:
 
 
 def policy_entropy(distribution: Distribution) -> Tensor:
-    """Entropy of each agent's policy, ``[B, N]``: closed form, else one reparameterised sample (squashed Gaussians)."""
+    """Entropy of each agent's policy, ``[B, N]``, in closed form or from one reparameterised sample."""
     if has_analytic_entropy(distribution):
         return distribution.entropy()
     if not distribution.has_rsample:
@@ -693,7 +701,7 @@ def policy_entropy(distribution: Distribution) -> Tensor:
         )
     _, log_prob = sample_and_log_prob(
         distribution, reparameterize=True
-    )  # scored before squashing: exact where saturated
+    )  # log-probability before squashing: exact where tanh saturates
     return -log_prob
 
 
@@ -712,6 +720,6 @@ def require(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
 
 
 def surround_one(low: float, high: float) -> bool:
-    """Whether ``0 < low < 1 < high``, also once they are float32, as the buffers of a loss are."""
+    """Whether ``0 < low < 1 < high`` holds in float32, the type of a loss's buffers."""
     low, high = torch.tensor([low, high], dtype=torch.float32).tolist()
     return 0 < low < 1 < high

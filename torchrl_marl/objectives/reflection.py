@@ -1,4 +1,4 @@
-"""Reflective next-step keys: what each agent did one step later, beside what it did now; their writer and reader."""
+"""Writer and reader of reflective next-step keys: each agent's entries one step later, stored with the current step."""
 
 from __future__ import annotations
 
@@ -16,42 +16,41 @@ __all__ = ["NextStepKeys", "next_step", "under_next"]
 
 
 class NextStepKeys(TensorDictModuleBase):
-    """Write each agent's next action, its log-probability, its advantage and its legal actions beside the current ones.
+    """Write each agent's next action, log-probability, advantage and action mask under ``"next"`` of the current step.
 
-    Afterwards every row stands for itself, so rows may be shuffled freely. A row's pair is the same environment and
-    agent one step later; there is none at the end of an episode (terminated or truncated), where the agent is dead or
-    the step padded now or then, where the trajectory changes, and at the end of the batch.
-    ``("next", "reflection_mask")`` tells. Rows without a pair get an advantage of zero and otherwise their own values,
-    which are finite and legal.
+    Rows are then self-contained and may be shuffled. A row's pair is the same environment and agent one step later. A
+    row has no pair at the end of an episode (terminated or truncated), at the end of a trajectory or of the batch, or
+    if the agent is dead or the step is padding in either row. ``("next", "reflection_mask")`` marks rows with a pair.
+    Rows without a pair get an advantage of zero and otherwise their own values, which are finite and legal.
 
-    Call it on a batch once advantages are there (and standardised, if the loop does that), or give it to a collector
-    as part of ``postproc``, after a value estimator.
+    Apply it to a batch with advantages (standardised, if the loop standardises them), or give it to a collector as part
+    of ``postproc``, after a value estimator.
 
     =========================================  =============  ======================================================
     key                                        shape          read or written
     =========================================  =============  ======================================================
     ``(group, "action")``                      ``[B, N, A]``  read (``[B, N]`` for a categorical)
     ``(group, "action_log_prob")``             ``[B, N]``     read
-    ``(group, "action_mask")``, ``"mask"``     ``[B, N, ]``   read where the data holds them
-    ``"advantage"``                            ``[B, N, 1]``  read where the data holds it; ``[B, 1]`` for a team
-    ``("next", "done")``                       ``[B, 1]``     read; ``[B, N, 1]`` if agents end one by one
-    ``("collector", "traj_ids" | "mask")``     ``[B]``        read where a collector has written them
-    ``("next", group, "action")``              as above       written, as are log-probability, mask of actions and
+    ``(group, "action_mask")``, ``"mask"``     ``[B, N, ]``   read if present
+    ``"advantage"``                            ``[B, N, 1]``  read if present; ``[B, 1]`` for a team
+    ``("next", "done")``                       ``[B, 1]``     read; ``[B, N, 1]`` if agents end individually
+    ``("collector", "traj_ids" | "mask")``     ``[B]``        read if a collector wrote them
+    ``("next", group, "action")``              as above       written, as are log-probability, action mask and
                                                               ``("next", group, "advantage")``, ``[B, N, 1]``
-    ``("next", "reflection_mask")``            ``[B, N]``     written: whether the row of this agent has a pair
+    ``("next", "reflection_mask")``            ``[B, N]``     written: whether the agent's row has a pair
     =========================================  =============  ======================================================
 
     Args:
-        action: key of the action; its group is where the others are found and written.
-        log_prob: key of its log-probability.
+        action: key of the action; the other entries are read and written in its group.
+        log_prob: key of the action's log-probability.
         advantage: key of the advantage.
-        mask: key of the mask of live agents; by default ``"mask"`` beside the action.
+        mask: key of the mask of live agents; by default ``"mask"`` in the action's group.
         done: key of the end of episodes, under ``"next"``.
-        reflection_mask: key to write under ``"next"``; two groups need two.
-        time_dim: which batch dimension is time; by default the one that is named ``"time"``, as collectors name it.
+        reflection_mask: key to write under ``"next"``; each group needs its own.
+        time_dim: batch dimension of time; by default the dimension named ``"time"``, as in batches of collectors.
 
     Raises:
-        ValueError: if no dimension is known to be time (shuffled rows have none) or a shape does not fit.
+        ValueError: if the time dimension is unknown (shuffled rows have none) or a shape does not fit.
         KeyError: if an entry is missing.
 
     Example:
@@ -131,7 +130,7 @@ class NextStepKeys(TensorDictModuleBase):
         if "time" not in tensordict.names:
             raise ValueError(
                 f"No dimension of the batch {tuple(tensordict.batch_size)} is named 'time' (its names: "
-                f"{tensordict.names}): call NextStepKeys before rows are shuffled, or say which it is with time_dim=."
+                f"{tensordict.names}): call NextStepKeys before rows are shuffled, or pass time_dim=."
             )
         return tensordict.names.index("time")
 
@@ -144,14 +143,14 @@ def next_step(
     reflection_mask: NestedKey,
     shape: torch.Size,
 ) -> TensorDictBase:
-    """Return the next step's entries that :class:`NextStepKeys` has written, once they are complete and fit.
+    """Return the next-step entries written by :class:`NextStepKeys`, after checking presence, shapes and types.
 
     Args:
         tensordict: the batch.
-        read: entries that must be there besides advantage and mask.
-        advantage: as written, beside the action.
-        reflection_mask: as written.
-        shape: of log-probabilities, ``[B, N]``.
+        read: required entries besides advantage and mask.
+        advantage: key of the advantage, in the action's group.
+        reflection_mask: key of the reflection mask.
+        shape: shape of log-probabilities, ``[B, N]``.
 
     Raises:
         KeyError: if an entry is missing.
@@ -162,7 +161,7 @@ def next_step(
     if missing:
         raise KeyError(
             f"The data has no {', '.join(map(repr, missing))}: apply torchrl_marl.collectors.NextStepKeys to the batch "
-            "once it has advantages."
+            "after computing advantages."
         )
     following: TensorDictBase = tensordict.get("next")
     for key, expected in ((reflection_mask, tuple(shape)), (advantage, (*shape, 1))):
@@ -174,7 +173,7 @@ def next_step(
 
 
 def under_next(key: NestedKey) -> NestedKey:
-    """Return the key of an entry of the next step."""
+    """Return the key of the next step's entry."""
     return ("next", key) if isinstance(key, str) else ("next", *key)
 
 

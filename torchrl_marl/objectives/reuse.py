@@ -1,8 +1,8 @@
-"""Whose experience each agent learns from: reuse mappings, as weights or as draws.
+"""Reuse mappings: the sources of each agent's experience, as weights or as draws.
 
 ``M[i, j]`` is the probability that agent i (the learner) uses the experience of agent j (the source): j's observations,
-legal actions, actions, log-probabilities and life, seen by i's network. Rows sum to one, columns need not: two learners
-may use one source.
+action masks, actions, log-probabilities and live mask, evaluated by i's network. Rows sum to one. Columns need not:
+several learners may use one source.
 
 Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, sections 4.2 and 5.3.
 """
@@ -30,7 +30,7 @@ ReuseMatrix = ReuseScheme | Tensor | Sequence[Sequence[float]]
 
 
 class ReuseOptions(TypedDict, total=False):
-    """Options of how agents reuse experience; meanings and defaults are those of :class:`ReuseMappingSampler`."""
+    """Options of experience reuse; meanings and defaults are those of :class:`ReuseMappingSampler`."""
 
     own_weight: float
     kl_threshold: float
@@ -39,17 +39,17 @@ class ReuseOptions(TypedDict, total=False):
 
 
 def gated_reuse_matrix(kl: Tensor, *, own_weight: float = 0.7, kl_threshold: float = 0.1) -> Tensor:
-    """Distribution of reuse mappings: agents share what they do not spend on themselves among those close to them.
+    """Distribution of reuse mappings that splits ``1 - own_weight`` evenly among agents with similar policies.
 
         M[i, i] = own_weight,   M[i, j] = (1 - own_weight) / (number of j != i with K[i, j] <= kl_threshold)
 
-    An agent without any such j uses its own experience only, ``M[i, i] = 1``. "Own" is meant by index (the paper: by a
-    divergence of zero, which would give rows that sum to more than one while agents are still identical).
+    An agent without any such j uses its own experience only, ``M[i, i] = 1``. "Own" is defined by index. The paper
+    defines it by a divergence of zero, which gives rows that sum to more than one while agents are identical.
 
     Reference: OAPPO, Eq. (9).
 
     Args:
-        kl: :func:`pairwise_kl`, ``[N, N]``.
+        kl: result of :func:`pairwise_kl`, ``[N, N]``.
         own_weight: probability of an agent's own experience, lambda in (0, 1].
         kl_threshold: largest divergence of a source, sigma, in nats.
 
@@ -77,11 +77,11 @@ def gated_reuse_matrix(kl: Tensor, *, own_weight: float = 0.7, kl_threshold: flo
 
 
 def fixed_reuse_matrix(scheme: ReuseMatrix, num_agents: int, *, own_weight: float = 0.7) -> Tensor:
-    """Return a mapping that does not depend on the policies, by its name in the paper or as it stands.
+    """Return a mapping that is independent of the policies, given by its name in the paper or as a matrix.
 
-    ``"NR"``, no reuse, is HAPPO's; ``"AR"``, all reuse, is uniform. ``"RR"``, reasonable reuse, and ``"UR"``,
-    unreasonable reuse, are for the maze of three agents (red, black, blue): black and blue share, red and black share.
-    The paper does not give their weights; own_weight is our choice.
+    ``"NR"``, no reuse, is HAPPO; ``"AR"``, all reuse, is uniform. ``"RR"``, reasonable reuse, and ``"UR"``,
+    unreasonable reuse, are defined for the maze of three agents (red, black, blue): black and blue share in ``"RR"``,
+    red and black in ``"UR"``. The paper does not give the weights of ``"RR"`` and ``"UR"``; ``own_weight`` is ours.
 
     Reference: OAPPO, section 6.1 and Fig. 2.
 
@@ -91,7 +91,7 @@ def fixed_reuse_matrix(scheme: ReuseMatrix, num_agents: int, *, own_weight: floa
         own_weight: share of an agent's own experience in ``"UR"`` and ``"RR"``.
 
     Raises:
-        ValueError: if there is no such scheme, or the matrix does not fit or is not one of probabilities.
+        ValueError: if the scheme is unknown, or the matrix has the wrong shape or does not hold probabilities.
 
     Example:
         >>> fixed_reuse_matrix("RR", 3)
@@ -109,7 +109,7 @@ def fixed_reuse_matrix(scheme: ReuseMatrix, num_agents: int, *, own_weight: floa
     if scheme == "AR":
         return torch.full((num_agents, num_agents), 1 / num_agents)
     if num_agents != 3:
-        raise ValueError(f"{scheme} is a scheme for 3 agents (red, black, blue), but there are {num_agents}.")
+        raise ValueError(f"{scheme} is a scheme for 3 agents (red, black, blue), but the group has {num_agents}.")
     pair = [0, 1] if scheme == "UR" else [1, 2]
     matrix = torch.eye(3)
     matrix[pair, pair], matrix[pair, pair[::-1]] = own_weight, 1 - own_weight
@@ -117,10 +117,10 @@ def fixed_reuse_matrix(scheme: ReuseMatrix, num_agents: int, *, own_weight: floa
 
 
 class ReuseMappingSampler(nn.Module):
-    """The current distribution of reuse mappings: updates it from the agents' policies, and draws from it.
+    """Hold the distribution of reuse mappings, update it from the agents' policies, and sample from it.
 
-    ``matrix``, ``[N, N]``, is a buffer: it follows a loss to its device and into its checkpoints. It starts as the
-    fixed one, or as the identity.
+    ``matrix``, ``[N, N]``, is a buffer, so it moves and is saved with the loss. Its initial value is the fixed mapping
+    or the identity.
 
     Args:
         num_agents: N.
@@ -128,7 +128,7 @@ class ReuseMappingSampler(nn.Module):
         kl_threshold: largest divergence of a source, sigma, in nats.
         reuse_matrix: a fixed mapping, see :func:`fixed_reuse_matrix`; ``None`` to follow the policies.
         kl_reduction: see :func:`pairwise_kl`.
-        num_rows: how many rows, drawn at random, the divergences are measured on.
+        num_rows: number of randomly drawn rows that the divergences are measured on.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -139,7 +139,7 @@ class ReuseMappingSampler(nn.Module):
         >>> actor = make_actor(GroupSpec("agents", 3, 8, num_actions=5), share_parameters=False)
         >>> sampler = ReuseMappingSampler(3)
         >>> data = TensorDict({"agents": {"observation": torch.zeros(7, 3, 8)}}, batch_size=7)
-        >>> sampler.update(actor, data)  # fresh policies are all alike
+        >>> sampler.update(actor, data)  # new policies are nearly identical
         >>> sampler.matrix
         tensor([[0.7000, 0.1500, 0.1500],
                 [0.1500, 0.7000, 0.1500],
@@ -169,7 +169,7 @@ class ReuseMappingSampler(nn.Module):
         self.own_weight, self.kl_threshold = own_weight, kl_threshold
         self.kl_reduction: Literal["mean", "max"] = kl_reduction
         self.num_rows = num_rows
-        self.fixed = reuse_matrix is not None or own_weight == 1  # then no divergence can change it
+        self.fixed = reuse_matrix is not None or own_weight == 1  # then no divergence can change the matrix
         matrix = fixed_reuse_matrix("NR" if reuse_matrix is None else reuse_matrix, num_agents, own_weight=own_weight)
         if matrix.shape != (num_agents, num_agents):
             raise ValueError(f"reuse_matrix must be [{num_agents}, {num_agents}], got {tuple(matrix.shape)}.")
@@ -180,13 +180,13 @@ class ReuseMappingSampler(nn.Module):
     def update(
         self, actor: ProbabilisticTensorDictSequential, tensordict: TensorDictBase, mask: Tensor | None = None
     ) -> None:
-        """Measure how close the policies are and set ``matrix`` accordingly; a fixed one stays.
+        """Measure the pairwise divergences of the policies and update ``matrix``; a no-op for a fixed matrix.
 
-        Policies with a memory are compared on sequences that all of them begin without any.
+        Policies with a memory are compared on sequences that start from an empty memory.
 
         Args:
-            actor: the group's policy, a network for each agent, see :func:`torchrl_marl.modules.agent_policy`.
-            tensordict: holds what the actor reads, any batch shape ``[*B]``; with a memory, sequences ``[*B, time]``.
+            actor: the group's policy, with a network for each agent, see :func:`torchrl_marl.modules.agent_policy`.
+            tensordict: the actor's inputs, any batch shape ``[*B]``; for a memory, sequences ``[*B, time]``.
             mask: live agents (bool), ``[*B, N]``.
         """
         if self.fixed:
@@ -204,7 +204,7 @@ class ReuseMappingSampler(nn.Module):
         self.matrix.copy_(gated_reuse_matrix(kl, own_weight=self.own_weight, kl_threshold=self.kl_threshold))
 
     def sources(self, agent: int) -> tuple[int, ...]:
-        """Agents whose experience ``agent`` uses, itself always among them. It waits for the device."""
+        """Agents whose experience ``agent`` uses, always including ``agent``. The call synchronises with the device."""
         return tuple(j for j, weight in enumerate(self.matrix[agent].tolist()) if weight > 0 or j == agent)
 
     def sample(self, batch_size: Sequence[int]) -> Tensor:
@@ -223,5 +223,7 @@ def _check_gate(own_weight: float, kl_threshold: float) -> None:
 def _checked_matrix(matrix: Tensor) -> Tensor:
     matrix = matrix.detach().clone().to(torch.get_default_dtype() if not matrix.is_floating_point() else matrix.dtype)
     if matrix.ndim != 2 or (matrix < 0).any() or not torch.isclose(matrix.sum(-1), matrix.new_tensor(1.0)).all():
-        raise ValueError(f"reuse_matrix must hold probabilities [agents, agents], rows summing to 1; got {matrix}.")
+        raise ValueError(
+            f"reuse_matrix must hold probabilities [agents, agents] with rows that sum to 1; got {matrix}."
+        )
     return matrix

@@ -1,4 +1,4 @@
-"""SEAC: independent actor-critics that all learn from everybody's experience."""
+"""SEAC: independent actor-critics that learn from the experience of all agents."""
 
 from __future__ import annotations
 
@@ -19,39 +19,40 @@ __all__ = ["SEACLoss"]
 
 
 class SEACLoss(ClipLoss):
-    """Shared experience actor-critic: A2C for each agent, on its own experience and, reweighted, on all others'.
+    """Shared experience actor-critic: A2C for each agent on its own and the other agents' importance-weighted data.
 
         loss_objective = -mean_i sum_k c_ik mean(r_ik A_ik),   A_ik = R_k - V_i(o_k), no gradient
         loss_critic    =  critic_coeff mean_i sum_k w_ik mean(distance(V_i(o_k), R_k))
         r_ik = pi_i(a_k|o_k) / pi_k_old(a_k|o_k)
         c_ii = 1, c_ik = sharing_coeff;   w_ii = 1, w_ik = sharing_coeff r_ik, no gradient
 
-    for each learner i and source k. Other agents are summed, not averaged. Means run over steps and live sources, those
-    of a critic's own values (``i = k``) over all steps. The gradient is that of the paper's
-    ``c_ik r_ik log pi_i(a_k|o_k) A_ik`` with no gradient through its weight, and on an agent's own data, which are of
-    its current policy, that of A2C. Written as a ratio, it takes any gain: with ``gain=clip_gain`` it is shared
-    experience PPO, fit for several epochs. Without one take new data after each update.
+    for each learner i and source k. Terms of other agents are summed, not averaged. Means run over steps and live
+    sources; for a critic's own values (``i = k``), over all steps. The gradient equals that of the paper's
+    ``c_ik r_ik log pi_i(a_k|o_k) A_ik`` with a constant weight; on an agent's own on-policy data it equals that of A2C.
+    The ratio form takes any gain: ``gain=clip_gain`` gives shared experience PPO, which allows several epochs. Without
+    a clip, collect new data after each update.
 
-    ``value_target`` is the return ``R``, bootstrapped with its own agent's critic. The paper's, of ``t`` steps, is that
-    of a batch ``[B, t]`` and ``loss.make_value_estimator(gamma=0.99, lmbda=1)``. An ``advantage`` is not read.
+    ``value_target`` is the return ``R``, bootstrapped with the critic of the agent that collected it. The paper's
+    ``t``-step return corresponds to a batch ``[B, t]`` and ``loss.make_value_estimator(gamma=0.99, lmbda=1)``.
+    ``advantage`` is not read.
 
     Reference: Christianos et al., Shared Experience Actor-Critic for Multi-Agent Reinforcement Learning, NeurIPS 2020,
-    https://arxiv.org/abs/2006.07169, with the returns of the authors' code, for which the source's critic bootstraps
-    (in the paper the learner's does).
+    https://arxiv.org/abs/2006.07169. Returns follow the authors' code, which bootstraps with the source's critic (the
+    paper uses the learner's).
 
     Args:
-        actor_network: decentralised feed-forward policy with a network for each agent, which does not see an agent id.
-        critic_network: one for each agent as well, of its own observation:
+        actor_network: decentralised feed-forward policy with a network for each agent, without an agent id as input.
+        critic_network: critic with a network for each agent, which sees the agent's own observation:
             ``make_critic(env, observes="observation", share_parameters=False)``.
-        sharing_coeff: weight of others' experience (the paper's lambda); 0 is independent A2C.
+        sharing_coeff: weight of other agents' experience (the paper's lambda); 0 is independent A2C.
         **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`, by default the paper's: the gain is the ratio
-            itself, ``critic_coeff=0.5``, ``loss_critic_type="l2"`` and ``normalize_advantage=False``; if set, ``A_ik``
-            is standardised for each learner and source. ``clip_value`` holds an agent's values of its own observations
-            to the stored ones; what it thought of other agents' is not stored.
+            itself, ``critic_coeff=0.5``, ``loss_critic_type="l2"`` and ``normalize_advantage=False``; if true, ``A_ik``
+            is standardised for each learner and source. ``clip_value`` clips values of an agent's own observations
+            around the stored values; values of other agents' observations are not stored and not clipped.
 
     Raises:
-        ValueError: if agents share parameters, actor and critic are for different numbers of agents, or an option is
-            out of its range.
+        ValueError: if agents share parameters, actor and critic differ in the number of agents, or an option is out of
+            its range.
 
     Example:
         >>> from tensordict import TensorDict
@@ -78,16 +79,18 @@ class SEACLoss(ClipLoss):
         if agents != critics:
             raise ValueError(f"Every agent needs a critic: there are {agents} agents, {critics} critics.")
         if recurrent_state_keys(actor_network) or recurrent_state_keys(critic_network):
-            raise ValueError("SEACLoss takes networks without a memory: a state belongs to the network that wrote it.")
+            raise ValueError(
+                "SEACLoss needs networks without a memory: a stored state is valid for one agent's network."
+            )
         check_at_least_0(sharing_coeff=sharing_coeff)
         if "normalize_advantage_exclude_dims" in options:
-            raise ValueError("SEACLoss has one way to normalise advantages, for each pair of agents.")
+            raise ValueError("SEACLoss normalises advantages for each pair of agents only.")
         paper: ClipOptions = {"gain": ratio_gain, "critic_coeff": 0.5, "loss_critic_type": "l2"}
         own: ClipOptions = {**paper, "normalize_advantage": False, **options}
         own["normalize_advantage_exclude_dims"] = (-2, -1)
         super().__init__(actor_network, critic_network, **own)
         self.sharing_coeff = sharing_coeff
-        # plain lists: other ways to run the networks, with nothing of their own to register
+        # plain lists: these modules only wrap the registered networks and own no parameters
         self._policies = [agent_policy(actor_network, agent) for agent in range(agents)]
         self._critics = [agent_policy(critic_network, agent) for agent in range(agents)]  # pyright: ignore
 
@@ -99,12 +102,12 @@ class SEACLoss(ClipLoss):
         """Compute the losses and detached diagnostics.
 
         Args:
-            tensordict: a batch of any shape ``[B]``; it is not changed.
+            tensordict: a batch of any shape ``[B]``, not modified.
 
         Returns:
-            A TensorDict with ``loss_objective``, ``loss_entropy`` and ``loss_critic`` (back-propagate their sum) and,
-            detached, ``entropy`` and, of the ratios of all learners to all sources, ``kl_approx`` (how far apart
-            agents are), ``clip_fraction``, ``min_ratio`` and ``max_ratio``.
+            A TensorDict with ``loss_objective``, ``loss_entropy`` and ``loss_critic`` (back-propagate their sum) and
+            detached diagnostics: ``entropy`` and, for the ratios of all learners to all sources, ``kl_approx`` (the
+            divergence between agents), ``clip_fraction``, ``min_ratio`` and ``max_ratio``.
 
         Raises:
             KeyError: if an entry is missing.
@@ -141,7 +144,9 @@ class SEACLoss(ClipLoss):
             advantage = standardize(advantage, pairs, exclude_dims=self.normalize_advantage_exclude_dims)
         gain = self._gain_of(log_ratio, advantage)
         gain = torch.where(own, gain, self.sharing_coeff * gain)
-        if old_value is not None:  # what a learner thought of others' observations is not stored: it may move freely
+        if (
+            old_value is not None
+        ):  # a learner's values of other agents' observations are not stored, so they are not clipped
             old_value = torch.where(own, old_value.unsqueeze(-2), value.detach())
         distance = self._value_distance(value, returns, old_value, scale)
         shared = self.sharing_coeff * log_ratio.detach().exp() * distance

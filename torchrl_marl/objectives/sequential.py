@@ -1,4 +1,4 @@
-"""The base of methods that update one agent after the other: whose turn it is, and what the others have done so far."""
+"""Base of methods that update agents sequentially: the turns, and the compound ratio of earlier updates."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ Turn = int | Literal["critic"]
 
 
 class SequentialLoss(ClipLoss):
-    """Ratio loss of one agent at a time; abstract: HAPPO, HATRPO, OAPPO and OATRPO are made of it.
+    """Abstract ratio loss that trains one agent at a time; base of HAPPO, HATRPO, OAPPO and OATRPO.
 
-        loss_objective of agent i = -sum_j M[i, j] mean(F_j gain(log r_j, A_j; low, high)) over rows where j lives
+        loss_objective of agent i = -sum_j M[i, j] mean(F_j gain(log r_j, A_j; low, high)) over rows where j is alive
         r_j = pi_i(a_j|o_j) / pi_j_old(a_j|o_j)
         F_j = product of pi_l(a_l|o_l) / pi_l_old(a_l|o_l) over the agents l != j that have had their turn
 
-    Agent i, the learner, sees the experience of its sources j; with M the identity it sees its own alone. The compound
-    ratio F says how much more likely the updates so far have made what the others did.
+    Agent i, the learner, trains on the experience of its sources j; if M is the identity, only on its own. The compound
+    ratio F is the change in probability of the other agents' actions due to the updates so far.
 
-    In a training loop the turns come from :meth:`turns`; all that a turn asks for is to train on ``loss(minibatch)``::
+    A training loop takes turns from :meth:`turns` and trains on ``loss(minibatch)`` in each::
 
         optimizer = torch.optim.Adam(loss.parameters())
         for batch in collector:
@@ -52,24 +52,24 @@ class SequentialLoss(ClipLoss):
                     optimizer.step()
                     optimizer.zero_grad()
 
-    One optimiser does for all. Every agent's parameters are leaves of their own
-    (:class:`~torchrl_marl.modules.AgentNetworks`), an agent's turn gives gradients to these only, and the others'
-    ``grad`` stays ``None``, which optimisers skip: parameters, momentum and step counts of the others remain as they
-    are, bit for bit. (So call ``zero_grad`` with its default, ``set_to_none=True``.) Agents act in one batched forward
-    pass; in its turn a learner's network sees all its sources in one.
+    One optimiser suffices. Every agent has separate leaf parameters (:class:`~torchrl_marl.modules.AgentNetworks`).
+    Agents that are not being updated receive no gradient: their ``grad`` stays ``None``, which optimisers skip, so
+    their parameters and optimiser state stay bit-identical. (Call ``zero_grad`` with its default,
+    ``set_to_none=True``.) Agents act in one batched forward pass; in its turn, a learner's network evaluates all its
+    sources in one pass.
 
-    ``turns`` writes into the batch what minibatches must carry: ``update_log_ratio`` ``[B, N]``, the log-ratio of the
-    agents that have been updated, zero for the rest, hence for nobody before the first turn. Take minibatches from the
-    batch as it is within the turn, not from an earlier copy.
+    ``turns`` writes ``update_log_ratio`` ``[B, N]`` into the batch, which minibatches must carry: the log-ratio of
+    agents that have been updated, zero for other agents, and zero everywhere before the first turn. Take minibatches
+    from the batch within the turn, not from an earlier copy.
 
-    Networks with a memory get sequences ``[*B, time]``, in ``turns`` and in ``forward``
-    (:func:`~torchrl_marl.objectives.minibatches.split_into_chunks`). A learner's memory of its own sequence starts from
-    the stored state, that of another source's from zeros: the state stored there is the source's network's. Where
-    sources are drawn, one is drawn for each learner and sequence.
+    Networks with a memory need sequences ``[*B, time]``, in ``turns`` and in ``forward``
+    (:func:`~torchrl_marl.objectives.minibatches.split_into_chunks`). On its own sequences, a learner starts from the
+    stored state. On another source's sequences it starts from zeros, as the stored state belongs to the source's
+    network. With sampled sources, one source is drawn for each learner and sequence.
 
-    In an agent's turn ``forward`` returns the objective and the entropy of this agent, in the critic's turn the
-    critic's loss. Outside of any turn (``loss.turn`` is ``None``) it returns those of all agents at once, on their own
-    experience, and the critic's: with the clip it is MAPPO with networks of agents' own.
+    In an agent's turn ``forward`` returns this agent's objective and entropy, in the critic's turn the critic's loss.
+    Outside of turns (``loss.turn`` is ``None``) ``forward`` returns the losses of all agents, on their own experience,
+    and the critic's: with the clip, MAPPO with a network for each agent.
 
     Keys, shapes and errors otherwise: :class:`~torchrl_marl.objectives.ratio.RatioLoss`.
 
@@ -77,8 +77,8 @@ class SequentialLoss(ClipLoss):
         actor_network: decentralised policy with a network for each agent, such as
             ``make_actor(env, share_parameters=False)``.
         critic_network: one for all agents.
-        reuse: whose experience each agent learns from; ``None`` for its own.
-        sampled: draw one source for each learner and row instead of weighting all of them.
+        reuse: sources of each agent's experience; ``None`` for its own experience only.
+        sampled: draw one source for each learner and row instead of weighting all sources.
         **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`.
 
     Raises:
@@ -113,21 +113,21 @@ class SequentialLoss(ClipLoss):
         )
         self.reuse = reuse
         self.sampled = sampled
-        # a plain list: these policies are other ways to run the actor's networks, with nothing of their own to register
+        # a plain list: these policies only wrap the registered actor's networks and own no parameters
         self._policies = [agent_policy(actor_network, agent) for agent in range(num_agents)]
         self._state_keys = recurrent_state_keys(actor_network)
         self.turn = None
 
     @property
     def num_agents(self) -> int:
-        """Number of agents, each with a network of its own."""
+        """Number of agents, each with its own network."""
         return len(self._policies)
 
     @property
     def turn(self) -> Turn | None:
-        """Whose losses ``forward`` returns: an agent's, by index, ``"critic"``, or ``None`` for all at once.
+        """Selects the losses that ``forward`` returns: an agent's index, ``"critic"``, or ``None`` for all.
 
-        :meth:`turns` sets it. Loops of another kind can do so themselves.
+        :meth:`turns` sets the turn; a custom loop may set it directly.
         """
         return self._turn
 
@@ -151,30 +151,30 @@ class SequentialLoss(ClipLoss):
         return [*keys, *critic] if self.turn is None else [*keys, "mean_compound_ratio", "max_compound_ratio"]
 
     def agent_parameters(self, agent: int) -> list[nn.Parameter]:
-        """Return the parameters of one agent's policy, for an optimiser of its own for example."""
+        """Return the parameters of one agent's policy, for example for a separate optimiser."""
         with self._parameters_of("actor_network"):
             return list(self._policies[agent].parameters())
 
     def reuse_weights(self) -> dict[str, Tensor]:
-        """Return ``reuse_i_j``, the share of agent j's experience in what agent i learns from, for logs."""
+        """Return ``reuse_i_j``, the weight of agent j's experience for agent i, for logs."""
         matrix = torch.eye(self.num_agents) if self.reuse is None else self.reuse.matrix.clone()
         return {f"reuse_{i}_{j}": weight for i, row in enumerate(matrix) for j, weight in enumerate(row)}
 
     def turns(self, tensordict: TensorDictBase, *, order: Sequence[int] | None = None) -> Iterator[Turn]:
-        """Give every agent its turn, then the critic.
+        """Yield a turn for every agent, then one for the critic.
 
-        After an agent's turn its new policy is compared with the stored one over the whole batch. An agent is left out
-        if none of its sources has a live row in the batch.
+        After an agent's turn, the log-ratio of its new policy is computed over the whole batch. An agent is skipped if
+        none of its sources has a live row in the batch.
 
         Args:
             tensordict: a batch of any shape ``[B]``; ``update_log_ratio`` (and ``reuse_source``) are written into it.
-            order: of the agents; by default a random one, drawn anew on each call.
+            order: order of the agents; by default a random order, drawn on each call.
 
         Yields:
-            What :attr:`turn` is meanwhile.
+            The current :attr:`turn`.
 
         Raises:
-            ValueError: if the order is not one of all agents.
+            ValueError: if the order is not a permutation of all agents.
         """
         order = broadcast_from_main(lambda: torch.randperm(self.num_agents).tolist()) if order is None else list(order)
         if sorted(order) != list(range(self.num_agents)):
@@ -206,13 +206,13 @@ class SequentialLoss(ClipLoss):
             self.turn = None
 
     def phases(self, batch: TensorDictBase, *, chunk_length: int | None = None) -> Iterator[Phase]:
-        """Yield a phase for every agent in random order, then the critic's; see :meth:`turns`."""
+        """Yield a phase for every agent in random order, then one for the critic; see :meth:`turns`."""
         phase = self._phase(batch, chunk_length)
         for _ in self.turns(phase.rows):
             yield replace(phase, whole=self.takes_steps)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return ``reuse_i_j``, the share of agent j's experience in what agent i learns from."""
+        """Return ``reuse_i_j``, the weight of agent j's experience for agent i."""
         return self.reuse_weights()
 
     @dispatch  # pyright: ignore[reportArgumentType]
@@ -220,17 +220,17 @@ class SequentialLoss(ClipLoss):
         """Compute the losses of the turn and detached diagnostics.
 
         Args:
-            tensordict: a batch of any shape ``[B]``; it is not changed.
+            tensordict: a batch of any shape ``[B]``, not modified.
 
         Returns:
-            A TensorDict with ``out_keys``: those of :meth:`RatioLoss.forward` that belong to the turn and, in an
-            agent's, the mean and the largest compound ratio.
+            A TensorDict with ``out_keys``: the entries of :meth:`RatioLoss.forward` that belong to the turn and, in an
+            agent's turn, the mean and the largest compound ratio.
 
         Raises:
             KeyError: if an entry is missing.
             ValueError: if shapes do not fit, or stored log-probabilities carry gradients.
         """
-        if self._learner is not None:  # not by its number: what is compiled for one agent then serves all
+        if self._learner is not None:  # no branch on the agent's index, so one compiled graph serves all agents
             experience, entropy_mask = self._experience(self._with_advantage(tensordict), self._learner)
             losses, _ = self._actor_losses(experience, self._learner.policy, entropy_mask)
             return self._output(losses)
@@ -239,7 +239,7 @@ class SequentialLoss(ClipLoss):
         return self._output(self._critic_losses(self._with_advantage(tensordict)))
 
     def objective(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the learner's ``loss_objective`` over its sources ``[B, S]``, or all agents' outside of any turn."""
+        """Return the learner's ``loss_objective`` over its sources ``[B, S]``; outside of turns, all agents'."""
         if self._learner is None:
             return super().objective(batch)
         gain = self._gain_of(batch.log_ratio, batch.advantage)
@@ -254,10 +254,10 @@ class SequentialLoss(ClipLoss):
         return [keys.update_log_ratio, keys.reuse_source] if self.sampled else [keys.update_log_ratio]
 
     def _experience(self, tensordict: TensorDictBase, learner: Learner) -> tuple[TensorDict, Tensor | None]:
-        """What ``learner`` learns from, its sources' slots ``[*B, S]`` being the group, and where its entropy counts.
+        """Training data of ``learner``, with the group reduced to its sources ``[*B, S]``, and its entropy mask.
 
-        The compound log-ratio of each slot takes the place of the update log-ratio. The entropy is that on the
-        learner's own observations.
+        The compound log-ratio of each source replaces the update log-ratio. The entropy is computed on the learner's
+        own observations.
         """
         keys = self.tensor_keys
         stored = require(tensordict, keys.sample_log_prob)
@@ -280,14 +280,14 @@ class SequentialLoss(ClipLoss):
             live = take(mask)
             experience.set(keys.mask, live)
             own = None if own is None else own & live
-            if self.sampled:  # a mean over live draws would slight the sources that live less often
+            if self.sampled:  # a mean over live draws would underweight sources that are alive less often
                 counts = mask.flatten(0, -2).sum(0).clamp(min=1)
                 experience.set("source_weight", live.sum() / take(counts.expand(mask.shape)))
         return experience, own
 
     @set_recurrent_mode(True)
     def _update_log_ratio(self, tensordict: TensorDictBase, learner: Learner, mask: Tensor | None) -> Tensor:
-        """``log pi_new - log pi_old`` of an agent that has had its turn, ``[*B]``, zero where it is dead."""
+        """``log pi_new - log pi_old`` of an agent after its turn, ``[*B]``, zero where the agent is dead."""
         keys = self.tensor_keys
         stored = tensordict.get(keys.sample_log_prob)
         take = _take_each(learner.index, dim=stored.ndim - 1)
@@ -299,7 +299,7 @@ class SequentialLoss(ClipLoss):
     def _observed(
         self, tensordict: TensorDictBase, take: Callable[[Tensor], Tensor], own: Tensor | None = None
     ) -> TensorDict:
-        """What a policy reads, with some agents' slots of the group's entries, and a memory in its own ones only."""
+        """Inputs of a policy: the group's entries for some agents, with a memory only for the policy's own agent."""
         action = self.tensor_keys.action
         group = action[:-1] if isinstance(action, tuple) else ()
         entries = {}
@@ -309,14 +309,14 @@ class SequentialLoss(ClipLoss):
                 entries[key] = take(value) if path[: len(group)] == group else value
                 if own is not None and key in self._state_keys:
                     entries[key] = torch.where(own.unsqueeze(-1), entries[key], 0.0)
-        # not the batch size of the data: it counts agents too if forward was given plain tensors
+        # the batch size of the data also includes agents if forward was given plain tensors
         return TensorDict(entries, batch_size=tensordict.get(self.tensor_keys.sample_log_prob).shape[:-1])
 
     def _over_sources(self, values: Tensor, mask: Tensor | None, experience: TensorDictBase) -> Tensor:
-        """Reduce ``[*B, S]`` source by source, weighted as the learner weights its sources.
+        """Reduce ``[*B, S]`` for each source and sum with the learner's weights.
 
-        Of drawn sources a mean is that over all draws of ``value / share of rows where the source lives``, whose
-        expectation is the weighted sum of the sources' own means.
+        For sampled sources, the mean runs over all draws of ``value / share of rows where the source is alive``. Its
+        expectation is the weighted sum of the sources' means.
         """
         weight = experience.get("source_weight", None)
         if weight is not None and self.reduction == "mean":
@@ -331,7 +331,7 @@ class SequentialLoss(ClipLoss):
 
 
 class Learner(NamedTuple):
-    """Whose turn it is, without Python numbers, for which a compiler would start anew."""
+    """The agent being updated, held in tensors: Python numbers would trigger recompilation."""
 
     policy: Actor
     index: Tensor  # [1]
@@ -339,12 +339,12 @@ class Learner(NamedTuple):
 
 
 def _take_each(agents: Tensor, *, dim: int) -> Callable[[Tensor], Tensor]:
-    """Return the function that selects the slots of some agents, ``[*B, N, ...]`` to ``[*B, S, ...]``."""
+    """Return a function that selects some agents, ``[*B, N, ...]`` to ``[*B, S, ...]``."""
     return lambda values: values if len(agents) == values.shape[dim] else values.index_select(dim, agents)
 
 
 def _take_along(agents: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the function that selects the slot ``agents`` of each row, ``[*B, N, ...]`` to ``[*B, 1, ...]``."""
+    """Return a function that selects one agent per row, ``[*B, N, ...]`` to ``[*B, 1, ...]``."""
 
     def take(values: Tensor) -> Tensor:
         index = agents.reshape(agents.shape + (1,) * (values.ndim - agents.ndim))

@@ -1,11 +1,11 @@
-"""Gains: what a ratio method maximises, one pure function per equation.
+"""Gains: the surrogate objectives that ratio methods maximise, one pure function per equation.
 
-Every gain has one signature, ``gain(log_ratio, advantage, *, low, high)``, so that any loss takes any gain. It is
-elementwise: tensors of any one shape in, the same shape out; the loss takes the mean.
+All gains share the signature ``gain(log_ratio, advantage, *, low, high)``, so any loss takes any gain. Gains are
+elementwise: arguments of one shape, a result of the same shape; the loss takes the mean.
 
 Notation: ``r = exp(log_ratio) = pi(a|o) / pi_old(a|o)`` is the probability ratio of one agent and ``A`` its advantage.
-All gains equal ``A`` at ``r = 1`` and have the policy gradient as their gradient there; they differ in how they
-resist leaving ``r = 1``.
+At ``r = 1`` all gains equal ``A`` and their gradient is the policy gradient; they differ in how they penalise leaving
+``r = 1``.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Gain(Protocol):
 
 
 def clip_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """PPO's clipped gain, as MAPPO uses it for each agent.
+    """PPO's clipped gain, applied to each agent as in MAPPO.
 
         gain = min(r A, clip(r, low, high) A)
 
-    Its gradient is exactly zero where the ratio has left ``[low, high]`` in the direction that the advantage favours.
+    The gradient is exactly zero where the ratio has left ``[low, high]`` in the direction that the advantage favours.
 
     Reference: Yu et al., The Surprising Effectiveness of PPO in Cooperative Multi-Agent Games, 2022,
-    https://arxiv.org/abs/2103.01955; Eq. (2) of the MARS paper. With ``low`` and ``high`` free it is that paper's
+    https://arxiv.org/abs/2103.01955; Eq. (2) of the MARS paper. Independent ``low`` and ``high`` give the MARS paper's
     asymmetric MAPPO.
 
     Args:
@@ -74,11 +74,11 @@ def quadratic_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor,
 
         gain = r A - c (r - 1)^2,   c = A / (2 (target - 1)),   target = high where A >= 0, low where A < 0
 
-    ``low = 1 - epsilon``, ``high = 1 + epsilon`` gives MASPO's ``|A| / (2 epsilon) (r - 1)^2``; any other pair is its
-    asymmetric variant. The penalty stays finite as ``r -> 0``: nothing keeps a probability away from zero.
+    ``low = 1 - epsilon``, ``high = 1 + epsilon`` gives MASPO's ``|A| / (2 epsilon) (r - 1)^2``; any other pair gives
+    the asymmetric variant. The penalty stays finite as ``r -> 0``, so it does not keep probabilities away from zero.
 
     Reference: Selmonaj et al., 2025 (MASPO) after Xie et al., Simple Policy Optimization, 2025; Eq. (3) of the MARS
-    paper and, with ``low`` and ``high`` free, its asymmetric MASPO.
+    paper and, with independent ``low`` and ``high``, its asymmetric MASPO.
 
     Args:
         log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape.
@@ -111,11 +111,11 @@ def barrier_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, h
         gain  = r A - alpha phi(r),   phi(r) = r + 1/r - 2 = (r - 1)^2 / r
         alpha = A / (1 - target^-2),  target = high where A >= 0, low where A < 0
 
-    ``phi(r) = phi(1/r)`` is zero at ``r = 1`` and infinite as ``r -> 0`` or ``r -> inf``: the gain holds a probability
-    away from zero as firmly as away from its multiple. ``r = target`` is the one stationary point on ``(0, inf)``;
-    there is no plateau without gradient, so the log-ratio must not be clamped before. Where ``A = 0`` gain and gradient
-    are exactly zero. Beyond ``|ln r| = 40`` the gain goes on linearly in ``ln r``, with the slope that it has there:
-    from about ``|ln r| = 44`` on the square of a gradient overflows in float32, and its norm could not be clipped.
+    ``phi(r) = phi(1/r)`` is zero at ``r = 1`` and infinite as ``r -> 0`` or ``r -> inf``: the gain penalises a ratio
+    and its reciprocal equally. ``r = target`` is the only stationary point on ``(0, inf)``. The gain has no plateau, so
+    do not clamp the log-ratio beforehand. At ``A = 0``, gain and gradient are exactly zero. Beyond ``|ln r| = 40`` the
+    gain is extended linearly in ``ln r``: from about ``|ln r| = 44``, squared gradients would overflow in float32 and
+    their norm could not be clipped.
 
     Reference: Rethinking Ratio-Based Trust Regions for Policy Optimization in Multi-Agent Reinforcement Learning
     (MARS), Eq. (7) for the barrier, (9) for the gain, (11) for ``alpha``.
@@ -142,7 +142,7 @@ def barrier_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, h
     near = log_ratio.clamp(-40.0, 40.0)
     beyond = log_ratio - near
     ratio = near.exp() * (1 + beyond)
-    barrier = 4 * (near / 2).sinh().square()  # phi, without cancellation near r = 1 and without a division
+    barrier = 4 * (near / 2).sinh().square()  # phi without a division and without cancellation near r = 1
     return ratio * advantage - alpha * (barrier + 2 * near.sinh() * beyond)
 
 
@@ -157,8 +157,8 @@ def ratio_gain(log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, hig
     Args:
         log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape.
         advantage: same shape.
-        low: not used: no ratio is out of bounds.
-        high: not used.
+        low: unused; the ratio is unbounded.
+        high: unused.
 
     Returns:
         The gain to maximise, elementwise, same shape.
@@ -184,13 +184,13 @@ def reflective_clip_gain(
     next_low: float | Tensor,
     next_high: float | Tensor,
 ) -> Tensor:
-    """RPO's and MARPO's reflective gain: the next step's advantage, weighted by the ratios of both steps.
+    """Reflective gain of RPO and MARPO: the next step's advantage, weighted by the ratios of both steps.
 
         gain = min(r r' A', clip(r, low, high) clip(r', next_low, next_high) A')
 
-    ``r'`` and ``A'`` are ratio and advantage of the same agent one step later. Each ratio is clipped on its own. The
-    MARPO paper prints ``A`` in the first argument of the minimum, which would compare different advantages; its
-    source, RPO, has ``A'`` in both.
+    ``r'`` and ``A'`` are the ratio and advantage of the same agent one step later. Each ratio is clipped separately.
+    The MARPO paper prints ``A`` in the first argument of the minimum, which would compare different advantages; its
+    source, RPO, has ``A'`` in both arguments.
 
     Reference: MARPO, https://arxiv.org/abs/2512.22832, Eqs. (7) and (8), corrected as above.
 
@@ -198,7 +198,7 @@ def reflective_clip_gain(
         log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape.
         next_log_ratio: the same at the next step, same shape.
         next_advantage: advantage of the next step, same shape.
-        low: lower bound of ``r``; float or 0-dim tensor, as the other bounds.
+        low: lower bound of ``r``; float or 0-dim tensor, like the other bounds.
         high: upper bound of ``r``.
         next_low: lower bound of ``r'``.
         next_high: upper bound of ``r'``.
@@ -267,17 +267,17 @@ def double_clip_gain(
     guider_learner_ratio: float | Tensor,
     gain: Gain = clip_gain,
 ) -> Tensor:
-    """MAGPO's gain for a guider that a learner imitates: no reward for leaving the learner's neighbourhood.
+    """MAGPO's gain for a guider: PPO's clip with a second clip around the learner that imitates the guider.
 
         gain = min(r A, clip(clip(mu / pi, 1 / delta, delta) pi / mu_old, low, high) A)
 
-    ``mu`` is the guider, ``r = mu / mu_old`` its ratio, ``pi`` the learner. Where the guider has left
-    ``(1 / delta, delta)`` around the learner in the direction that the advantage favours, the inner clip cuts the
-    gradient, as the outer one does where it has left ``[low, high]`` around its old self; but where it has left its old
-    self the other way, it is drawn back to it. ``delta = inf`` gives :func:`clip_gain`.
+    ``mu`` is the guider, ``r = mu / mu_old`` its ratio, ``pi`` the learner. The inner clip removes the gradient where
+    ``mu / pi`` has left ``(1 / delta, delta)`` in the direction that the advantage favours, the outer clip where ``r``
+    has left ``[low, high]`` in this direction. If ``r`` has left ``[low, high]`` in the opposite direction, the
+    gradient pulls ``r`` back. ``delta = inf`` gives :func:`clip_gain`.
 
-    Any other gain ``G`` takes its place as ``min(G(r), G(clip(...)))``, which for :func:`clip_gain` is the same as
-    above: the second term is where the ratio would be without leaving either neighbourhood.
+    Any other gain ``G`` is applied as ``min(G(r), G(clip(...)))``, which for :func:`clip_gain` equals the formula
+    above: the second term is the gain of the ratio confined to both intervals.
 
     Reference: MAGPO, https://arxiv.org/abs/2507.18059, Eqs. (8) and (9).
 
@@ -285,7 +285,7 @@ def double_clip_gain(
         log_ratio: ``log mu(a|o) - log mu_old(a|o)`` of each agent, any shape.
         guider_learner_log_ratio: ``log mu(a|o) - log pi(a|o)``, with gradient to the guider only; same shape.
         advantage: same shape.
-        low: lower bound of ``r``, or the gain's target; float or 0-dim tensor, as the other bounds.
+        low: lower bound of ``r``, or the gain's target; float or 0-dim tensor, like the other bounds.
         high: upper bound of ``r``, or the gain's target.
         guider_learner_ratio: ``delta``, above 1.
         gain: the trust region of the guider.
@@ -306,7 +306,9 @@ def double_clip_gain(
     _check_same_shape(guider_learner_log_ratio, advantage)
     low, high, delta = (torch.as_tensor(x, dtype=log_ratio.dtype) for x in (low, high, guider_learner_ratio))
     excess = guider_learner_log_ratio - guider_learner_log_ratio.clamp(-delta.log(), delta.log())
-    bounded = (log_ratio - excess).clamp(low.log(), high.log())  # excess is 0 within, and cancels the gradient without
+    bounded = (log_ratio - excess).clamp(
+        low.log(), high.log()
+    )  # excess is 0 inside the interval and cancels the gradient outside
     bounds = {"low": low, "high": high}
     return torch.minimum(gain(log_ratio, advantage, **bounds), gain(bounded, advantage, **bounds))
 
@@ -319,11 +321,11 @@ def kl_interval(kl: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tenso
     """Ratio bounds that correspond to a KL divergence: the two roots of ``x - 1 - ln x = kl``.
 
     The mean of ``x - 1 - ln x`` at ``x = pi_new / pi_old`` under the old policy is ``KL(old || new)``, so a KL target
-    gives the interval of ratios that a single action may use. It is asymmetric: ``1 - low < high - 1`` and
+    gives an interval for the ratio of a single action. The interval is asymmetric: ``1 - low < high - 1`` and
     ``low * high < 1``.
 
-    Newton's method on ``u = ln x`` in float64, from bounds outside the roots, where it is monotone: eight steps reach
-    the last digit for any ``kl`` from 1e-12 to 30 and beyond.
+    The roots are found by Newton's method on ``u = ln x`` in float64. From starting points outside the roots it
+    converges monotonically: eight steps reach machine precision for any ``kl`` from 1e-12 to above 30.
 
     Reference: MARPO, https://arxiv.org/abs/2512.22832, Eqs. (9) to (11).
 
@@ -332,11 +334,11 @@ def kl_interval(kl: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tenso
 
     Returns:
         ``(low, high)`` with ``0 <= low <= 1 <= high``: floats for a float; tensors of the shape, dtype and device of
-        ``kl`` for a tensor. ``(1, 1)`` at ``kl = 0``. ``low`` underflows to 0 only where its value does.
+        ``kl`` for a tensor. ``(1, 1)`` at ``kl = 0``. ``low`` is 0 only if the root underflows.
 
     Raises:
-        ValueError: if ``kl`` is negative, NaN or infinite. (Inside ``torch.compile`` a tensor's values are not looked
-            at: such entries give NaN instead.)
+        ValueError: if ``kl`` is negative, NaN or infinite. (Under ``torch.compile`` a tensor's values are not checked;
+            such entries give NaN instead.)
 
     Example:
         >>> low, high = kl_interval(0.1)
@@ -358,12 +360,12 @@ def kl_interval(kl: float | Tensor) -> tuple[float, float] | tuple[Tensor, Tenso
 
 
 def kl_interval_unchecked(kl: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`kl_interval` of a tensor known to be finite and not negative (else NaN): nothing waits for its values."""
+    """:func:`kl_interval` of a tensor without checks or synchronisation; negative and non-finite entries give NaN."""
     target = kl.double()
-    solvable = torch.where(target == 0, 1.0, target)  # keeps 0 / 0 out of the values and of the gradient
+    solvable = torch.where(target == 0, 1.0, target)  # avoids 0 / 0 in values and gradient
     width = math.sqrt(2) * solvable.sqrt()
     roots = torch.stack([-(solvable + width.clamp(max=1.0)), (width + solvable).log1p()])
-    # Four steps suffice up to kl = 30; a compiler that inlines pointwise operations takes minutes for eight.
+    # Four steps suffice up to kl = 30; for eight, a compiler that inlines pointwise operations takes minutes.
     for _ in range(4 if torch.compiler.is_compiling() else 8):
         slope = roots.expm1()
         roots = roots - (slope - roots - solvable) / slope
@@ -372,9 +374,9 @@ def kl_interval_unchecked(kl: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:
-    """``exp(log_ratio)``, which beyond 60 goes on linearly with the slope that it has there: 1e26, far from overflow.
+    """``exp(log_ratio)``, extended linearly beyond 60 (a slope of 1e26, far from overflow).
 
-    An overflow would make gradients NaN, also where a clip cuts them: 0 times infinity.
+    An overflow would make gradients NaN even where a clip removes them: 0 times infinity.
     """
     near = log_ratio.clamp(max=60.0)
     return near.exp() * (1 + (log_ratio - near))
@@ -389,5 +391,6 @@ def _target_ratio(advantage: Tensor, low: float | Tensor, high: float | Tensor) 
 def _check_same_shape(log_ratio: Tensor, advantage: Tensor) -> None:
     if log_ratio.shape != advantage.shape:
         raise ValueError(
-            f"log_ratio and advantage must have one shape, got {tuple(log_ratio.shape)} and {tuple(advantage.shape)}."
+            "log_ratio and advantage must have the same shape, "
+            f"got {tuple(log_ratio.shape)} and {tuple(advantage.shape)}."
         )

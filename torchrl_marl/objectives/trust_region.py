@@ -1,8 +1,8 @@
 """Trust regions measured by the KL divergence: Fisher-vector products, conjugate gradient, backtracking line search.
 
-Pure functions of tensors and of functions, without any notion of agents; :class:`HATRPOLoss` and :class:`OATRPOLoss`
-are what they are for. A parameter vector is the concatenation of a list of parameters, as
-:func:`torch.nn.utils.parameters_to_vector` makes it.
+Pure functions of tensors and functions, independent of agents, for :class:`HATRPOLoss` and :class:`OATRPOLoss`. A
+parameter vector is the concatenation of a list of parameters, as returned by
+:func:`torch.nn.utils.parameters_to_vector`.
 
 Reference: Schulman et al., Trust Region Policy Optimization, 2015, https://arxiv.org/abs/1502.05477, appendix C.
 """
@@ -45,10 +45,10 @@ class StepOptions(SearchOptions, total=False):
 
 
 def check_step_options(**options: float) -> None:
-    """Refuse :class:`StepOptions` with which no step can be taken.
+    """Reject :class:`StepOptions` out of their ranges.
 
     Raises:
-        ValueError: with the name, the value and what is allowed.
+        ValueError: with the name, the value and the allowed range.
     """
     check_at_least_0(**{name: options[name] for name in ("damping", "accept_ratio") if name in options})
     if not 0 < options.get("backtrack", 0.5) < 1:
@@ -63,14 +63,14 @@ def fisher_vector_product(
 ) -> Callable[[Tensor], Tensor]:
     """Return the function ``v -> (F + damping I) v``, where F is the Hessian of ``kl`` at the current parameters.
 
-    Where ``kl`` is the mean of ``KL(pi_old || pi)`` at ``pi = pi_old``, F is the Fisher information matrix. It is never
-    formed: a product is one more backward pass, ``F v = d/dtheta (d kl/dtheta . v)``.
+    If ``kl`` is the mean of ``KL(pi_old || pi)`` at ``pi = pi_old``, F is the Fisher information matrix. F is never
+    formed: a product takes one more backward pass, ``F v = d/dtheta (d kl/dtheta . v)``.
 
     Reference: TRPO, appendix C.1.
 
     Args:
         kl: scalar with a graph to the parameters.
-        parameters: tensors with P elements in all.
+        parameters: tensors with P elements in total.
         damping: added to the diagonal.
 
     Returns:
@@ -94,11 +94,11 @@ def fisher_vector_product(
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], target: Tensor, *, num_iterations: int = 10, tolerance: float = 1e-10
 ) -> Tensor:
-    """Solve ``A x = target`` for a symmetric positive definite A that is known by its products with vectors.
+    """Solve ``A x = target`` for a symmetric positive definite A given by its products with vectors.
 
-    It starts from zero and stands still once the squared residual has fallen to the tolerance, or to 100 times the
-    tolerance in units of the target's square, where that is less: the solution of a short target has its digits, too.
-    The number of products is fixed, so that nothing waits for a device.
+    The iteration starts from zero and stops changing once the squared residual is below
+    ``tolerance * min(1, 100 |target|^2)``, so a short target is also solved to a relative precision. The number of
+    products is fixed to avoid a synchronisation with the device.
 
     Reference: Hestenes and Stiefel, 1952; TRPO, appendix C.
 
@@ -106,7 +106,7 @@ def conjugate_gradient(
         product: ``v -> A v``.
         target: right-hand side, ``[P]``.
         num_iterations: number of products.
-        tolerance: of the squared norm of the residual (1e-10 in HATRPO's code).
+        tolerance: tolerance of the squared norm of the residual (1e-10 in HATRPO's code).
 
     Returns:
         Approximate solution, ``[P]``.
@@ -136,16 +136,16 @@ def natural_step(
 ) -> Tensor:
     """Return the step of steepest ascent within a trust region: ``sqrt(2 max_kl / x.Fx) x`` with ``F x = gradient``.
 
-    To second order it maximises the gain subject to ``KL <= max_kl``. A gradient of zero gives a step of zero. For
-    ``x.Fx`` stands ``x.gradient``: what conjugate gradients leave of the gradient is orthogonal to their solution.
+    To second order, the step maximises the gain subject to ``KL <= max_kl``. A gradient of zero gives a step of zero.
+    ``x.Fx`` is computed as ``x.gradient``, as the residual of conjugate gradients is orthogonal to their solution.
 
     Reference: TRPO, appendix C.
 
     Args:
         product: ``v -> F v``, such as :func:`fisher_vector_product` returns, damping included.
-        gradient: of the gain, ``[P]``.
+        gradient: gradient of the gain, ``[P]``.
         max_kl: radius of the trust region, in nats.
-        num_iterations: of the conjugate gradient.
+        num_iterations: number of conjugate-gradient iterations.
 
     Returns:
         Step, ``[P]``.
@@ -170,14 +170,14 @@ def backtracking_line_search(
     accept_ratio: float = 0.5,
     num_backtracks: int = 10,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Shorten a step until it improves the gain by a fair share of what its slope promised, within the trust region.
+    """Shorten a step until it stays within the trust region and gains a sufficient share of the expected improvement.
 
-    Fraction ``f = backtrack^k``, ``k = 0, 1, ...``, is the first with
+    The accepted fraction is the first ``f = backtrack^k``, ``k = 0, 1, ...``, with
 
         KL < max_kl,   improvement > 0,   improvement > accept_ratio f expected
 
-    It looks at each outcome before it tries the next (one synchronisation with a device each): the first or second is
-    usually accepted, and evaluating all would cost more.
+    Fractions are evaluated one by one, with one device synchronisation each: usually the first or second is accepted,
+    and evaluating all of them would cost more.
 
     Reference: TRPO, appendix C, with the acceptance rule of HATRPO's authors, https://arxiv.org/abs/2109.11251.
 
@@ -185,15 +185,15 @@ def backtracking_line_search(
         evaluate: parameters ``[P] -> (improvement over start, KL from start)``, two scalars.
         start: ``[P]``
         step: the full step, ``[P]``.
-        expected: gain that the slope promises for the full step, ``gradient . step``.
+        expected: first-order improvement of the full step, ``gradient . step``.
         max_kl: radius of the trust region.
-        backtrack: factor between one fraction and the next, in (0, 1).
-        accept_ratio: share of the expected improvement that must come true.
+        backtrack: factor between consecutive fractions, in (0, 1).
+        accept_ratio: share of the expected improvement required for acceptance.
         num_backtracks: number of fractions tried.
 
     Returns:
-        The parameters accepted, or ``start`` itself if none were, and scalars of them: ``step_fraction`` (0 if
-        none), ``improvement`` and ``kl``.
+        The accepted parameters, or ``start`` if no fraction is accepted, and the scalars ``step_fraction`` (0 if none
+        is accepted), ``improvement`` and ``kl``.
 
     Example:
         >>> gain = lambda x: (x.sum() - x.square().sum() / 2, x.square().sum())  # the full step has a KL of 1
@@ -221,14 +221,14 @@ def trust_region_step(
     num_iterations: int = 10,
     **search: Unpack[SearchOptions],
 ) -> dict[str, Tensor]:
-    """Move parameters, in place, by one natural-gradient step that a line search has confirmed; or leave them.
+    """Update parameters in place by one natural-gradient step, if a line search accepts one.
 
     Args:
-        parameters: what to move; nothing else is touched.
-        evaluate: returns ``(gain, mean KL from the policy at the start)`` of the parameters as they are, two scalars.
+        parameters: parameters to update.
+        evaluate: returns ``(gain, mean KL from the initial policy)`` of the current parameters, two scalars.
         max_kl: radius of the trust region, in nats.
         damping: added to the diagonal of the Fisher matrix.
-        num_iterations: of the conjugate gradient.
+        num_iterations: number of conjugate-gradient iterations.
         **search: :class:`SearchOptions`.
 
     Returns:
@@ -238,7 +238,7 @@ def trust_region_step(
     Example:
         >>> x = torch.zeros(1, requires_grad=True)
         >>> info = trust_region_step([x], lambda: (x.sum(), x.square().sum()), max_kl=0.01, damping=0.0)
-        >>> x  # the first fraction would reach the bound, which must stay out of reach
+        >>> x  # fraction 1 reaches the bound and is rejected
         tensor([0.0800], requires_grad=True)
     """
     gain, kl = evaluate()
@@ -260,6 +260,6 @@ def trust_region_step(
 
 @torch.no_grad()
 def _assign(parameters: Sequence[Tensor], vector: Tensor) -> None:
-    """Write a vector into parameters where they are: optimisers and collectors keep holding them."""
+    """Write a vector into parameters in place: optimisers and collectors keep references to them."""
     for parameter, values in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
         parameter.copy_(values.view_as(parameter))

@@ -1,4 +1,4 @@
-"""Where scripts of before import ``load_policy`` from."""
+"""Former import path of ``load_policy``."""
 
 from torchrl_marl.run.checkpoints import load_policy
 

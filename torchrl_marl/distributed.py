@@ -1,11 +1,11 @@
-"""Data-parallel learning: processes that torchrun starts, one for each device, learn one policy together.
+"""Data-parallel training: processes started by torchrun, one per device, train one policy.
 
     torchrun --nproc-per-node 2 SCRIPT
 
-Each process plays its own environments and learns from its own minibatches, of the sizes that the configuration says,
-as everywhere in PyTorch: two processes collect twice the frames in a batch. Gradients are averaged, so that parameters
-are the same in all of them; advantages and values are normalised over all of them. Without torchrun every function here
-is a no-op.
+Each process steps its own environments and trains on its own minibatches. The configured sizes are per process, as
+usual in PyTorch: two processes collect twice the frames in a batch. Gradients are averaged, so all processes hold the
+same parameters; advantages and values are normalised over all processes. Without torchrun every function here is a
+no-op.
 """
 
 from __future__ import annotations
@@ -34,37 +34,37 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many processes learn together."""
+    """Number of processes."""
     return distributed.get_world_size() if _joined() else 1
 
 
 def rank() -> int:
-    """Which of them this is; the first, 0, logs, evaluates and saves."""
+    """Rank of this process; rank 0 logs, evaluates and saves."""
     return distributed.get_rank() if _joined() else 0
 
 
 def init_distributed() -> None:
-    """Join the other processes that torchrun has started, if it has, and use a GPU of one's own, if there is one."""
+    """Initialise torch.distributed when launched by torchrun, and select a GPU for this process if available."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _joined():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group()  # gloo for what lies on the CPU, NCCL for what lies on GPUs
+    distributed.init_process_group()  # gloo for CPU tensors, NCCL for GPU tensors
     atexit.register(distributed.destroy_process_group)
 
 
 def broadcast_state(module: nn.Module) -> None:
-    """Give a module the parameters and buffers that it has in the first process."""
+    """Copy a module's parameters and buffers from the first process to all others."""
     if world_size() > 1:
         for tensor in [*module.parameters(), *module.buffers()]:
             distributed.broadcast(tensor.detach(), src=0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average what ``backward`` has left, in place; the same parameters must have gradients in all processes.
+    """Average gradients in place; the same parameters must have gradients in all processes.
 
-    A mean of means is the mean over the whole if the parts count the same number of rows. With a mask of live agents
-    they count differently many, and each process, not each row, weighs the same.
+    The mean of means equals the global mean if all processes average over the same number of rows. With a mask of live
+    agents the numbers differ, and every process has the same weight, not every row.
     """
     if world_size() == 1:
         return
@@ -77,7 +77,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def average(value: Tensor) -> Tensor:
-    """Return the mean of a value over all processes; all must call it."""
+    """Return the mean of a value over all processes; every process must call this function."""
     if world_size() == 1:
         return value
     value = value.detach().clone()
@@ -86,10 +86,10 @@ def average(value: Tensor) -> Tensor:
 
 
 def gather(values: Tensor) -> Tensor:
-    """Return the values of all processes, one after the other along the first dimension; all must call it.
+    """Concatenate the values of all processes along the first dimension; every process must call this function.
 
     Args:
-        values: of the same shape in all processes.
+        values: values, with the same shape in all processes.
     """
     if world_size() == 1:
         return values
@@ -99,7 +99,7 @@ def gather(values: Tensor) -> Tensor:
 
 
 def broadcast_from_main(decide: Callable[[], T]) -> T:
-    """Return in all processes what ``decide`` returns in the first one, where alone it is called."""
+    """Call ``decide`` in the first process and return its result in all processes."""
     if world_size() == 1:
         return decide()
     decision: list[Any] = [decide() if rank() == 0 else None]

@@ -1,4 +1,4 @@
-"""Files that are complete or not there."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["replacing"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to, which takes its place in the end; after an error nothing has changed.
+    """Yield a temporary path beside ``path`` that replaces ``path`` on success; after an error nothing has changed.
 
-    A link in that place is replaced, and what it leads to stays as it is.
+    If ``path`` is a link, the link is replaced and its target stays unchanged.
 
     Args:
-        path: file to write; the path given for it has the same suffix.
+        path: file to write; the temporary path has the same suffix.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: listed, copied and run from anywhere."""
+"""List, copy and run the recipes that are part of the package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def recipes_folder() -> Path:
 
 
 def print_recipes() -> None:
-    """Print every recipe with what its first line says, and the choices of each configuration group."""
+    """Print every recipe with the first line of its docstring, and the choices of each configuration group."""
     for path in _scripts():
         print(f"{path.stem:14}{(ast.get_docstring(ast.parse(path.read_text())) or '').splitlines()[0]}")
     for group in sorted(path for path in (recipes_folder() / "config").iterdir() if path.is_dir()):
@@ -30,18 +30,18 @@ def print_recipes() -> None:
 
 
 def copy_recipe(name: str, destination: Path) -> list[Path]:
-    """Copy a recipe, what it imports from its folder, and the configuration, to be edited.
+    """Copy a recipe with its local imports and the configuration for editing.
 
     Args:
-        name: of the recipe, such as a name that :func:`print_recipes` lists.
-        destination: folder; made if need be.
+        name: name of a recipe, see :func:`print_recipes`.
+        destination: folder, created if missing.
 
     Returns:
         The copied scripts.
 
     Raises:
-        FileExistsError: if a file of that name is there; nothing is written then.
-        ValueError: if there is no such recipe.
+        FileExistsError: if a file already exists; nothing is written then.
+        ValueError: if the recipe is unknown.
     """
     scripts, waiting = [], [_script(name)]
     while waiting:
@@ -51,7 +51,7 @@ def copy_recipe(name: str, destination: Path) -> list[Path]:
     targets = [destination / script.name for script in scripts]
     for target in (*targets, destination / "config"):
         if target.exists():
-            raise FileExistsError(f"{target} is there already: name another folder, or move it away.")
+            raise FileExistsError(f"{target} exists already: name another folder, or move it away.")
     destination.mkdir(parents=True, exist_ok=True)
     shutil.copytree(recipes_folder() / "config", destination / "config")
     for script, target in zip(scripts, targets, strict=True):
@@ -60,10 +60,10 @@ def copy_recipe(name: str, destination: Path) -> list[Path]:
 
 
 def run_recipe(name: str, arguments: Sequence[str]) -> None:
-    """Run a recipe in this process, as ``python NAME.py ARGUMENTS`` does; modules of the current folder can be named.
+    """Run a recipe in this process like ``python NAME.py ARGUMENTS``, with imports from the current folder.
 
     Raises:
-        SystemExit: if there is no such recipe, with the nearest.
+        SystemExit: if the recipe is unknown, with the nearest names.
     """
     try:
         script = _script(name)
@@ -75,7 +75,7 @@ def run_recipe(name: str, arguments: Sequence[str]) -> None:
 
 
 def _scripts() -> list[Path]:
-    """Recipes; a script that only says where its work has gone is none."""
+    """Recipes, without scripts that only point to their replacement."""
     scripts = sorted(recipes_folder().glob("*.py"))
     return [script for script in scripts if not script.read_text().startswith('"""Moved')]
 

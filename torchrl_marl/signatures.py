@@ -1,4 +1,4 @@
-"""Options: how they are handed on, and how bad ones are refused."""
+"""Passing options through functions, and checks of their values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def hands_on_to(target: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Show a function's ``**options: Unpack[Options]`` in ``inspect.signature`` as those arguments of ``target``.
+    """Show a function's ``**options: Unpack[Options]`` in ``inspect.signature`` as arguments of ``target``.
 
-    So an option and its default are stated in ``target`` alone, and configurations can be checked against signatures.
-    ``**options: Any`` stands for all keyword-only arguments of ``target``.
+    An option and its default are then defined in ``target`` alone, and configurations can be checked against
+    signatures. ``**options: Any`` stands for all keyword-only arguments of ``target``.
 
     Example:
         >>> from typing_extensions import TypedDict, Unpack
@@ -45,7 +45,7 @@ def hands_on_to(target: Callable[..., Any]) -> Callable[[Function], Function]:
 
 
 def take_options(options: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Take those options out of ``options`` that a ``TypedDict`` names.
+    """Remove and return the options named by a ``TypedDict``.
 
     Example:
         >>> from typing_extensions import TypedDict
@@ -59,7 +59,7 @@ def take_options(options: dict[str, Any], kind: type) -> dict[str, Any]:
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Refuse what is none of the choices.
+    """Reject a value that is not one of the choices.
 
     Raises:
         ValueError: with the name, the choices and the value.
@@ -69,7 +69,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def check_at_least_0(**values: float) -> None:
-    """Refuse numbers below 0, NaN and infinity.
+    """Reject numbers below 0, NaN and infinity.
 
     Raises:
         ValueError: with the name and the value.

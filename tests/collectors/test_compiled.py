@@ -269,7 +269,7 @@ def test_vmas_goes_on_itself_where_a_step_cannot_be_compiled_or_comes_out_wrong(
 
     if compiled_wrongly:
         monkeypatch.setattr(compiled, "_compiled", miscompiled)
-    with pytest.warns(UserWarning, match=f"step of .* goes on as VMAS does it: .*{reason}"):
+    with pytest.warns(UserWarning, match=f"step of .* falls back to VMAS: .*{reason}"):
         ours = take(CompiledCollector(*vmas_and_policy(scenario), frames_per_batch=40, compile=False))
     assert_same(ours, take(torchrls(*vmas_and_policy(scenario), 40)), tolerance=1e-6)
 

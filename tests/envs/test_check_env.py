@@ -108,7 +108,7 @@ FLAWS = [
         r"'agents' holds agents of several names, red, blue\..*env\.group_by=name",
     ),
     ({"flaw": "large state"}, r"the state holds 20,000 numbers, .* all observations 12\. .*env\.state=false"),
-    ({"flaw": "nan"}, r"\('agents', 'observation'\) holds values that are not finite"),
+    ({"flaw": "nan"}, r"\('agents', 'observation'\) holds non-finite values"),
     ({"flaw": "no root done"}, r"done flags exist only per group .*'agents', 'done'"),
     ({"flaw": "agents drop out"}, r"\('agents', 'done'\) is set before the episode is done in"),
 ]

@@ -114,7 +114,7 @@ def test_loading_brings_back_the_streams_of_an_environment_under_transforms(tmp_
 
 def test_a_state_of_another_environment_is_refused():
     state = RandomState(CoordSumEnv(num_envs=3)).state_dict()
-    with pytest.raises(ValueError, match="the state holds streams of 1 environments, here are 0"):
+    with pytest.raises(ValueError, match="the state holds streams of 1 environments, expected 0"):
         RandomState().load_state_dict(state)
     with pytest.raises(ValueError, match=r"streams must be of shape \[2\], got \[3\]"):
         RandomState(CoordSumEnv(num_envs=2)).load_state_dict(state)

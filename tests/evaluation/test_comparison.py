@@ -162,7 +162,7 @@ def test_trials_of_tuning_are_no_results(tmp_path: Path) -> None:
 def test_a_seed_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path, final=1.0)
     write_run(tmp_path, final=2.0)
-    with pytest.raises(ValueError, match="Seed 0 of mars on balance is there 2 times"):
+    with pytest.raises(ValueError, match="Seed 0 of mars on balance appears 2 times"):
         check_comparable(read_runs([tmp_path])[0])
 
 
@@ -357,7 +357,7 @@ def test_no_run_and_an_unknown_baseline_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No finished run below"):
         read_runs([tmp_path])
     study(tmp_path / "runs")
-    with pytest.raises(ValueError, match="No run is of the baseline 'qmix'; there are mappo, mars"):
+    with pytest.raises(ValueError, match="No run uses the baseline 'qmix'; the methods are mappo, mars"):
         page(tmp_path / "runs", baseline="qmix")
 
 

@@ -1,4 +1,4 @@
-"""The base of all games and wrappers: keys and specs, random streams, time limit, pictures."""
+"""Base of all games and wrappers: keys and specs, random streams, time limit, rendering."""
 
 from __future__ import annotations
 
@@ -31,28 +31,27 @@ class BatchOptions(TypedDict, total=False):
 
 
 class TeamEnv(EnvBase, ABC):
-    """A batch of equal environments whose agents form the group ``"agents"``.
+    """A batch of identical environments whose agents form the group ``"agents"``.
 
     The keys are those of ``make_env``'s environments: observations, actions, masks, rewards and ``episode_reward`` of
-    the group, done flags, ``step_count`` and the state at the root. The time limit and the sums of rewards are kept by
-    the environment, so that no transform is needed.
+    the group, and done flags, ``step_count`` and the state at the root. The environment itself tracks the time limit
+    and the sums of rewards, so no transform is needed.
 
-    The environment owns its randomness: every copy draws from a random stream of its own, which nothing else in the
-    process touches. The same seed gives the same episodes, and a copy in a batch plays as it would alone.
-    ``state_dict`` holds the streams: an environment restored from it plays the same episodes from its next ``reset``
-    on. (A ``TransformedEnv`` leaves the streams out of its own ``state_dict``: use that of its ``base_env``.)
+    The environment owns its randomness: every copy draws from a separate random stream, independent of the rest of the
+    process. The same seed gives the same episodes, whether a copy is simulated in a batch or alone. ``state_dict``
+    holds the streams: an environment restored from it plays the same episodes from its next ``reset``. (The
+    ``state_dict`` of a ``TransformedEnv`` does not include the streams: use that of its ``base_env``.)
 
     ``limit_flag`` is the flag that reports the time limit, ``"truncated"`` or ``"terminated"``. ``fixed_length`` is set
-    if the number of steps is part of the task, so that reaching it is rightly a termination. ``streams``, ``[B]``, are
-    the random streams from which the next ``reset`` starts. A subclass sets ``observation_spec`` and calls
-    ``_set_seed``.
+    if the number of steps is part of the task, so that the limit is a termination. ``streams``, ``[B]``, are the random
+    streams from which the next ``reset`` starts. A subclass sets ``observation_spec`` and calls ``_set_seed``.
 
     Args:
         agents: names of the ``N`` agents.
-        action_spec: of one environment, ``[N]`` for discrete or ``[N, A]`` for continuous actions.
+        action_spec: action spec of one environment, ``[N]`` for discrete or ``[N, A]`` for continuous actions.
         num_envs: number of environments stepped together, ``B``.
         max_steps: time limit of an episode.
-        device: where the tensors are.
+        device: device of the tensors.
 
     Raises:
         ValueError: if ``num_envs`` or ``max_steps`` is below 1.
@@ -89,12 +88,12 @@ class TeamEnv(EnvBase, ABC):
         self.seed_copies(int(torch.randint(2**63 - 1, ())) if seed is None else seed)
 
     def seed_copies(self, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
-        """Give every copy the random stream that it would have in a batch of ``world_size`` such environments.
+        """Give every copy the random stream that it would have in a batch split over ``world_size`` environments.
 
         Args:
-            seed: of that batch.
-            rank: which part of that batch this environment is, from 0.
-            world_size: how many parts there are.
+            seed: seed of the whole batch.
+            rank: index of this environment's part of the batch, from 0.
+            world_size: number of parts.
         """
         copies = self.batch_size.numel()
         self.set_extra_state(random_streams(seed, world_size * copies)[rank * copies : (rank + 1) * copies])
@@ -107,24 +106,24 @@ class TeamEnv(EnvBase, ABC):
         """Set the random streams, ``[B]``, from which the next ``reset`` starts.
 
         Raises:
-            ValueError: if there is not one stream for each copy.
+            ValueError: if the number of streams differs from the number of copies.
         """
         if state.shape != self.batch_size:
             raise ValueError(f"streams must be of shape {list(self.batch_size)}, got {list(state.shape)}")
         self.streams = state
 
     def render(self, env_index: int = 0) -> Tensor:
-        """Draw one of the environments.
+        """Render one of the environments.
 
         Args:
-            env_index: which one.
+            env_index: index of the environment.
 
         Returns:
-            Picture, ``uint8`` of shape ``[height, width, 3]``.
+            Image, ``uint8`` of shape ``[height, width, 3]``.
 
         Raises:
-            ImportError: if a package that draws is not installed.
-            ValueError: if there is no such environment, or it cannot be drawn here.
+            ImportError: if a package for rendering is not installed.
+            ValueError: if the index is out of range, or the environment cannot be rendered here.
         """
         if not 0 <= env_index < self.batch_size[0]:
             raise ValueError(f"env_index must be in 0..{self.batch_size[0] - 1}, got {env_index}")
@@ -132,14 +131,14 @@ class TeamEnv(EnvBase, ABC):
 
     @abstractmethod
     def _draw(self, env_index: int) -> np.ndarray:
-        """Return the picture of one environment."""
+        """Return the image of one environment."""
 
 
 def check_positive(**values: int) -> None:
-    """Reject a number below 1.
+    """Reject numbers below 1.
 
     Raises:
-        ValueError: with its name.
+        ValueError: with the name of the number.
 
     Example:
         >>> check_positive(num_envs=0)
@@ -153,7 +152,7 @@ def check_positive(**values: int) -> None:
 
 
 def spec_of(data: TensorDictBase) -> Composite:
-    """Return the specs of data by their shapes and types; booleans are flags."""
+    """Return the specs of data from shapes and types; booleans are flags."""
     specs = {key: spec_of(value) if isinstance(value, TensorDictBase) else _leaf(value) for key, value in data.items()}
     return Composite(specs, shape=data.batch_size, device=data.device)
 

@@ -1,4 +1,4 @@
-"""A checker that explains an environment to its user and points at what silently spoils multi-agent training."""
+"""A checker that describes an environment and warns about silent problems of multi-agent training."""
 
 from __future__ import annotations
 
@@ -28,25 +28,24 @@ Key = tuple[str, ...]
 def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
     """Describe an environment and warn about common problems of multi-agent training.
 
-    Runs TorchRL's ``check_env_specs`` and a rollout of random actions, then looks for: groups of one agent, action
-    masks that nobody reads, time limits reported as terminations, rewards that differ within a group, opponents in one
-    group, episodes without end, values that are not finite, observations of different sizes, large states, done flags
-    per agent, and transforms that keep statistics. It says how many of the agents' steps are those of agents that have
-    left.
+    Runs TorchRL's ``check_env_specs`` and a rollout of random actions. Warnings cover groups of one agent, unread
+    action masks, time limits reported as terminations, rewards that differ within a group, opponents in one group,
+    endless episodes, non-finite values, observations of different sizes, large states, done flags per agent, and
+    transforms that keep statistics. The description includes the share of steps after an agent has left.
 
-    The random state of the process and the environment's own (``torch.Generator``s and what its ``state_dict`` holds)
-    are put back afterwards. The environment has to be reset before it is used further.
+    The random state of the process and of the environment (its ``torch.Generator``s and ``state_dict``) is restored
+    afterwards. Reset the environment before further use.
 
     Args:
-        env: a TorchRL environment with a ``group_map``; one copy of it rather than a ``SerialEnv`` or ``ParallelEnv``.
+        env: a TorchRL environment with a ``group_map``; a single copy rather than a ``SerialEnv`` or ``ParallelEnv``.
         num_steps: length of the random rollout.
 
     Returns:
         The warnings, which are also printed. Empty for an environment without findings.
 
     Raises:
-        AssertionError: if ``check_env_specs`` finds data that do not match the specs.
-        ValueError: if the environment has no ``group_map``, or lacks an entry that training reads; it says which.
+        AssertionError: if ``check_env_specs`` finds data that does not match the specs.
+        ValueError: if the environment has no ``group_map``, or lacks entries that training reads, with their names.
 
     Example:
         >>> from torchrl_marl.envs import make_env
@@ -76,7 +75,7 @@ def check_env(env: EnvBase, *, num_steps: int = 128) -> list[str]:
 
 
 def missing_entries(env: EnvBase) -> list[str]:
-    """Return a sentence for every entry that training reads and that is missing or has another shape.
+    """Return a sentence for every entry needed for training that is missing or has the wrong shape.
 
     Raises:
         ValueError: if the environment has no ``group_map``.
@@ -84,7 +83,7 @@ def missing_entries(env: EnvBase) -> list[str]:
     found, missing = _specs(env), []
     for group, agents in _group_map(env).items():
         wanted = {
-            "observation": "size], what each agent sees: declare it in observation_spec, return it in reset and step",
+            "observation": "size], one for each agent: declare it in observation_spec, return it in reset and step",
             "action": "size] if continuous, without the size if discrete: declare it in action_spec",
             "reward": "1], one for each agent: declare it in reward_spec, return it in step",
         }
@@ -96,7 +95,7 @@ def missing_entries(env: EnvBase) -> list[str]:
             )
             if not fits or (name == "reward" and sizes[1:] != [1]):
                 keys = ", ".join(str(key if len(key) > 1 else "".join(key)) for key in found)
-                there = f"there are {keys}" if spec is None else f"it is {sizes}"
+                there = f"the environment has {keys}" if spec is None else f"it is {sizes}"
                 missing.append(f"({group!r}, {name!r}) must be [{len(agents)}, {form} ({there}).")
     return missing
 
@@ -118,14 +117,14 @@ def _group_map(env: EnvBase) -> dict[str, list[str]]:
         return env.group_map  # pyright: ignore[reportReturnType]
     except AttributeError:
         raise ValueError(
-            f"{type(env).__name__} has no group_map. Set self.group_map = {{'agents': ['agent_0', ...]}} in it and "
-            "keep each group's observation, action and reward under its name, such as ('agents', 'observation')"
+            f"{type(env).__name__} has no group_map. Set self.group_map = {{'agents': ['agent_0', ...]}} and nest each "
+            "group's observation, action and reward under the group's name, such as ('agents', 'observation')"
         ) from None
 
 
 @contextlib.contextmanager
 def _undisturbed(env: EnvBase) -> Iterator[None]:
-    """Restore all random states afterwards, and keep TorchRL's log lines out of the printed text."""
+    """Restore all random states on exit, and suppress TorchRL's log lines in the printed text."""
     env, logger = innermost(env), logging.getLogger("torchrl")
     own_state, level = copy.deepcopy(env.state_dict()), logger.level
     generators = [(own, own.get_state()) for own in vars(env).values() if isinstance(own, torch.Generator)]
@@ -167,7 +166,7 @@ def _num_choices(spec: TensorSpec) -> int | None:
 
 
 def _time_limit(env: EnvBase) -> tuple[int, str] | None:
-    """The limit in steps and the flag that reports it, where a StepCounter or the environment declares one."""
+    """The time limit in steps and its flag, if a StepCounter or the environment declares a limit."""
     counters = [module.max_steps for module in env.modules() if isinstance(module, StepCounter)]
     if limits := [limit for limit in counters if limit is not None]:
         return min(limits), "truncated"
@@ -177,21 +176,21 @@ def _time_limit(env: EnvBase) -> tuple[int, str] | None:
 
 
 def _frames(rollout: TensorDictBase, *key: str) -> Tensor:
-    """The entry with the environments and the time as one dimension."""
+    """An entry with environments and time flattened into one dimension."""
     value = rollout[key]
     assert isinstance(value, Tensor)
     return value.flatten(0, rollout.ndim - 1)
 
 
 def _episode_flag(env: EnvBase, rollout: TensorDictBase, name: str) -> Tensor:
-    """The flag of the whole episode, [rows, time]: the one at the root, else set where all agents have it set."""
+    """The flag of the whole episode, [rows, time]: the root's flag, or whether the flags of all agents are set."""
     keys = [(name,)] if name in env.done_keys else [key for key in map(_path, env.done_keys) if key[-1] == name]
     flags = [_frames(rollout, "next", *key).flatten(1).all(1) for key in keys]
     return torch.stack(flags).all(0).reshape(-1, rollout.shape[-1])
 
 
 def _episodes(env: EnvBase, rollout: TensorDictBase) -> tuple[Tensor, Tensor]:
-    """The length of each episode that ended in the rollout, and whether it ended by termination."""
+    """The length of each episode that ended in the rollout, and whether the end was a termination."""
     row, time = _episode_flag(env, rollout, "done").nonzero(as_tuple=True)
     previous = torch.where(row == row.roll(1), time.roll(1), -1)
     previous[:1] = -1
@@ -243,7 +242,7 @@ def _lone_agents(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
         if len(agents) == 1:
             yield (
                 f"group '{group}' has a single agent ({agents[0]}): MAPPO on it is independent PPO. To share the "
-                "critic and parameters with other agents, group them: group_map={'agents': [...]} of VmasEnv, say."
+                "critic and parameters with other agents, group them, e.g. with VmasEnv(group_map={'agents': [...]})."
             )
 
 
@@ -256,7 +255,7 @@ def _masks(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
             continue
         if key not in {(group, name) for group in groups for name in ("action_mask", "mask")}:
             yield (
-                f"{key} looks like an action mask, but nothing reads it under this name. Rename it to "
+                f"{key} looks like an action mask, but no policy reads it under this name. Rename it to "
                 f"('{groups[0]}', 'action_mask'), for example with RenameTransform."
             )
         elif key[1] == "action_mask" and spec.shape[-1] not in choices:
@@ -278,8 +277,8 @@ def _time_limit_findings(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]
         return
     if limit is None and not len(lengths):
         yield (
-            f"no episode ended in {rollout.shape[-1]} steps and no time limit is declared: an endless task is never "
-            "reset. Add StepCounter(max_steps=...)."
+            f"no episode ended in {rollout.shape[-1]} steps and no time limit is declared: an endless task never "
+            "resets. Add StepCounter(max_steps=...)."
         )
     elif limit is not None and limit[1] == "terminated":
         yield f"the time limit of {limit[0]} steps is reported as `terminated`. {advice}"
@@ -294,8 +293,8 @@ def _rewards(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
             differs = (~torch.isclose(reward, reward[:, :1], equal_nan=True)).flatten(1).any(1)
             if differs.any():
                 yield (
-                    f"{key} differs between the agents in {int(differs.sum())} of {len(differs)} steps. Right for "
-                    "agents with goals of their own; in a cooperative task share it, else each maximises its own."
+                    f"{key} differs between the agents in {int(differs.sum())} of {len(differs)} steps. This is right "
+                    "for agents with individual goals; in a cooperative task, share the reward among the agents."
                 )
 
 
@@ -350,10 +349,10 @@ def _not_finite(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
         if not value.isfinite().all():
             found[tuple(part for part in _path(key) if part != "next")] = True
 
-    # Unlike indexing by key, this also reaches observations of different sizes, one agent after the other.
+    # Unlike indexing by key, this also reaches observations of different sizes, agent by agent.
     rollout.named_apply(look, nested_keys=True, filter_empty=True)
     for key in found:
-        yield f"{key} holds values that are not finite (nan or inf): training on them breaks the networks."
+        yield f"{key} holds non-finite values (nan or inf): training on them breaks the networks."
 
 
 def _sizes(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
@@ -361,7 +360,7 @@ def _sizes(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
         if -1 in spec.shape:
             yield (
                 f"{key} differs in size between the agents of the group, which one network cannot take. Group agents "
-                "of one type together (group_map), or pad the entries to one size."
+                "of the same type (group_map), or pad the entries to the same size."
             )
 
 
@@ -376,5 +375,5 @@ def _done_flags(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
         if early.any():
             yield (
                 f"{key} is set before the episode is done in {int(early.sum())} of {len(early)} steps: agents drop "
-                f"out. Their later data train the policy unless ('{key[0]}', 'mask') marks the live agents."
+                f"out. The policy trains on their later data unless ('{key[0]}', 'mask') marks the live agents."
             )

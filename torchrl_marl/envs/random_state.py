@@ -1,4 +1,4 @@
-"""The random generators that a training run shares with everything else in its process."""
+"""The random generators that a training run shares with the rest of its process."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _VMAS_ENVIRONMENT = "vmas.simulator.environment.environment"
 class RandomState:
     """The random state of a run as a checkpointable object.
 
-    Holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's ``GlobalRNGState``), where VMAS
-    is loaded the random stream that all VMAS environments share, and the streams of an environment that owns its
-    randomness and says so with a method ``seed_copies`` (as :class:`~torchrl_marl.envs.base.TeamEnv` does).
+    The state holds the generators of Python, NumPy, Torch and the accelerators in use (TorchRL's ``GlobalRNGState``),
+    if VMAS is loaded the random stream that all VMAS environments share, and the streams of an environment that owns
+    its randomness and has a method ``seed_copies`` (such as :class:`~torchrl_marl.envs.base.TeamEnv`).
 
     Args:
-        env: the environment whose streams are part of the state, under any transforms; ``None`` for no environment.
+        env: environment whose streams are part of the state, with or without transforms; ``None`` for no environment.
 
     Example:
         >>> saved = RandomState().state_dict()
@@ -45,8 +45,7 @@ class RandomState:
         """Capture every generator.
 
         Returns:
-            Tensors, numbers and strings in dicts, lists and tuples, so that
-            ``torch.load(..., weights_only=True)`` reads it back.
+            Tensors, numbers and strings in dicts, lists and tuples, which ``torch.load(..., weights_only=True)`` reads.
         """
         state = GlobalRNGState().state_dict()
         state["streams"] = [owner.get_extra_state() for owner in self._owners]
@@ -60,15 +59,15 @@ class RandomState:
         """Restore every generator.
 
         Args:
-            state_dict: from ``state_dict``. VMAS is imported if the state holds VMAS's stream.
+            state_dict: result of ``state_dict``. VMAS is imported if the state holds VMAS's stream.
 
         Raises:
             ImportError: if the state holds VMAS's stream and VMAS is not installed.
-            ValueError: if the state was taken of another environment.
+            ValueError: if the state belongs to an environment with other streams.
         """
         streams = state_dict.get("streams", [])
         if len(streams) != len(self._owners):
-            raise ValueError(f"the state holds streams of {len(streams)} environments, here are {len(self._owners)}")
+            raise ValueError(f"the state holds streams of {len(streams)} environments, expected {len(self._owners)}")
         for owner, own in zip(self._owners, streams, strict=True):
             owner.set_extra_state(own)
         GlobalRNGState().load_state_dict(state_dict)
@@ -79,7 +78,7 @@ class RandomState:
             numpy_state = (name, keys.cpu().numpy().astype(np.uint32), *rest)
             _vmas_stream()[:] = [vmas["torch_cpu"].cpu(), numpy_state, vmas["python"]]
         elif _VMAS_ENVIRONMENT in sys.modules:
-            # VMAS was imported after the state was taken. Its stream begins as a copy of the process's state.
+            # VMAS was imported after the state was captured. Its stream starts as a copy of the process's state.
             _vmas_stream()[:] = [torch.get_rng_state(), np.random.get_state(), random.getstate()]
 
 
@@ -108,13 +107,13 @@ def reseed(env: EnvBase, seed: int, *, rank: int = 0, world_size: int = 1) -> No
     """Seed one of several processes that share the copies of an environment.
 
     Python's, NumPy's and Torch's generators and the environment's seed differ between processes. Environments with a
-    random stream for each copy get the streams that these copies would have in a single process, so that their episodes
-    do not depend on the number of processes.
+    random stream per copy get the streams that the copies would have in a single process, so their episodes do not
+    depend on the number of processes.
 
     Args:
-        env: the environment of this process, with as many copies as those of the others.
-        seed: seed of the whole.
-        rank: number of this process, from 0.
+        env: the environment of this process; all processes have the same number of copies.
+        seed: seed of the run.
+        rank: index of this process, from 0.
         world_size: number of processes.
 
     Example:
@@ -134,7 +133,7 @@ def reseed(env: EnvBase, seed: int, *, rank: int = 0, world_size: int = 1) -> No
 
 
 def _stream_owners(env: EnvBase) -> list[Any]:
-    # Asked of the class: a TransformedEnv hands what is asked of itself on to the environment below.
+    # The class is checked: a TransformedEnv forwards attributes to its base environment.
     return [module for module in env.modules() if hasattr(type(module), "seed_copies")]
 
 

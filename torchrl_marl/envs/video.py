@@ -1,4 +1,4 @@
-"""Films of evaluation episodes as GIF or MP4, on machines with and without OpenGL."""
+"""Videos of evaluation episodes as GIF or MP4, on machines with and without OpenGL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torchrl_marl.files import replacing
 
 __all__ = ["render_episode"]
 
-_LARGEST = 480  # longer side of a picture that an environment draws of itself, in pixels
+_LARGEST = 480  # longer side of an environment's own image, in pixels
 _CAPTION = 24  # height of the line of text above the picture
 _LAST = 1.5  # seconds that the last frame stays
 
@@ -37,28 +37,27 @@ def render_episode(
     env_index: int = 0,
     fps: int | None = None,
 ) -> Path:
-    """Film one episode, played with the policy's deterministic actions, and write it as a GIF or an MP4.
+    """Record one episode of the policy with deterministic actions, and write a GIF or an MP4.
 
-    The library's own games draw themselves, those of other packages are drawn by these, if they can, and so is any
-    environment with a ``render(env_index)``. VMAS draws the frames off screen; where OpenGL is missing we draw the same
-    entities with Pillow. No display is needed. The random state of the process is left as it was, but the environment
-    is reset and stepped: film on one of its own.
+    The library's games, wrapped games that support rendering, and any environment with a ``render(env_index)`` provide
+    their own frames. VMAS renders off screen; without OpenGL, the same entities are drawn with Pillow. No display is
+    needed. The random state of the process is preserved, but the environment is reset and stepped: use a separate one.
 
     Args:
-        env: a VMAS environment, such as one from ``make_env``, or one that draws itself, such as ``CoordSumEnv`` or a
-            wrapper of another package: with a method ``render(env_index)`` that returns uint8 ``[height, width, 3]``.
-        policy: writes the actions, such as the actor of a loss.
-        path: file to write; ends in ".gif" or ".mp4". Missing folders are made.
-        max_steps: the film stops here, or earlier when the episode ends.
-        env_index: which of the parallel environments to film.
+        env: a VMAS environment, such as one from ``make_env``, or an environment with a method ``render(env_index)``
+            that returns uint8 ``[height, width, 3]``, such as ``CoordSumEnv`` or a wrapper of another package.
+        policy: module that writes the actions, such as the actor of a loss.
+        path: file to write; ends in ".gif" or ".mp4". Missing folders are created.
+        max_steps: maximum number of steps; the video also stops at the end of the episode.
+        env_index: index of the parallel environment to record.
         fps: frames per second; ``None`` for 20 in VMAS, which simulates 10 steps per second, and 6 in other games.
 
     Returns:
         The path of the file.
 
     Raises:
-        ImportError: if Pillow is not installed, or for an MP4 imageio with ffmpeg.
-        ValueError: if the environment cannot be drawn or an argument is out of its range.
+        ImportError: if Pillow is not installed or, for an MP4, imageio with ffmpeg.
+        ValueError: if the environment cannot be rendered or an argument is out of its range.
 
     Example:
         >>> import tempfile
@@ -87,7 +86,7 @@ def render_episode(
     if write is _write_mp4:
         import_extra("imageio_ffmpeg", "video")
     if isinstance(policy, nn.Module) and "is_init" not in env.full_observation_spec.keys():
-        env = TransformedEnv(env, get_env_transforms_from_module(policy), auto_unwrap=False)  # for its memory
+        env = TransformedEnv(env, get_env_transforms_from_module(policy), auto_unwrap=False)  # adds the policy's memory
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = _film(env, camera, policy, max_steps, env_index)
     with replacing(path) as film:
@@ -116,7 +115,7 @@ def _film(
 
 
 class _Camera:
-    """Takes the pictures that an environment draws of itself."""
+    """Takes frames from an environment's own ``render``."""
 
     fps = 6
 
@@ -126,7 +125,7 @@ class _Camera:
 
     def shoot(self) -> None:
         picture = self._env.render(self._env_index)
-        if isinstance(picture, list):  # SerialEnv asks every copy
+        if isinstance(picture, list):  # SerialEnv renders every copy
             picture = picture[self._env_index]
         self._pictures.append(shrunk(picture.cpu().numpy(), _LARGEST))
 
@@ -151,7 +150,7 @@ def _with_caption(picture: np.ndarray, caption: str) -> np.ndarray:
 def _write_gif(frames: list[np.ndarray], path: Path, fps: int) -> None:
     from PIL import Image
 
-    # One palette for all frames keeps colours from flickering and frames small; by coverage, for those of small things.
+    # One palette for all frames avoids flicker and keeps frames small; MAXCOVERAGE keeps colours of small objects.
     sample = Image.fromarray(np.concatenate([frames[0], frames[len(frames) // 2], frames[-1]]))
     palette = sample.quantize(128, Image.Quantize.MAXCOVERAGE)
     first, *rest = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]

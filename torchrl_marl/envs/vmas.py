@@ -1,4 +1,4 @@
-"""VMAS tasks as TorchRL environments. VMAS is optional (GPLv3) and imported only when a task is asked for."""
+"""VMAS tasks as TorchRL environments. VMAS is optional (GPLv3) and imported only when a task is built."""
 
 from __future__ import annotations
 
@@ -37,23 +37,24 @@ def make_env(
     """Build a batch of VMAS environments.
 
     Each group of agents has its observations, actions and rewards under its name, such as ``("agents", "reward")``;
-    ``(group, "episode_reward")`` sums the rewards of the running episode. Done flags are at the root. Actions out of
-    range are clamped to it, so that a plain Gaussian policy can act.
+    ``(group, "episode_reward")`` sums the rewards of the running episode. Done flags are at the root. Actions are
+    clamped to their range, so a plain Gaussian policy can act.
 
     All VMAS environments of a process draw from one random stream, which ``seed`` restarts. Build and step any other
-    environment, for example to evaluate, under ``preserve_random_state``, so that it does not change this one's course.
+    environment, for example for evaluation, under ``preserve_random_state``; otherwise it changes this environment's
+    episodes.
 
     Args:
-        scenario: name of a VMAS scenario, such as "balance" or "simple_tag"; or a scenario of one's own.
+        scenario: name of a VMAS scenario, such as "balance" or "simple_tag"; or your own scenario.
         num_envs: number of environments stepped together.
         max_steps: time limit of an episode.
         time_limit: how the limit is reported. "truncate" sets ``truncated``, so that advantage estimation bootstraps
             from the value of the last state. "terminate" sets ``terminated``, as ``VmasEnv(max_steps=...)`` does: the
             value beyond the limit counts as zero. BenchMARL's results are measured with "terminate".
-            A scenario's own end, such as a fall in "balance", is ``terminated`` in both.
+            The scenario's own end, such as a fall in "balance", is ``terminated`` in both cases.
         continuous_actions: False for discrete actions.
-        seed: restarts VMAS's random stream; None goes on from where it is.
-        device: where VMAS simulates.
+        seed: restarts VMAS's random stream; None continues the stream.
+        device: device of the simulation.
         scenario_kwargs: options of the scenario, such as ``{"n_agents": 4}``.
 
     Returns:
@@ -61,7 +62,7 @@ def make_env(
 
     Raises:
         ImportError: if VMAS is not installed.
-        ValueError: if an argument is out of its range, or VMAS has no such scenario or the scenario no such option.
+        ValueError: if an argument is out of its range, or the scenario or one of its options is unknown.
 
     Example:
         >>> env = make_env("balance", num_envs=2, max_steps=5, seed=0)
@@ -87,13 +88,13 @@ def make_env(
             clamp_actions=True,
             scenario_kwargs=scenario_kwargs,
         )
-    # RewardSum without keys follows every reward of the environment, whatever its groups are called.
+    # RewardSum without keys sums the rewards of all groups.
     return TransformedEnv(env, Compose([StepCounter(max_steps=max_steps), RewardSum()]) if truncate else RewardSum())
 
 
 @contextlib.contextmanager
 def _options_named(scenario: object, scenario_kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Refuse options that VMAS fails on: it checks none, and looks without end for places that it does not have."""
+    """Reject options that VMAS fails on: VMAS does not check options, and spawns endlessly in a full world."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="It is taking many iterations to spawn")
         try:
@@ -102,16 +103,16 @@ def _options_named(scenario: object, scenario_kwargs: Mapping[str, Any]) -> Iter
             if not scenario_kwargs:
                 raise
             if isinstance(error, UserWarning):
-                error = ValueError("there is no room to place them all; take fewer, or a larger world")
+                error = ValueError("there is no room for all entities; use fewer, or a larger world")
             options = ", ".join(f"{name}={value}" for name, value in scenario_kwargs.items())
             raise ValueError(
-                f"VMAS cannot make the scenario {scenario!r} with scenario_kwargs {options}: "
+                f"VMAS cannot build the scenario {scenario!r} with scenario_kwargs {options}: "
                 f"{str(error) or type(error).__name__}"
             ) from error
 
 
 def _check_scenario(vmas: ModuleType, scenario: str, scenario_kwargs: Mapping[str, Any]) -> None:
-    """Reject unknown names: VMAS answers a wrong scenario with an assertion and a wrong option with a warning."""
+    """Reject unknown names: VMAS only asserts on an unknown scenario and warns about an unknown option."""
     scenarios: list[str] = [*vmas.scenarios, *vmas.mpe_scenarios, *vmas.debug_scenarios]
     if scenario not in scenarios:
         closest = difflib.get_close_matches(scenario, scenarios, n=3, cutoff=0.4)

@@ -198,7 +198,7 @@ class VmasGraphs:
 
     def _refuse(self, name: str, reason: _RefusedError) -> None:
         self.refused.add(name)
-        warnings.warn(f"The {name} of {self.env.scenario_name!r} goes on as VMAS does it: {reason}.", stacklevel=3)
+        warnings.warn(f"The {name} of {self.env.scenario_name!r} falls back to VMAS: {reason}.", stacklevel=3)
 
 
 class _RefusedError(Exception):
@@ -320,7 +320,7 @@ class _Graph:
         if not valid:
             self._misses += 1
             if self._misses > _MAX_MISSES * max(self._runs, _DENSE_CHECKS):
-                raise _RefusedError("what it does depends too often on what its tensors hold")
+                raise _RefusedError("its control flow depends too often on tensor values")
             return None
         if self._runs <= _DENSE_CHECKS or self._runs.bit_count() == 1:
             self._check(before, outputs, after, reference)
@@ -414,7 +414,7 @@ class _Draws(TorchDispatchMode):
             return drawn
         drawn = next(self._given, None)
         if drawn is None:
-            raise _RefusedError("how much it draws at random depends on what it draws")
+            raise _RefusedError("the number of its random draws depends on the drawn values")
         return args[0].copy_(drawn) if in_place else drawn.clone()
 
     def of_all(self, num_envs: int) -> list[Tensor]:
@@ -463,7 +463,7 @@ def _check_operations(module: GraphModule) -> None:
         if torch.Tag.nondeterministic_seeded in tags:
             raise _RefusedError(f"it draws random numbers ({node.target})")
         if torch.Tag.dynamic_output_shape in tags and node.target is not torch.ops.aten.index.Tensor:
-            raise _RefusedError(f"the size of a tensor depends on what another one holds ({node.target})")
+            raise _RefusedError(f"the size of a tensor depends on the values of another one ({node.target})")
 
 
 class _Tracer(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Pictures of VMAS's worlds: VMAS's own or, on machines without OpenGL, drawings of the same entities."""
+"""Images of VMAS's worlds: VMAS's own or, on machines without OpenGL, drawings of the same entities."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _SQUARE = torch.tensor([(-1.0, -1.0), (-1.0, 1.0), (1.0, 1.0), (1.0, -1.0)], dty
 
 
 class WorldCamera:
-    """Films one copy of an environment that has a ``world`` of VMAS's entities.
+    """Takes frames of one copy of an environment that has a ``world`` of VMAS's entities.
 
-    The frames are VMAS's own or, where that cannot render, drawn from the entities' shapes.
+    The frames are VMAS's own or, if VMAS cannot render, drawn from the entities' shapes.
 
     Args:
         env: VMAS in TorchRL's wrapper.
-        env_index: number of the copy.
+        env_index: index of the copy.
     """
 
-    fps = 20  # twice as fast as what VMAS simulates
+    fps = 20  # twice real time
 
     def __init__(self, env: Any, env_index: int) -> None:
         self._env, self._env_index = env, env_index
@@ -35,34 +35,34 @@ class WorldCamera:
         self._has_opengl = True
 
     def shoot(self) -> None:
-        """Take a picture of the moment."""
+        """Take a frame of the current state."""
         self._scenes.append(_bodies(self._env, self._env_index))
         if self._has_opengl:
-            try:  # any other mode than rgb_array spoils pyglet for the process where there is no display
+            try:  # without a display, any mode other than rgb_array breaks pyglet for the whole process
                 picture = self._env.render(mode="rgb_array", env_index=self._env_index)
                 self._pictures.append(shrunk(picture.copy(), _SIZE))
             except Exception:
-                # Without OpenGL, EGL or a display pyglet fails at the first frame, each in its own way.
+                # Without OpenGL, EGL or a display, pyglet fails at the first frame with various exceptions.
                 self._has_opengl = False
 
     def pictures(self) -> list[np.ndarray]:
-        """Return all of them, ``uint8`` of shape ``[height, width, 3]``."""
+        """Return all frames, ``uint8`` of shape ``[height, width, 3]``."""
         return self._pictures if self._has_opengl else _drawn(self._scenes)
 
 
 class _Body(NamedTuple):
-    """An entity at one moment, in world coordinates."""
+    """An entity at one step, in world coordinates."""
 
     points: Tensor  # [P, 2]: the corners of a box, the ends of a line or the centre of a disc
     radius: float  # 0 unless a disc
     color: list[int]
-    layer: int  # -1 the ground; 0 marks on it, such as goals; 1 obstacles and things to push; 2 agents
+    layer: int  # -1 the ground; 0 marks on the ground, such as goals; 1 obstacles and movable objects; 2 agents
     framed: bool = True  # False for walls and floors, which may leave the frame
     nose: Tensor | None = None  # from the centre
 
 
 def _bodies(env: Any, env_index: int) -> list[_Body]:
-    """What is to be seen at the moment, in drawing order."""
+    """Visible entities of the current state, in drawing order."""
     world = env.world
     bodies = [_body(entity, env_index) for entity in world.entities if entity.is_rendering[env_index]]
     if world.x_semidim is not None and world.y_semidim is not None and env.scenario.visualize_semidims:
@@ -91,7 +91,7 @@ def _body(entity: Any, env_index: int) -> _Body:
 
 
 def _nose(agent: Any, env_index: int, facing: Tensor, reach: float) -> Tensor:
-    """From the agent's centre, where it faces or, if its dynamics know no facing, where it moves."""
+    """Vector from the agent's centre in its heading or, for dynamics without a heading, in its direction of motion."""
     from vmas.simulator.dynamics.holonomic import Holonomic
 
     if type(agent.dynamics) is not Holonomic:
@@ -102,11 +102,11 @@ def _nose(agent: Any, env_index: int, facing: Tensor, reach: float) -> Tensor:
 
 
 def _drawn(scenes: list[list[_Body]]) -> list[np.ndarray]:
-    """The pictures of a camera that stays still and whose frame no framed body ever leaves."""
+    """The frames of a static camera that keeps every framed body in view."""
     framed = [body for bodies in scenes for body in bodies if body.framed]
     low = torch.cat([body.points - body.radius for body in framed]).amin(0)
     high = torch.cat([body.points + body.radius for body in framed]).amax(0)
-    # A margin, and no strip so narrow that the caption would not fit.
+    # Add a margin, and a minimum width for the caption.
     half = 0.53 * (high - low)
     half = half.maximum(half.max() * torch.tensor([0.7, 0.4]))
     scale = (_SIZE / (2 * half.max())).item()

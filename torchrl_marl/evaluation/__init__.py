@@ -1,4 +1,4 @@
-"""How runs are measured, compared and shown."""
+"""Evaluation, comparison and plots of runs."""
 
 from torchrl_marl.evaluation.episodes import Episodes, evaluate
 from torchrl_marl.evaluation.plots import plot_kl_interval, plot_learning_curve, plot_method, plot_reuse_matrix

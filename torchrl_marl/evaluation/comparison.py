@@ -1,6 +1,6 @@
 """A page that compares finished runs.
 
-Runs are a table with a row each, as :func:`torchrl_marl.run.records.read_runs` reads it, by task and method.
+Runs are a table with one row per run, by task and method, as returned by :func:`torchrl_marl.run.records.read_runs`.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ _PERCENT = np.linspace(0, 100, 101)
 
 
 def check_comparable(runs: DataFrame) -> None:
-    """Refuse runs that cannot stand in one table.
+    """Reject runs that are not comparable.
 
-    On one task, all runs must share the environment with its options and its time limit, the budget and the
-    evaluation; the runs of one method must differ in nothing but distinct seeds.
+    On a task, all runs must share the environment with its options and time limit, the budget and the evaluation. The
+    runs of a method must differ only in their seeds, which must be distinct.
 
     Args:
-        runs: a row for each run.
+        runs: table with one row per run.
 
     Raises:
-        ValueError: with every key that differs, its values and a run of each.
+        ValueError: with every key that differs, its values and an example run for each value.
     """
     for task, of_task in runs.groupby("task", sort=False):
         differing = _differences(of_task, _is_shared)
         if differing:
-            raise ValueError(f"Runs on {task} cannot be compared, they differ in\n{differing}")
+            raise ValueError(f"Runs on {task} cannot be compared: they differ in\n{differing}")
         for method, members in of_task.groupby("method", sort=False):
             _check_seeds(f"{method} on {task}", members)
 
@@ -68,16 +68,16 @@ def _check_seeds(which: str, runs: DataFrame) -> None:
     differing = _differences(runs, lambda _: True)
     if differing:
         raise ValueError(
-            f"Runs of {which} are not seeds of one configuration, they differ in\n{differing}\n"
-            "Name such keys with --split to compare them as variants."
+            f"Runs of {which} are not seeds of one configuration: they differ in\n{differing}\n"
+            "Name these keys with --split to compare the runs as variants."
         )
     for seed, same in runs.groupby("seed"):
         if len(same) > 1:
             folders = ", ".join(map(str, same.folder))
-            raise ValueError(f"Seed {seed} of {which} is there {len(same)} times: {folders}.")
+            raise ValueError(f"Seed {seed} of {which} appears {len(same)} times: {folders}.")
     seeds: dict[tuple, int] = {}
     for run in runs.itertuples():
-        # a game without chance may well give two seeds the same evaluations, but not the same losses
+        # in a deterministic game, two seeds may have the same evaluations, but not the same losses
         _, returns = run.returns
         other = seeds.setdefault((*returns, run.losses), run.seed)
         if other != run.seed and len(returns) > 1:
@@ -85,20 +85,20 @@ def _check_seeds(which: str, runs: DataFrame) -> None:
 
 
 def _is_shared(key: str) -> bool:
-    """Whether a setting must be equal on a task; how many copies of it are stepped at once belongs to the method."""
+    """Whether a setting must be equal on a task; the number of parallel environments belongs to the method."""
     shared = ("total_frames", "evaluation.interval", "evaluation.episodes")
     return key in shared or (key.startswith("env.") and key not in ("env.num_envs", "env.compile"))
 
 
 def _settings(runs: DataFrame) -> DataFrame:
-    """Settings as text, a row for each run and a column for each key; NaN where a run does not state it."""
+    """Settings as text, one row per run and one column per key; NaN where a run does not record the key."""
     from pandas import DataFrame
 
     return DataFrame([{key: str(value) for key, value in config.items()} for config in runs.config], runs.index)
 
 
 def _differences(runs: DataFrame, which: Callable[[str], bool]) -> str:
-    """Return a line for each setting that is not the same in all runs: the values, and a run that has each."""
+    """Return a line for each setting that differs between runs: its values, with an example run for each."""
     settings = _settings(runs).fillna("(default)")
     lines = []
     for key in sorted(filter(which, settings)):
@@ -121,23 +121,23 @@ def write_comparison(
     unfinished: Sequence[Path] = (),
     command: str = "",
 ) -> None:
-    """Write a page that compares runs: ``README.md`` with pictures, and ``page.html``.
+    """Write a page that compares runs: ``README.md`` with figures, and ``page.html``.
 
     Args:
-        runs: a row for each run; see :func:`check_comparable`.
+        runs: table with one row per run; see :func:`check_comparable`.
         output: folder for the page.
-        baseline: method over which the probability of improvement is given; ``None`` leaves that part out.
-        metric: name of what stands in ``returns``.
-        score: what is compared of each run: ``"absolute"`` (the absolute metric), ``"last"``, ``"last_fifth"`` or
-            ``"best"`` of its evaluations, or ``"window:FRAMES"``, their mean over its last frames.
-        spread: of curves and returns over seeds: ``"interval"``, the IQM with a 95 % interval, or ``"std"``, the mean
-            with the standard deviation (of a sample).
-        metrics: what else the page draws: of each metric the curves of all runs, in the order of the rows.
-        unfinished: folders of runs to state as left out.
-        command: what was called, for the page to state.
+        baseline: baseline of the probability of improvement; ``None`` omits this section.
+        metric: name of the metric in ``returns``.
+        score: score of a run: ``"absolute"`` (the absolute metric), ``"last"``, ``"last_fifth"`` or ``"best"`` of its
+            evaluations, or ``"window:FRAMES"``, the mean of evaluations over the last frames.
+        spread: center and spread over seeds: ``"interval"``, the IQM with a 95 % interval, or ``"std"``, the mean with
+            the sample standard deviation.
+        metrics: further metrics to draw: for each, the curves of all runs, in the order of the rows.
+        unfinished: folders of unfinished runs, which the page lists as left out.
+        command: command line that the page records.
 
     Raises:
-        ValueError: if no run is of the baseline, or there is no such score.
+        ValueError: if no run uses the baseline, or the score is unknown.
         ImportError: without matplotlib (``pip install "torchrl_marl[plot]"``).
     """
     scores, scored = _score(runs, score)
@@ -145,7 +145,7 @@ def write_comparison(
     groups: Groups = dict(iter(runs.groupby(["task", "method"], sort=False)))
     tasks, methods = list(dict.fromkeys(runs.task)), sorted(set(runs.method))
     if baseline is not None and baseline not in methods:
-        raise ValueError(f"No run is of the baseline {baseline!r}; there are {', '.join(methods)}.")
+        raise ValueError(f"No run uses the baseline {baseline!r}; the methods are {', '.join(methods)}.")
     page = Page(output, title=f"{_counted(methods, 'methods')} on {_counted(tasks, 'tasks')}")
     seeds = sorted(len(members) for members in groups.values())
     episodes = sorted({config["evaluation.episodes"] for config in runs.config})
@@ -180,7 +180,7 @@ def write_comparison(
     _sessions(page, runs)
     if unfinished:
         left_out = _listed(["/".join(folder.parts[-3:]) for folder in unfinished])
-        page.paragraph(f"Left out, for they are not finished: {left_out}.")
+        page.paragraph(f"Left out because they are not finished: {left_out}.")
     page.heading("How to read this page")
     if spread != "interval":
         page.paragraph(f"Curves and the table of evaluations show the {_SPREADS[spread]}; all else as follows.")
@@ -191,14 +191,14 @@ def write_comparison(
 
 
 def _common_curves(curves: Iterable[Curve]) -> Curve:
-    """Return the frames that all runs were evaluated at (an interrupted one has more) and ``[runs, evaluations]``."""
+    """Return the frames at which all runs were evaluated (interrupted runs have more) and ``[runs, evaluations]``."""
     curves = list(curves)
     frames = reduce(np.intersect1d, [frames for frames, _ in curves])
     return frames, np.stack([values[np.isin(own, frames)] for own, values in curves])
 
 
 def _draw(groups: Groups, curves: Sequence[Curve], ylabel: str, spread: str) -> Figure:
-    """Draw a metric of every run, ``curves`` by the rows of the table of runs."""
+    """Draw a metric of every run, with ``curves`` in the order of the rows."""
     bands: dict[str, dict[str, Band]] = defaultdict(dict)
     for (task, method), runs in groups.items():
         frames, values = _common_curves(curves[run] for run in runs.index)
@@ -207,7 +207,7 @@ def _draw(groups: Groups, curves: Sequence[Curve], ylabel: str, spread: str) -> 
 
 
 def _draw_logged(groups: Groups, curves: Sequence[Curve], metric: str, spread: str) -> Figure:
-    """Draw what runs log while they train; what spans a decade gets a logarithmic axis."""
+    """Draw a metric logged during training, on a logarithmic axis if it spans a decade."""
     figure = _draw(groups, curves, metric, spread)
     for axes in figure.axes:
         values = np.concatenate([line.get_ydata() for line in axes.lines])
@@ -216,16 +216,18 @@ def _draw_logged(groups: Groups, curves: Sequence[Curve], metric: str, spread: s
 
 
 def _estimate(scores: Any, statistic: Callable[..., Any]) -> tuple[Any, Any, Any]:
-    """Return a statistic with its 95 % interval, NaN for single runs; ``scores`` as the bootstrap takes them."""
+    """Return a statistic with its 95 % interval, NaN for single runs; ``scores`` as for the bootstrap."""
     samples = scores if isinstance(scores, tuple) else (scores,)
     center = statistic(*samples)
-    if all(len(sample) == 1 for sample in samples):  # nothing to resample: a width of zero would claim certainty
+    if all(
+        len(sample) == 1 for sample in samples
+    ):  # resampling one run would give a width of zero, which claims certainty
         return center, np.nan * center, np.nan * center
     return (center, *stratified_bootstrap_interval(scores, statistic))
 
 
 def _over_seeds(values: NDArray[np.float64], spread: str) -> tuple[Any, Any, Any]:
-    """Return center and bounds over the seeds of ``[runs, ...]``."""
+    """Return center and bounds of ``[runs, ...]`` over seeds."""
     if spread == "interval":
         return _estimate(values[:, None], iqm if values.ndim == 1 else sample_efficiency)
     mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.nan * values[0]
@@ -247,7 +249,7 @@ def _returns(page: Page, groups: Groups, metric: str, scored: str, spread: str) 
 
 
 def _score(runs: DataFrame, score: str) -> tuple[Any, str]:
-    """Return what is compared of each run, and what the page calls it."""
+    """Return the score of each run, and its name on the page."""
     kind, _, frames = score.partition(":")
     if kind == "window" and frames.isdecimal() and int(frames) > 0:
         means = runs.returns.map(lambda curve: curve[1][curve[0] > curve[0][-1] - int(frames)].mean())
@@ -268,7 +270,7 @@ def _bounds(groups: Groups, task: str) -> tuple[float, float]:
 
 
 def _aggregate(page: Page, groups: Groups, tasks: Sequence[str], methods: Sequence[str], scored: str) -> None:
-    """Add tables and figures over the tasks that every method has played with as many runs on each."""
+    """Add tables and figures over the tasks on which every method has the same number of runs."""
     bounds = {task: _bounds(groups, task) for task in tasks}
     tasks = [
         task
@@ -334,7 +336,7 @@ def _curves(groups: Groups, method: str, tasks: Sequence[str]) -> NDArray[np.flo
 def _improvements(
     page: Page, groups: Groups, tasks: Sequence[str], methods: Sequence[str], baseline: str, scored: str
 ) -> None:
-    """Add the probability that a run of a method beats one of the baseline, on each task and on all tasks of both."""
+    """Add the probability that a method's run beats a run of the baseline, per task and over all shared tasks."""
     rows: dict[str, dict[str, tuple[float, float, float]]] = defaultdict(dict)
     for among in [*([task] for task in tasks), tasks]:
         for method in (method for method in methods if method != baseline):
@@ -353,7 +355,7 @@ def _improvements(
 
 
 def _differing_settings(page: Page, runs: DataFrame, methods: Sequence[str]) -> None:
-    """Add the settings in which the methods on a task differ, with the tasks on which they do so."""
+    """Add the settings in which the methods on a task differ, with these tasks."""
     tasks: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for task, of_task in runs.groupby("task", sort=False):
         first = of_task.drop_duplicates("method").set_index("method")
@@ -366,7 +368,7 @@ def _differing_settings(page: Page, runs: DataFrame, methods: Sequence[str]) -> 
 
 
 def _sessions(page: Page, runs: DataFrame) -> None:
-    """Add the command and the commit of every session that took part in a run."""
+    """Add the command and the commit of every session of a run."""
     rows = []
     for run in runs.sort_values(["task", "method", "seed"]).itertuples():
         for session in run.sessions:

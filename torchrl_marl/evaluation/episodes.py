@@ -16,7 +16,7 @@ __all__ = ["Episodes", "ended_episode_returns", "episode_returns", "evaluate"]
 
 
 class Episodes(NamedTuple):
-    """Finished episodes, ``E`` of them."""
+    """``E`` finished episodes."""
 
     returns: Tensor
     """Undiscounted return, mean over agents, ``[E]``."""
@@ -25,17 +25,17 @@ class Episodes(NamedTuple):
     groups: dict[str, Tensor]
     """Undiscounted return of each group, mean over its agents, ``[E]``."""
     info: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple's default)
-    """What the environment says of each episode beyond its return, such as ``won`` (0 or 1), ``[E]``."""
+    """Further numbers that the environment reports for each episode, such as ``won`` (0 or 1), ``[E]``."""
 
     def metrics(self) -> dict[str, list[float]]:
-        """Lists of one value an episode, by the names under which they are stored."""
+        """Lists with one value per episode, by the names under which they are stored."""
         groups = self.groups if len(self.groups) > 1 else {}
         named = {"return": self.returns, **{f"return_{group}": returns for group, returns in groups.items()}}
         named |= {"episode_length": self.lengths}
         return {name: values.tolist() for name, values in (self.info | named).items()}
 
     def chunk(self, parts: int) -> list[Episodes]:
-        """Cut the episodes into as many equal parts, in order."""
+        """Split the episodes into ``parts`` equal parts, in order."""
 
         def cut(values: dict[str, Tensor]) -> list[dict[str, Tensor]]:
             return [{name: value.chunk(parts)[part] for name, value in values.items()} for part in range(parts)]
@@ -55,14 +55,14 @@ def evaluate(
 ) -> Episodes:
     """Play one episode in every copy of an environment.
 
-    It draws random numbers; enclose it in :func:`torchrl_marl.envs.preserve_random_state` during training.
+    The function draws random numbers; call it under :func:`torchrl_marl.envs.preserve_random_state` during training.
 
     Args:
-        env: batch of environments that count ``(group, "episode_reward")``, as ``make_env`` makes them; of what they
-            state in ``("next", "info")``, the value at the last step of an episode is the episode's.
-        policy: the policy; if it is recurrent, every episode starts from states of zero.
-        seed: of the environments; the same seed gives the same starts. ``None`` leaves their random streams alone.
-        max_steps: the longest that an episode can be.
+        env: batch of environments with ``(group, "episode_reward")``, such as those of ``make_env``. Entries of
+            ``("next", "info")`` are read at the last step of an episode.
+        policy: the policy; recurrent states start from zero in every episode.
+        seed: seed of the environments; the same seed gives the same initial states. ``None`` keeps the random streams.
+        max_steps: maximum length of an episode.
         sampled: sample the policy's actions instead of taking the most likely ones.
 
     Returns:
@@ -76,7 +76,7 @@ def evaluate(
         env.set_seed(seed)
     following, steps = env.reset(), []
     with set_exploration_type(ExplorationType.RANDOM if sampled else ExplorationType.DETERMINISTIC):
-        for _ in range(max_steps):  # not env.rollout, which would keep a policy's memory of every step
+        for _ in range(max_steps):  # env.rollout would store a policy's memory at every step
             data, following = env.step_and_maybe_reset(policy(following))
             own = {"returns": episode_returns(data), "groups": group_returns(data), "info": episode_info(data)}
             steps.append(TensorDict({"done": data["next", "done"].squeeze(-1), **own}, data.batch_size))
@@ -84,26 +84,26 @@ def evaluate(
     done = played["done"]
     if not done.any(-1).all():
         raise ValueError(f"{int((~done.any(-1)).sum())} of {len(done)} episodes did not end within {max_steps} steps.")
-    first = done.int().argmax(-1)  # the copies start anew after it
+    first = done.int().argmax(-1)  # environments restart after their first episode
     ends = played[torch.arange(len(first), device=first.device), first]
     return Episodes(ends["returns"], first + 1, ends["groups"].to_dict(), ends["info"].to_dict())
 
 
 def ended_episode_returns(batch: TensorDictBase) -> Tensor:
-    """Return the returns of the episodes that end within a batch of training data (some began in an earlier one)."""
+    """Return the returns of episodes that end within a batch of training data, including steps of earlier batches."""
     return episode_returns(batch)[batch["next", "done"].squeeze(-1)]
 
 
 def group_returns(data: TensorDictBase) -> dict[str, Tensor]:
-    """Return so far at every step of each group, mean over its agents, of the shape of ``data``."""
+    """Cumulative return at every step of each group, mean over its agents, with the shape of ``data``."""
     entries = data.get("next").items(True, True)
     return {key[0]: value.mean((-2, -1)) for key, value in entries if key[1:] == ("episode_reward",)}
 
 
 def episode_info(data: TensorDictBase) -> dict[str, Tensor]:
-    """Return the numbers that an environment states of its episodes in ``("next", "info")``, of the shape of ``data``.
+    """Return the numbers that an environment reports in ``("next", "info")``, with the shape of ``data``.
 
-    Entries of any other size than one number for each copy are left out.
+    Entries that are not one number per environment are left out.
     """
     entries = data.get(("next", "info"), TensorDict()).items()
     size = data.batch_size
@@ -111,6 +111,6 @@ def episode_info(data: TensorDictBase) -> dict[str, Tensor]:
 
 
 def episode_returns(data: TensorDictBase) -> Tensor:
-    """Return so far at every step, mean over the agents of all groups, of the shape of ``data``."""
+    """Cumulative return at every step, mean over the agents of all groups, with the shape of ``data``."""
     rewards = [value for key, value in data.get("next").items(True, True) if "episode_reward" in key]
     return torch.cat(rewards, -2).mean((-2, -1))

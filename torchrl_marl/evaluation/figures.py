@@ -1,4 +1,4 @@
-"""Figures of curves, legible in print: one colour a method on every page, intervals shaded."""
+"""Figures of curves, legible in print, with shaded intervals and the same colour for a method on every page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Band", "draw_aggregates", "draw_curves", "draw_improvements", "frames_axis", "method_styles", "subplots"]
 
-# Distinct also for readers who do not see all colours; many are those of Okabe and Ito.
+# Distinct for readers with colour vision deficiency; many colours are from Okabe and Ito.
 _COLORS = {
     "mars": "#d55e00",
     "mappo": "#0072b2",
@@ -40,7 +40,7 @@ _WIDTH = 7.0  # inches, the text width of a printed page
 
 
 class Band(NamedTuple):
-    """A line with its interval, arrays of one length."""
+    """A line with its interval, arrays of the same length."""
 
     x: ArrayLike
     center: ArrayLike
@@ -49,9 +49,9 @@ class Band(NamedTuple):
 
 
 def method_styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Line styles: a method's colour is the same everywhere, and its variants (``mars_additive``) differ in dashes.
+    """Line styles: a method has one colour everywhere, and its variants (``mars_additive``) differ in dashes.
 
-    Variants of one method alone, ``mars lr=0.001`` and ``mars lr=0.01``, differ in colours as well.
+    If all methods are variants of one, such as ``mars lr=0.001`` and ``mars lr=0.01``, their colours differ as well.
 
     Example:
         >>> styles = method_styles(["mars", "mappo", "mars_additive"])
@@ -75,7 +75,7 @@ def draw_curves(tasks: Mapping[str, Mapping[str, Band]], *, ylabel: str) -> Figu
 
     Args:
         tasks: curves over frames, by task and method.
-        ylabel: what they show.
+        ylabel: label of the vertical axes.
 
     Returns:
         Figure.
@@ -127,10 +127,10 @@ def draw_aggregates(efficiency: Mapping[str, Band], profiles: Mapping[str, Band]
 
 
 def draw_improvements(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], *, baseline: str) -> Figure:
-    """Draw probabilities of improvement over a baseline with their intervals, a panel for each task.
+    """Draw probabilities of improvement over a baseline with intervals, one panel per task.
 
     Args:
-        panels: ``(probability, low, high)`` by title of the panel and method.
+        panels: ``(probability, low, high)`` by panel title and method.
         baseline: name of the baseline.
 
     Returns:
@@ -168,12 +168,12 @@ def draw_improvements(panels: Mapping[str, Mapping[str, tuple[float, float, floa
 
 
 def _plain(name: str) -> str:
-    """A name, of which Matplotlib must not make a formula."""
+    """Escape a name that Matplotlib would typeset as a formula."""
     return name.replace("$", r"\$")
 
 
 def subplots(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Return a figure of so many inches and its panels, row by row; ``options`` are those of ``Figure.subplots``."""
+    """Return a figure with its size in inches and its panels, row by row; ``options`` go to ``Figure.subplots``."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -206,7 +206,7 @@ def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
 
     handles = [Line2D([], [], linewidth=1.7, label=_plain(method), **style) for method, style in styles.items()]
     for most in range(min(5, len(handles)), 0, -1):  # the most that fit
-        columns = math.ceil(len(handles) / math.ceil(len(handles) / most))  # in rows as equal as can be
+        columns = math.ceil(len(handles) / math.ceil(len(handles) / most))  # rows of nearly equal length
         legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
         width = legend.get_window_extent().width
         if width <= figure.bbox.width or most == 1:

@@ -1,4 +1,4 @@
-"""A page of text, tables and figures, written as Markdown and as HTML that needs no other file."""
+"""A page of text, tables and figures, written as Markdown and as self-contained HTML."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Page"]
 
 
 class Page:
-    """A page from top to bottom: ``README.md`` with its PNG files, and ``page.html`` with its figures inside.
+    """A page written as ``README.md`` with PNG files and as ``page.html`` with embedded figures.
 
     Args:
-        folder: where to; made if need be.
-        title: of the page.
+        folder: output folder, created if missing.
+        title: title of the page.
 
     Example:
         >>> import tempfile
@@ -48,7 +48,7 @@ class Page:
         self._figures: dict[str, Figure] = {}
 
     def heading(self, text: str) -> None:
-        """Add the heading of a section."""
+        """Add a section heading."""
         self._add(f"## {_one_line(text)}", f"<h2>{escape(text)}</h2>")
 
     def paragraph(self, text: str) -> None:
@@ -56,11 +56,11 @@ class Page:
         self._add(_one_line(text), f"<p>{escape(text)}</p>")
 
     def code(self, text: str) -> None:
-        """Add lines to copy."""
+        """Add a code block."""
         self._add(f"```\n{text}\n```", f"<pre>{escape(text)}</pre>")
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> None:
-        """Add a table of text, of which all columns after the first ``text_columns`` are set as numbers."""
+        """Add a table of text; columns after the first ``text_columns`` are aligned as numbers."""
         classes = [""] * text_columns + [" class=number"] * (len(header) - text_columns)
         rule = "".join("--:|" if number else ":--|" for number in classes)
         markdown, html = [], []
@@ -73,7 +73,7 @@ class Page:
         self._add("\n".join(markdown), f'<div class="wide">{table}</div>')
 
     def figure(self, figure: Figure, name: str, text: str) -> None:
-        """Add a figure: ``name`` is that of its PNG file beside the Markdown, ``text`` says what it shows."""
+        """Add a figure with the name of its PNG file beside the Markdown, and a description."""
         self._figures[name] = figure
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -99,5 +99,5 @@ class Page:
 
 
 def _one_line(text: str) -> str:
-    """Text as one line of Markdown in which names of runs, which may be anyone's, are no HTML and no link."""
+    """Text as one line of Markdown, with untrusted names of runs escaped against HTML and links."""
     return " ".join(escape(text, quote=False).replace("](", "]\\(").splitlines())

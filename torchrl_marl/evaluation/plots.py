@@ -1,4 +1,4 @@
-"""Pictures of one run."""
+"""Figures of a single run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_kl_interval", "plot_learning_curve", "plot_method", "plot_reuse_matrix"]
 
 Metrics = Mapping[str, tuple[ArrayLike, ArrayLike]]
-"""Frames and values of what a run has logged, by the name of the metric."""
+"""Frames and values that a run has logged, by metric."""
 
 
 def plot_learning_curve(evaluations: Sequence[tuple[int, float]], path: Path, *, title: str) -> Path:
@@ -28,7 +28,7 @@ def plot_learning_curve(evaluations: Sequence[tuple[int, float]], path: Path, *,
     Args:
         evaluations: pairs of frames and mean return.
         path: PNG file to write.
-        title: of the plot.
+        title: title of the plot.
 
     Returns:
         The path.
@@ -45,11 +45,11 @@ def plot_learning_curve(evaluations: Sequence[tuple[int, float]], path: Path, *,
 
 
 def plot_method(metrics: Metrics, folder: Path) -> list[Path]:
-    """Draw what a method logs of itself: the picture of each metric that the run has, and that has one.
+    """Draw the method-specific figures for which a run has logged metrics.
 
     Args:
-        metrics: of a run.
-        folder: where the pictures go.
+        metrics: metrics of a run.
+        folder: output folder.
 
     Returns:
         The PNG files.
@@ -63,8 +63,8 @@ def plot_kl_interval(metrics: Metrics, folder: Path, group: str = "agents") -> P
     """Draw MARPO's ratio interval over training, above the divergence that it follows.
 
     Args:
-        metrics: of a run of :class:`~torchrl_marl.objectives.MARPOLoss`.
-        folder: where the picture goes.
+        metrics: metrics of a run of :class:`~torchrl_marl.objectives.MARPOLoss`.
+        folder: output folder.
         group: name of the agents' group.
 
     Returns:
@@ -95,11 +95,11 @@ def plot_kl_interval(metrics: Metrics, folder: Path, group: str = "agents") -> P
 
 
 def plot_reuse_matrix(metrics: Metrics, folder: Path, group: str = "agents") -> Path:
-    """Draw whose experience the agents of an off-agent method used over training: one stripe a learner and source.
+    """Draw the reuse matrix of an off-agent method over training, one stripe per learner and source.
 
     Args:
-        metrics: of a run of :class:`~torchrl_marl.objectives.OAPPOLoss` or one of its kind.
-        folder: where the picture goes.
+        metrics: metrics of a run of :class:`~torchrl_marl.objectives.OAPPOLoss` or another off-agent method.
+        folder: output folder.
         group: name of the agents' group.
 
     Returns:

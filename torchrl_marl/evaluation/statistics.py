@@ -1,7 +1,7 @@
-"""Statistics over runs, tasks and episodes: what a table or a figure of a comparison states.
+"""Statistics over runs, tasks and episodes, for the tables and figures of a comparison.
 
-Scores are arrays whose first dimension is the run (one seed each) and whose second, where there is one, is the task:
-``[runs]``, ``[runs, tasks]`` or, for curves, ``[runs, tasks, evaluations]``.
+Scores are arrays with runs (one seed each) as the first dimension and, optionally, tasks as the second: ``[runs]``,
+``[runs, tasks]`` or, for curves, ``[runs, tasks, evaluations]``.
 
 Source: Agarwal et al., Deep Reinforcement Learning at the Edge of the Statistical Precipice, 2021,
 https://arxiv.org/abs/2108.13264, which Gorsane et al., Towards a Standardised Performance Evaluation Protocol for
@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 def iqm(scores: ArrayLike, axis: int | tuple[int, ...] | None = None) -> Any:
     """Interquartile mean: the mean of the middle half of the scores, over runs and tasks together.
 
-    A quarter of the number of scores, rounded down, is dropped at either end: it is the 25 % trimmed mean.
+    It is the 25 % trimmed mean: a quarter of the number of scores, rounded down, is dropped at either end.
 
     Args:
         scores: scores, of any shape.
@@ -57,11 +57,11 @@ def iqm(scores: ArrayLike, axis: int | tuple[int, ...] | None = None) -> Any:
 
 
 def optimality_gap(scores: ArrayLike, *, target: float = 1.0) -> float:
-    """Mean amount by which scores fall short of a target; what lies above it does not make up for what lies below.
+    """Mean amount by which scores fall short of a target; scores above the target do not compensate.
 
     Args:
         scores: normalised scores, of any shape.
-        target: the score that counts as solved.
+        target: score of a solved task.
 
     Returns:
         Gap, 0 if every score reaches the target.
@@ -77,9 +77,9 @@ def optimality_gap(scores: ArrayLike, *, target: float = 1.0) -> float:
 
 
 def probability_of_improvement(scores: ArrayLike, baseline: ArrayLike) -> float:
-    """Probability that a run of one method beats a run of another on a task chosen at random; a tie counts half.
+    """Probability that a run of one method beats a run of another on a random task; a tie counts half.
 
-    For each task it is the Mann-Whitney U statistic divided by the number of pairs of runs.
+    For each task, this is the Mann-Whitney U statistic divided by the number of pairs of runs.
 
     Args:
         scores: ``[runs]`` or ``[runs, tasks]``.
@@ -97,13 +97,13 @@ def probability_of_improvement(scores: ArrayLike, baseline: ArrayLike) -> float:
     """
     ours, theirs = _array(scores), _array(baseline)
     if ours.shape[1:] != theirs.shape[1:]:
-        raise ValueError(f"scores are [runs, ...] over the same tasks, got {ours.shape} and {theirs.shape}.")
+        raise ValueError(f"scores must be [runs, ...] over the same tasks, got {ours.shape} and {theirs.shape}.")
     difference = ours[:, None] - theirs[None]
     return float(((difference > 0) + 0.5 * (difference == 0)).mean())
 
 
 def performance_profile(scores: ArrayLike, thresholds: ArrayLike) -> Floats:
-    """Fraction of runs, over all tasks, that score above each threshold: one curve shows the whole distribution.
+    """Fraction of scores of all runs and tasks above each threshold, which shows the whole distribution.
 
     Args:
         scores: normalised scores, of any shape.
@@ -140,20 +140,20 @@ def sample_efficiency(curves: ArrayLike) -> Floats:
     """
     curves = _array(curves)
     if curves.ndim != 3:
-        raise ValueError(f"curves are [runs, tasks, evaluations], got shape {curves.shape}.")
+        raise ValueError(f"curves must be [runs, tasks, evaluations], got shape {curves.shape}.")
     return iqm(curves, axis=(0, 1))
 
 
 def min_max_normalize(scores: ArrayLike, low: ArrayLike, high: ArrayLike) -> Floats:
-    """Scale scores so that ``low`` is 0 and ``high`` is 1, each task by its own bounds; nothing is clipped.
+    """Scale scores so that ``low`` becomes 0 and ``high`` becomes 1, with separate bounds per task and no clipping.
 
     Args:
-        scores: ``[..., tasks]``, or of one task.
-        low: return that counts as 0, ``[tasks]`` or a number.
-        high: return that counts as 1, ``[tasks]`` or a number.
+        scores: ``[..., tasks]``, or scores of one task.
+        low: return that becomes 0, ``[tasks]`` or a number.
+        high: return that becomes 1, ``[tasks]`` or a number.
 
     Returns:
-        Normalised scores, of the shape of ``scores``.
+        Normalised scores, same shape as ``scores``.
 
     Raises:
         ValueError: if a bound ``high`` is not above ``low``, or the bounds do not match the tasks.
@@ -180,24 +180,24 @@ def stratified_bootstrap_interval(
     num_resamples: int = 2000,
     rng: int | np.random.Generator = 0,
 ) -> tuple[Any, Any]:
-    """Percentile interval of a statistic under resampling of the runs, each task for itself.
+    """Percentile interval of a statistic under resampling of the runs, independently for each task.
 
-    A resample draws as many runs with replacement as there are, independently for each task (the strata); a run's
-    curve stays whole. With few runs such intervals are too narrow: for the IQM of normal scores on five tasks, those of
-    95 % held the true value in 95 % of simulated studies with 20 runs, 93 % with 10, 91 % with 5, 87 % with 3 (and in
-    75 % with 3 runs of one task).
+    A resample draws as many runs as there are, with replacement, independently for each task (the strata); a run's
+    curve is kept whole. Intervals from few runs are too narrow: for the IQM of normal scores on five tasks, 95 %
+    intervals held the true value in 95 % of simulated studies with 20 runs, 93 % with 10, 91 % with 5, and 87 % with 3
+    (75 % with 3 runs of one task).
 
     Args:
         scores: ``[runs]``, ``[runs, tasks]`` or ``[runs, tasks, ...]``; or a tuple of such arrays, which are resampled
             independently of each other and passed to ``statistic`` in order.
-        statistic: function of such an array, or of as many as the tuple holds, to a number or an array.
-        confidence: probability that the interval should hold the true value.
+        statistic: function of such an array, or of as many arrays as the tuple holds, to a number or an array.
+        confidence: nominal coverage of the interval.
         num_resamples: number of resamples.
-        rng: seed or generator of the resamples; each takes, sample by sample, one
+        rng: seed or generator of the resamples; each resample draws, array by array, one
             ``integers(runs, size=(runs, tasks))``.
 
     Returns:
-        Lower and upper bound, of the shape that ``statistic`` returns.
+        Lower and upper bound, with the shape of the result of ``statistic``.
 
     Raises:
         ValueError: if there are no scores, one is NaN, or ``confidence`` is not between 0 and 1.

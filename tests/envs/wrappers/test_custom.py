@@ -484,7 +484,11 @@ WRONG = [
     (changed(Listed, action_space=Tuple(Discrete(2))), {}, "agents that observe .* must be those that act"),
     (changed(Listed, action_space=Tuple(*2 * [Box(-np.inf, 1, (2,))])), {}, "a bounded Box of one dimension"),
     (changed(Listed, observation_space=Tuple(*2 * [Discrete(2)])), {}, "observations must be a Box, or a Dict of obs"),
-    (lambda: OneOfTorchRL("observation"), {}, r"'observation'\) must be \[2, size\], what each agent sees.*there are"),
+    (
+        lambda: OneOfTorchRL("observation"),
+        {},
+        r"'observation'\) must be \[2, size\], one for each agent.*the environment has",
+    ),
     (lambda: OneOfTorchRL("reward"), {}, r"'reward'\) must be \[2, 1\], one for each agent: .* \(it is \[1\]\)"),
     (lambda: OneOfTorchRL(batch_size=(4,)), {}, r"batch size \[4\], but 2 environments are asked for: take num_envs"),
 ]

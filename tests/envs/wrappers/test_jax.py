@@ -340,7 +340,7 @@ def test_importing_jaxmarl_leaves_the_streams_as_they_are(monkeypatch):
     [
         (make_jumanji, "con-5x6x3a", "scenario must be con-GxGxNa, .*; got 'con-5x6x3a'"),
         (make_jaxmarl, "smax-9m", "SMAX has no map '9m'"),
-        (make_jaxmarl, "smax-3s_vs_0z", "SMAX has no map '3s_vs_0z'; units of your own are UNITS_vs_UNITS of mMszgh"),
+        (make_jaxmarl, "smax-3s_vs_0z", "SMAX has no map '3s_vs_0z'; own units are written UNITS_vs_UNITS of mMszgh"),
         (make_jaxmarl, "overcooked-hall", "Overcooked has no layout 'hall'; it has cramped_room"),
         (make_jaxmarl, "hanabi", "scenario must be smax-MAP, simple_spread_Nag, jaxnav-GxGxNa or overcooked-LAYOUT"),
     ],

@@ -241,5 +241,5 @@ def test_unknown_scenarios_are_named(name):
 def test_a_film_is_refused_clearly(tmp_path):
     pytest.importorskip("PIL")
     env = make_smacv2(num_envs=1)
-    with pytest.raises(ValueError, match="cannot be drawn here: the game opens a window of its own"):
+    with pytest.raises(ValueError, match="cannot be drawn here: the game renders in its own window only"):
         render_episode(env, env.rand_action, tmp_path / "film.gif", max_steps=2)

@@ -24,23 +24,24 @@ from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["AeroCombatEnv", "AeroCombatRules", "make_aerocombat"]
 
-_STEP = 0.25  # s, between two decisions
-_DISTANCE, _ALTITUDE, _SPEED = 5000.0, 3000.0, 180.0  # m, m, m/s: where the teams start, and the units of observations
+_STEP = 0.25  # s, between decisions
+_DISTANCE, _ALTITUDE, _SPEED = 5000.0, 3000.0, 180.0  # m, m, m/s: initial values, and the units of observations
 _LANE = 400.0  # m, between neighbours at the start
-_FAR = 1e12  # m^2, a squared distance beyond everything
-_OWN, _TRACK = 9, 9  # numbers of an observation about oneself, and about each other aircraft
-_TRAIL = 12  # steps, for pictures
-_VECTORS = ("position", "direction", "lift_axis")  # of a flight, entries of the state
+_FAR = 1e12  # m^2, larger than any squared distance
+_OWN, _TRACK = 9, 9  # sizes of an observation's entries for the own aircraft and for each other aircraft
+_TRAIL = 12  # steps shown in images
+_VECTORS = ("position", "direction", "lift_axis")  # fields of Flight stored in the state
 
 
 @dataclass(eq=False, repr=False)
 class AeroCombatRules(Rules):
-    """The rules of :class:`AeroCombatEnv`, whose arguments these are.
+    """The rules of :class:`AeroCombatEnv`, with the same arguments.
 
     A state has entries for all aircraft, agents before opponents. Detection is random, so it happens at the end of a
-    step, and the state keeps what it found: the observations, also the opponents', who act on theirs.
+    step and the state stores the result: the observations of agents and of opponents, on which the opponents act.
 
-    Within a step, aircraft come first and the batch last, ``[2N, ..., B]`` and ``[2N, 2N, B]`` for pairs.
+    Within a step, the first dimension is the aircraft and the last the batch, ``[2N, ..., B]``, ``[2N, 2N, B]`` for
+    pairs.
     """
 
     num_agents: int = 2
@@ -67,7 +68,7 @@ class AeroCombatRules(Rules):
         return Bounded(-1, 1, torch.Size([self.num_agents, 3]), dtype=torch.float32)
 
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
-        """Line the teams up abreast and face to face, in level flight, with some disorder and eyes closed."""
+        """Place the teams abreast and face to face, in level flight, with random offsets and nothing detected."""
         size = 2 * self.num_agents
         stream, drawn = draw_uniform(random, 5 * size)
         east, north, altitude, speed, heading = _batch_last(2 * drawn - 1, 5, size)
@@ -90,7 +91,7 @@ class AeroCombatRules(Rules):
         }
 
     def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Fly, then see, shoot and report at the new places."""
+        """Fly, then detect, shoot and report at the new positions."""
         batch, size = state["random"].shape, 2 * self.num_agents
         pursuit = self.pursue(state["observation"][..., self.num_agents :, :])
         controls = _batch_last(torch.cat([action.clamp(-1, 1), pursuit], -2), size, 3)
@@ -119,7 +120,7 @@ class AeroCombatRules(Rules):
         return changes, ((theirs - opponents) - (ours - agents)) / self.num_agents + won.float(), over
 
     def observe(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Show the agents what the step's end has found out; the state has the motion and health of everybody."""
+        """Return the agents' stored observations; the state has the motion and health of all aircraft."""
         alive = state["health"] > 0
         agents, opponents = _live(state["health"])
         rest = torch.stack([state["speed"] / _SPEED, state["attack"] / self.aircraft.stall_angle, state["health"]], -1)
@@ -134,14 +135,14 @@ class AeroCombatRules(Rules):
         }
 
     def outcome(self, state: State) -> dict[str, Tensor]:
-        """Return whether more agents live than opponents, and the share of agents that do."""
+        """Return whether more agents than opponents are alive, and the share of live agents."""
         agents, opponents = _live(state["health"])
         return {"won": agents > opponents, "survivors": agents / self.num_agents}
 
     def _encounter(
         self, flight: Flight, health: Tensor, clock: Tensor, detection: Tensor, hit: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Let everybody see, shoot at once, and report; return healths, targets and observations, batch last."""
+        """Detect, shoot simultaneously and report; return healths, targets and observations, batch last."""
         sensors, frame = self.sensors, axes(flight)
         sight = look(flight.position, frame)
         enemies, oneself = self.enemies.unsqueeze(-1), self.oneself.unsqueeze(-1)
@@ -166,7 +167,7 @@ class AeroCombatRules(Rules):
         return health, target, torch.cat([own, tracks.flatten(1, 2)], 1)
 
     def _own(self, flight: Flight, frame: Frame, health: Tensor, clock: Tensor) -> Tensor:
-        """What everybody reads off its instruments, ``[2N, 9, B]``; the vertical in its own axes is roll and pitch."""
+        """Instruments of every aircraft, ``[2N, 9, B]``; the vertical in the aircraft's axes gives roll and pitch."""
         (_, _, nose_up), (_, _, right_up), (_, _, roof_up) = frame
         attack, speed = flight.attack / self.aircraft.stall_angle, flight.speed / _SPEED
         altitude, clock = flight.position[2] / _ALTITUDE, clock.expand_as(health)
@@ -174,7 +175,7 @@ class AeroCombatRules(Rules):
         return torch.stack([nose_up, right_up, roof_up, attack, climb, speed, altitude, health, clock], 1)
 
     def _tracks(self, flight: Flight, frame: Frame, health: Tensor, order: Tensor, known: Tensor) -> Tensor:
-        """What everybody knows of the others in the given order, ``[2N, 9, 2N - 1, B]``; zeros for unknown ones."""
+        """Tracks of the other aircraft in the given order, ``[2N, 9, 2N - 1, B]``; zeros for unknown aircraft."""
         size, batch = health.shape
         side = self.side.unsqueeze(-1)
         east, north, up = (part / self.sensors.view.range for part in flight.position)
@@ -190,13 +191,13 @@ class AeroCombatRules(Rules):
         return known * torch.stack([*seen, speed, health, team * side.unsqueeze(-1)], 1)
 
     def pursue(self, observation: Tensor) -> Tensor:
-        """Chase the nearest enemy that is known: the opponents' policy, and a baseline for agents.
+        """Pursue the nearest known enemy: the opponents' policy, and a baseline for agents.
 
-        Roll the lift axis to where the nose has to turn, and pull as far as lift allows; against gravity, with full
-        throttle. Turn in search where no enemy is known; pull up near the ground.
+        The policy rolls the lift axis towards the required turn and pulls up to maximum lift, compensating gravity, at
+        full throttle. It turns in search if no enemy is known, and pulls up near the ground.
 
         Args:
-            observation: of any aircraft, ``[..., O]``.
+            observation: observation of any aircraft, ``[..., O]``.
 
         Returns:
             Action, ``[..., 3]``.
@@ -210,16 +211,16 @@ class AeroCombatRules(Rules):
         forward, right, up = tracks[..., :3, :].gather(-1, first).squeeze(-1).unbind(-1)
         up = up + forward * attack  # from the nose to the velocity, for small angles
 
-        # Where to go, as sines of the angles from the velocity: to the enemy, or hard round if it is behind; in search
-        # to the horizon and round to the side of the lower wing.
+        # Target direction as sines of the angles from the velocity: to the enemy, or a hard turn to an enemy behind; in
+        # search, to the horizon and towards the lower wing.
         across = (right.square() + up.square()).sqrt()
         reach = torch.where(forward > 0, (across.square() + forward.square()).sqrt(), across).clamp(min=1e-6)
         found, search = found > 0, -0.1 * right_up.sign()
         right = torch.where(found, right / reach, search * roof_up - climb * right_up)
         up = torch.where(found, up / reach, -search * right_up - climb * roof_up)
 
-        # An angle of attack of that size puts the nose there; some more carries the weight.
-        danger = ((500 - altitude - 4 * speed * climb) / 500).clamp(0, 1)  # how low is it in four seconds?
+        # An angle of attack of this size points the nose there; an additional part carries the weight.
+        danger = ((500 - altitude - 4 * speed * climb) / 500).clamp(0, 1)  # from the altitude in four seconds
         weight = aircraft.attack_for(1 + 6 * danger, air_density(altitude) / 2 * speed.square())
         right, up = right * (1 - danger) + weight * right_up, up * (1 - danger) + weight * roof_up
         pull = (right.square() + up.square()).sqrt().clamp(min=1e-6)
@@ -228,7 +229,7 @@ class AeroCombatRules(Rules):
         return torch.stack([aileron.clamp(-1, 1), elevator.clamp(-1, 1), torch.ones_like(aileron)], -1)
 
     def draw(self, state: State) -> np.ndarray:
-        """Draw everybody from above and from the side, with cones, trails, hits and health."""
+        """Draw all aircraft from above and from the side, with cones, trails, hits and health."""
         position, direction, lift_axis = (_vector(state[name], -1) for name in _VECTORS)
         frame = axes(Flight(position, direction, lift_axis, state["speed"], state["attack"]))
         frames = torch.stack([torch.stack(axis, -1) for axis in frame], -2)
@@ -240,24 +241,24 @@ class AeroCombatEnv(GameEnv):
 
     Each agent moves ailerons (rate of roll), elevator (rate of the angle of attack) and throttle (thrust) four times a
     second. :mod:`~torchrl_marl.envs.games.flight` has the mechanics: turning costs speed through lift-induced drag,
-    height and speed are exchanged, wings stall, and turns are coordinated. View and weapons are cones about the nose
-    (:class:`Sensors`). An aircraft that hits the ground or has no health left is out.
+    altitude and speed are exchanged, wings stall, and turns are coordinated. View and weapons are cones about the nose
+    (:class:`Sensors`). An aircraft that hits the ground or has no health left is lost.
 
-    A step: all fly, all detect, all shoot at once, all report. An aircraft knows those that it detects, its allies
-    within communication range, and those that these detect, all as of this moment: it has no memory. Its weapon fires
-    by itself at the nearest enemy that it detects within the weapons' cone. Detection and hits fail with the square of
-    the distance over the range.
+    In a step, all aircraft fly, detect, shoot simultaneously and report. An aircraft knows the aircraft that it
+    detects, its allies within communication range, and the aircraft that these allies detect. All knowledge is current:
+    there is no memory. The weapon fires automatically at the nearest detected enemy within the weapons' cone. The
+    probability that detection or a hit fails is the square of the distance over the range.
 
-    The team is rewarded with 1/N for each opponent lost and -1/N for each agent, and with 1 for winning: more agents
-    than opponents alive when the episode ends, also by its time limit. Returns lie between -1 and 2. An episode is over
-    when a team is lost. With ``time_limit="truncate"`` values go on beyond the limit, on top of a win there.
+    The team's reward is 1/N for each opponent lost, -1/N for each agent lost, and 1 for winning: more agents than
+    opponents alive at the end of the episode, including the time limit. Returns lie between -1 and 2. An episode ends
+    when a team is lost. With ``time_limit="truncate"`` values bootstrap beyond the limit, in addition to a win there.
 
     The teams start 5 km apart, each a line abreast with 400 m between neighbours, in level flight at about 180 m/s and
-    3 km; nobody has detected anything yet.
+    3 km, with nothing detected.
 
     Reference: the MARS paper, appendix C.1 (AeroJAX), which describes the game in words. All constants are ours, see
     :class:`~torchrl_marl.envs.games.flight.Aircraft` and :class:`Sensors`; so are the opponents' policy, the weapons,
-    and the values of rewards. There is one type of aircraft, so that observations do not tell it.
+    and the reward values. There is one type of aircraft, so observations do not include the type.
 
     ==============================  ======================  ============================================================
     key                             shape                   content
@@ -265,18 +266,18 @@ class AeroCombatEnv(GameEnv):
     ``("agents", "observation")``   ``[B, N, 9 + 9 (2N-1)]``  own instruments, then nine rows about the others, below
     ``("agents", "action")``        ``[B, N, 3]``           aileron (right wing down), elevator (nose up), throttle
                                                             (-1 idle, 1 full), each in [-1, 1]
-    ``("agents", "mask")``          ``[B, N]``              who lives; observations of the others are zeros
-    ``"state"``                     ``[B, 24 N + 1]``       motion and health of all aircraft that live; share of time
-    ``"won"``                       ``[B, 1]``              more agents live than opponents
+    ``("agents", "mask")``          ``[B, N]``              live agents; observations of dead agents are zeros
+    ``"state"``                     ``[B, 24 N + 1]``       motion and health of live aircraft; elapsed share of time
+    ``"won"``                       ``[B, 1]``              whether more agents than opponents are alive
     ``("info", "won")``             ``[B, 1]``              the same as a number
-    ``("info", "survivors")``       ``[B, 1]``              share of the agents that live
+    ``("info", "survivors")``       ``[B, 1]``              share of live agents
     ==============================  ======================  ============================================================
 
     Instruments: the vertical's components along the nose (sine of pitch), to the right (roll) and up; angle of attack
-    (1 = stall); sine of the flight-path angle; speed (180 m/s); altitude (3 km); health; share of the time that is up.
-    Rows, one entry for each other aircraft that is known, nearest first, then zeros: place forward, right and up (view
-    ranges); course, the direction of flight, forward, right and up; speed; health; 1 for an ally, -1 for an enemy. All
-    in the observer's own axes, so that an observation does not change with the map's.
+    (1 = stall); sine of the flight-path angle; speed (180 m/s); altitude (3 km); health; elapsed share of the time.
+    Rows, with one entry for each known aircraft, nearest first, then zeros: position forward, right and up (view
+    ranges); direction of flight, forward, right and up; speed; health; 1 for an ally, -1 for an enemy. All vectors are
+    in the observer's axes, so observations do not depend on the orientation of the map.
 
     ``rules.pursue`` is the opponents' policy, for baselines::
 
@@ -284,10 +285,10 @@ class AeroCombatEnv(GameEnv):
 
     Args:
         num_agents: aircraft on each side, ``N``.
-        aircraft: how they fly.
-        sensors: what they see, hit and report.
-        max_steps: time limit of an episode, a quarter of a second each.
-        time_limit: how it is reported, see :class:`~torchrl_marl.envs.games.rules.Rules`.
+        aircraft: flight characteristics.
+        sensors: fields of view and fire, damage and communication range.
+        max_steps: time limit of an episode, in steps of a quarter of a second.
+        time_limit: how the limit is reported, see :class:`~torchrl_marl.envs.games.rules.Rules`.
         num_envs, seed, device: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
@@ -307,7 +308,7 @@ class AeroCombatEnv(GameEnv):
 
 
 def _batch_last(value: Tensor, *shape: int) -> Tensor:
-    """``[*B, *shape]`` to ``[*shape, B]``, the batch as one dimension: along it broadcasts over aircraft are fast."""
+    """``[*B, *shape]`` to ``[*shape, B]``, with a flat batch as the last dimension, for fast broadcasts."""
     return value.reshape(-1, math.prod(shape)).t().contiguous().unflatten(0, shape)
 
 
@@ -328,7 +329,7 @@ def _motion(flight: Flight, batch: torch.Size) -> dict[str, Tensor]:
 
 
 def _live(health: Tensor) -> tuple[Tensor, Tensor]:
-    """How many agents and opponents live."""
+    """Number of live agents and opponents."""
     agents, opponents = (health > 0).unflatten(-1, (2, -1)).sum(-1).unbind(-1)
     return agents, opponents
 
@@ -339,13 +340,13 @@ def make_aerocombat(scenario: str = "AeroCombat-2v2", **options: Any) -> AeroCom
 
     Args:
         scenario: the name.
-        options: the other arguments are those of :class:`AeroCombatEnv`.
+        options: other arguments of :class:`AeroCombatEnv`.
 
     Returns:
         The environment.
 
     Raises:
-        ValueError: if the name is of another form or an argument is out of its range.
+        ValueError: if the name has another form or an argument is out of its range.
 
     Example:
         >>> make_aerocombat("AeroCombat-4v4", num_envs=2, seed=0).rules.num_agents

@@ -1,4 +1,4 @@
-"""Pictures of an air combat: from above and from the side, with cones, trails, shots and health."""
+"""Images of an air combat from above and from the side, with cones, trails, shots and health."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torchrl_marl.envs.games.sensors import Cone, Sensors
 __all__ = ["draw_combat"]
 
 _WIDTH, _HEADER, _ABOVE, _SIDE, _MARGIN, _FLOOR = 480, 24, 300, 136, 34, 10  # pixels
-_SMALLEST, _CEILING = 2500.0, 5000.0  # m, that at least are seen across the view from above, and up from the ground
-_SHOWN = 1200.0  # m, where the drawing of a field of view ends
+_SMALLEST, _CEILING = 2500.0, 5000.0  # m, minimum width of the view from above, and height of the side view
+_SHOWN = 1200.0  # m, drawn length of a field of view
 _SIZE = 11.0  # pixels, half the length of an aircraft
 _HALF = torch.tensor([[1.0, 0, 0], [0.1, 0.14, 0], [-0.5, 0.8, 0], [-0.45, 0.14, 0], [-0.95, 0.4, 0], [-0.8, 0, 0]])
 _BODY = torch.cat([_HALF, _HALF[1:-1].flip(0) * torch.tensor([1.0, -1, 1])])  # forward, right, up
@@ -29,13 +29,13 @@ def draw_combat(state: State, frames: Tensor, sensors: Sensors, *, seconds: floa
     """Draw the aircraft from above and from the side.
 
     Args:
-        state: of one environment; places are east, north and altitude in m.
-        frames: unit vectors along everybody's nose, to the right wing and up, ``[2N, 3, 3]``.
-        sensors: what they see and hit.
-        seconds: since the start.
+        state: state of one environment; positions are east, north and altitude in m.
+        frames: unit vectors of every aircraft along the nose, to the right wing and up, ``[2N, 3, 3]``.
+        sensors: fields of view and fire.
+        seconds: time since the start.
 
     Returns:
-        The picture.
+        The image.
     """
     alive = state["health"] > 0
     scenes = above, side = _scenes(state["position"], alive)
@@ -55,7 +55,7 @@ def _team(state: State, index: int) -> int:
 
 
 def _scenes(places: Tensor, alive: Tensor) -> tuple[Scene, Scene]:
-    """The views from above and from the side, which keep everybody alive in the picture, or all if nobody is."""
+    """The views from above and from the side, which show all live aircraft, or all aircraft if none is alive."""
     places = places[alive] if alive.any() else places
     low, high = places.amin(0), places.amax(0)
     (east, north, _), (deep, wide, _) = ((low + high) / 2).tolist(), (high - low).tolist()
@@ -86,7 +86,7 @@ def _draw_grid(above: Scene, side: Scene) -> None:
 
 
 def _draw_aircraft(scene: Scene, state: State, frames: Tensor) -> None:
-    """Trails, shots, the aircraft with a fin to show which way is up, and health bars; the dead below the others."""
+    """Draw trails, shots, aircraft with a fin that shows the upper side, and health bars; dead aircraft below."""
     places, healths, targets = state["position"], state["health"].tolist(), state["target"].tolist()
     order = sorted(range(len(healths)), key=lambda index: healths[index] > 0)
     for index in order:
@@ -109,7 +109,7 @@ def _draw_aircraft(scene: Scene, state: State, frames: Tensor) -> None:
 
 
 def _header(alive: Tensor, seconds: float) -> Canvas:
-    """How many of each team live, and the time."""
+    """Number of live aircraft in each team, and the time."""
     header = Canvas(_WIDTH, _HEADER)
     for index, (team, own) in enumerate(zip(_TEAMS, alive.chunk(2), strict=True)):
         header.rectangle((index * _WIDTH / 2, 0), (_WIDTH / 2, _HEADER), _COLORS[index])

@@ -21,19 +21,19 @@ from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["CoordSumEnv", "CoordSumRules", "make_coordsum"]
 
-_WIDTH, _HEIGHT, _MARGIN = 360, 360, 18  # of the picture, in pixels
+_WIDTH, _HEIGHT, _MARGIN = 360, 360, 18  # of the image, in pixels
 _GOOD, _FAIR, _POOR = "#228833", "#e0862c", "#c1384f"
 _SHADES = ("#f0f3f8", "#d3e0ef", "#b0cae4", "#8bb2d8", "#6699c9", "#4477aa")
 
 
 @dataclass(eq=False, repr=False)
 class CoordSumRules(Rules):
-    """The rules of :class:`CoordSumEnv`, whose arguments these are.
+    """The rules of :class:`CoordSumEnv`, with the same arguments.
 
-    The opponent's memory is the list of ballots, one for each round: row and choice of the first agent as one number.
-    A choice with ``v`` votes scores ``v K + K - 1 - choice``, so that the highest score of a row belongs to its most
-    frequent choice, among equals to the smallest. Scores only grow: a running maximum per row is the opponent's guess,
-    and a step costs the same for any number of targets and actions.
+    The opponent's memory is a list with one ballot per round: row and choice of the first agent as one number. A choice
+    with ``v`` votes scores ``v K + K - 1 - choice``, so the highest score of a row belongs to its most frequent choice,
+    ties to the smallest. Scores only grow: a running maximum per row gives the opponent's guess, and the cost of a step
+    does not depend on the number of targets and actions.
     """
 
     num_agents: int = 3
@@ -57,7 +57,7 @@ class CoordSumRules(Rules):
 
     @property
     def action_spec(self) -> Categorical:
-        """A number of each agent."""
+        """A number for each agent."""
         return Categorical(self.num_actions, shape=torch.Size([self.num_agents]))
 
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class CoordSumRules(Rules):
         votes = 1 + (ballots == ballot).sum(-1, dtype=torch.int32)
         score = (votes * self.num_actions + self.num_actions - 1 - first).to(leader.dtype).unsqueeze(-1)
         leader = leader.scatter(-1, row, score.maximum(leader.gather(-1, row)))
-        place = state["step"].clamp(max=self.max_steps - 1).unsqueeze(-1)  # stepping on after the end does no harm
+        place = state["step"].clamp(max=self.max_steps - 1).unsqueeze(-1)  # steps after the end are harmless
 
         random, next_target = draw_below(state["random"], self.num_targets)
         best = leader.gather(-1, self._row(next_target)).squeeze(-1).long()
@@ -104,7 +104,7 @@ class CoordSumRules(Rules):
         return changes, reward, torch.zeros_like(target, dtype=torch.bool)
 
     def observe(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Show every agent the target and, if asked, the step; the state adds the opponent's guess."""
+        """Return the target and optionally the step for every agent; the state adds the opponent's guess."""
         target, step = state["target"].float().unsqueeze(-1), state["step"].unsqueeze(-1) / self.max_steps
         seen = torch.cat([target, step], -1) if self.observe_step else target
         guess = (state["guess"].unsqueeze(-1) == self.actions).float()
@@ -115,7 +115,7 @@ class CoordSumRules(Rules):
         return target.clamp(max=self.num_rows - 1).unsqueeze(-1)
 
     def draw(self, state: State) -> np.ndarray:
-        """Draw the round just played and, below it, what the opponent remembers."""
+        """Draw the last round and, below it, the opponent's memory."""
         canvas = Canvas(_WIDTH, _HEIGHT)
         _draw_round(canvas, self, state)
         _draw_memory(canvas, self, state)
@@ -123,20 +123,20 @@ class CoordSumRules(Rules):
 
 
 class CoordSumEnv(GameEnv):
-    """Numbers that add up to a target, hidden from an opponent who remembers.
+    """Agents choose numbers that add up to a target and must not be predictable by an opponent with a memory.
 
-    Each round all agents see the same target and choose a number of ``0..num_actions - 1``, without communicating. If
-    the numbers add up to the target, every agent gets 2, or only 1 if an opponent has guessed the first agent's number;
-    otherwise 0. The opponent guesses the number that the first agent has chosen most often for this target. So a fixed
-    way of sharing a target out is found out, and a random one misses the sum: the agents have to be unpredictable
-    together.
+    In each round, all agents see the same target and choose a number in ``0..num_actions - 1`` without communicating.
+    If the numbers add up to the target, every agent gets 2, or only 1 if the opponent guesses the first agent's number;
+    otherwise 0. The opponent guesses the number that the first agent has chosen most often for this target. The
+    opponent learns to predict a fixed split of a target, and independent random choices miss the sum: the agents need
+    to randomise jointly.
 
     Reference: Li et al., Multi-Agent Guided Policy Optimization, 2025, appendix B.
 
-    Where the paper is silent, we follow the authors' released environment: the opponent forgets everything at a reset,
-    counts choices of failed rounds too, guesses the smallest of equally frequent numbers and 0 at first; targets are
-    uniform and independent. Like it, we end an episode after its last round by *termination*: the number of rounds is
-    part of the game. ``time_limit="truncate"`` lets values continue beyond it instead.
+    Details missing in the paper follow the authors' released environment: the opponent's memory is cleared at a reset
+    and counts choices of failed rounds; the guess is the smallest of equally frequent numbers, initially 0; targets are
+    uniform and independent. The last round also *terminates* an episode, as the number of rounds is part of the game.
+    ``time_limit="truncate"`` lets values bootstrap beyond the last round instead.
 
     ``make_coordsum`` builds the paper's and the released tasks by name.
 
@@ -150,13 +150,13 @@ class CoordSumEnv(GameEnv):
 
     Args:
         num_agents: number of agents, ``N``.
-        num_actions: how many numbers they choose from, ``K``.
+        num_actions: number of choices of an agent, ``K``.
         num_targets: targets are ``0..num_targets - 1``; ``None`` for ``num_actions``, the paper's default.
-        num_rows: rows of the opponent's memory; target ``m`` is remembered in row ``min(m, num_rows - 1)``. ``None``
-            for one of each target, as the paper has it.
+        num_rows: rows of the opponent's memory; target ``m`` uses row ``min(m, num_rows - 1)``. ``None`` for one row
+            per target, as in the paper.
         observe_step: whether the observation holds the share of rounds played.
         max_steps: rounds of an episode.
-        time_limit: how its end is reported, see above.
+        time_limit: how the end of an episode is reported, see above.
         num_envs, seed, device: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Raises:
@@ -166,8 +166,8 @@ class CoordSumEnv(GameEnv):
         >>> env = CoordSumEnv(num_agents=3, num_actions=10, num_envs=4, seed=0)
         >>> data = env.reset()
         >>> data["agents", "action"] = torch.zeros(4, 3, dtype=torch.int64)
-        >>> data["agents", "action"][:, 1] = data["agents", "observation"][:, 1, 0].long()  # the target, by one agent
-        >>> env.step(data)["next", "agents", "reward"][:, 0, 0]  # the first agent's 0 was guessed
+        >>> data["agents", "action"][:, 1] = data["agents", "observation"][:, 1, 0].long()  # one agent plays the target
+        >>> env.step(data)["next", "agents", "reward"][:, 0, 0]  # the opponent guesses the first agent's 0
         tensor([1., 1., 1., 1.])
     """
 
@@ -179,22 +179,22 @@ def make_coordsum(scenario: str = "CoordSum-3x10", **options: Any) -> CoordSumEn
     """Build a CoordSum task by its name.
 
     ``CoordSum-NxK``: ``N`` agents and ``K`` actions by the paper's rules, with targets ``0..K - 1``. The paper reports
-    3x10, 3x30, 5x20 and 8x15. No deterministic policy without memory can expect more than about 109.0, 128.0, 118.9 and
-    114.0 there: only the first visit of a target beats the opponent.
+    3x10, 3x30, 5x20 and 8x15. The expected return of a deterministic memoryless policy is at most about 109.0, 128.0,
+    118.9 and 114.0 there: only the first visit of a target beats the opponent.
 
-    ``CoordSum-NxK-M``: targets ``0..M - 1``, a memory of ``K`` rows (the last one for all greater targets), and no step
+    ``CoordSum-NxK-M``: targets ``0..M - 1``, a memory of ``K`` rows (the last row for all greater targets), and no step
     in the observation, as in the released code, which registers 3x10-30, 3x30-50, 5x20-80 and 8x15-100. The paper's
     scores were probably not measured on these.
 
     Args:
         scenario: the name.
-        options: the other arguments are those of :class:`CoordSumEnv`.
+        options: other arguments of :class:`CoordSumEnv`.
 
     Returns:
         The environment.
 
     Raises:
-        ValueError: if the name is of neither form or an argument is out of its range.
+        ValueError: if the name has neither form or an argument is out of its range.
 
     Example:
         >>> env = make_coordsum("CoordSum-3x10-30", num_envs=2, seed=0)
@@ -214,7 +214,7 @@ def make_coordsum(scenario: str = "CoordSum-3x10", **options: Any) -> CoordSumEn
 
 
 def _draw_round(canvas: Canvas, rules: CoordSumRules, state: State) -> None:
-    """Cards with the choices, their sum's target, the opponent's guess; only the target before the first round."""
+    """Draw the choices as cards, the target and the opponent's guess; before the first round, only the target."""
     played = bool(state["step"] > 0)
     actions = state["played_action"].tolist()
     target, guess = int(state["played_target" if played else "target"]), int(state["played_guess"])
@@ -242,7 +242,7 @@ def _draw_round(canvas: Canvas, rules: CoordSumRules, state: State) -> None:
 
 
 def _draw_memory(canvas: Canvas, rules: CoordSumRules, state: State) -> None:
-    """The first agent's choices (across) by target (down): the darker the more frequent, framed the next guess."""
+    """Draw the first agent's choices (columns) by target (rows): darker is more frequent, the next guess is framed."""
     rows, columns, top = rules.num_rows, rules.num_actions, 128.0
     ballots = state["ballots"]
     counts = torch.bincount(ballots[ballots >= 0].long(), minlength=rows * columns).reshape(rows, columns)

@@ -1,21 +1,21 @@
 """Flight mechanics of a jet as a point mass with attitude: pure functions, any batch, no trigonometry of headings.
 
-Axes are east, north and up. The velocity and the *lift axis*, a unit vector at right angles to it in the aircraft's
-plane of symmetry, say where an aircraft flies and how it is rolled. No angle is singular: loops and vertical climbs are
-flown like anything else. Turns are coordinated: there is no sideslip, so the nose lies in the plane of the two vectors,
-the angle of attack above the velocity. With lift L, drag D, thrust T, mass m and angle of attack alpha,
+Axes are east, north and up. Attitude is given by the velocity and the *lift axis*, a unit vector perpendicular to the
+velocity in the aircraft's plane of symmetry. This representation has no singularity, including in loops and vertical
+climbs. Turns are coordinated: there is no sideslip, so the nose lies in the plane of the two vectors, at the angle of
+attack above the velocity. With lift L, drag D, thrust T, mass m and angle of attack alpha,
 
     speed'      = (T cos alpha - D) / m - g sin(climb)
     direction'    turns towards the lift axis by (L + T sin alpha) / (m speed), and falls with gravity
     lift axis'    rolls about the direction at the ailerons' rate p and follows the direction by parallel transport.
 
-In angles, these are the equations of motion in wind axes without sideslip:
+In terms of angles, these are the equations of motion in wind axes without sideslip:
 
     climb'   = ((L + T sin alpha) cos(roll) - m g cos(climb)) / (m speed)
     heading' = (L + T sin alpha) sin(roll) / (m speed cos(climb))
     roll'    = p + heading' sin(climb)
 
-These are textbook mechanics, such as Stevens, Lewis and Johnson, Aircraft Control and Simulation, derive them.
+For a textbook derivation see Stevens, Lewis and Johnson, Aircraft Control and Simulation.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ GRAVITY = 9.80665  # m/s^2, standard gravity
 
 @dataclass(frozen=True)
 class Aircraft:
-    """A light subsonic jet; figures typical of trainers of the class of a BAE Hawk, right in their order of magnitude.
+    """A light subsonic jet, with figures of the order of magnitude of a trainer such as the BAE Hawk.
 
-    Lift grows with the angle of attack by Helmbold's slope for wings of low aspect ratio, up to the stall, and falls as
-    fast beyond it. Drag is the parabolic polar; beyond the stall it goes on with the lift that an attached flow would
-    have.
+    Up to the stall, lift grows with the angle of attack by Helmbold's slope for wings of low aspect ratio; beyond the
+    stall, lift falls at the same rate. Drag follows the parabolic polar, beyond the stall with the lift of an attached
+    flow.
 
     Attributes:
         mass: kg, with half of the fuel
         wing_area: m^2
         aspect_ratio: span^2 / area, of a span of 9.4 m
-        oswald_efficiency: of the span; typical of swept wings, for which 0.7 to 0.85 is usual
-        zero_lift_drag: coefficient; with the thrust, the top speed near the ground is some 290 m/s, as of such jets
-        max_thrust: N at sea level; falls in proportion to the density of the air
+        oswald_efficiency: span efficiency; 0.7 to 0.85 is typical of swept wings
+        zero_lift_drag: coefficient; gives a typical top speed of about 290 m/s near the ground
+        max_thrust: N at sea level; proportional to air density
         stall_angle: rad
         max_attack: rad
         min_attack: rad
         attack_rate: rad/s at full elevator
         roll_rate: rad/s at full aileron
-        load_limit: g; the controls keep lift below it, and half of it downwards
+        load_limit: g; the controls limit lift to this load, and to half of it downwards
     """
 
     mass: float = 5000.0
@@ -81,7 +81,7 @@ class Aircraft:
         return 1 / (math.pi * self.oswald_efficiency * self.aspect_ratio)
 
     def lift_coefficient(self, attack: Tensor) -> Tensor:
-        """``a alpha`` up to the stall, falling as fast beyond it.
+        """``a alpha`` up to the stall, falling at the same rate beyond it.
 
         Example:
             >>> JET.lift_coefficient(torch.tensor([0.0, 5.0, 15.0, 20.0]).deg2rad())
@@ -90,14 +90,14 @@ class Aircraft:
         return self.lift_slope * (self.stall_angle - (self.stall_angle - attack).abs())
 
     def drag_coefficient(self, attack: Tensor) -> Tensor:
-        """``C_D0 + k (a alpha)^2``: the polar ``C_D0 + k C_L^2`` up to the stall, more than that beyond it."""
+        """``C_D0 + k (a alpha)^2``: the polar ``C_D0 + k C_L^2`` up to the stall, more drag beyond it."""
         return self.zero_lift_drag + self.induced_drag * self.lift_slope**2 * attack.square()
 
     def attack_for(self, load: Tensor, pressure: Tensor) -> Tensor:
-        """Return the angle of attack, rad, whose lift is ``load`` times the weight, were there no stall.
+        """Return the angle of attack, rad, with a lift of ``load`` times the weight, ignoring the stall.
 
         Args:
-            load: in g.
+            load: load, g.
             pressure: dynamic pressure, Pa.
         """
         return load * (self.mass * GRAVITY / (self.wing_area * self.lift_slope)) / pressure
@@ -111,8 +111,8 @@ class Flight(NamedTuple):
 
     Attributes:
         position: east, north and altitude, m
-        direction: of the velocity, unit vector
-        lift_axis: unit vector at right angles to the direction
+        direction: unit vector of the velocity
+        lift_axis: unit vector perpendicular to the direction
         speed: m/s
         attack: angle of attack, rad
     """
@@ -128,7 +128,7 @@ class Angles(NamedTuple):
     """The usual angles of a flight, rad.
 
     Attributes:
-        heading: of the velocity, from north to east
+        heading: heading of the velocity, from north to east
         climb: flight-path angle, from the horizon upwards
         roll: bank about the velocity, right wing down
     """
@@ -141,7 +141,7 @@ class Angles(NamedTuple):
 def air_density(altitude: Tensor) -> Tensor:
     """Density of the standard atmosphere, kg/m^3: the troposphere of ISO 2533, continued upwards.
 
-    The exponent 4.256 is rounded to 4 1/4, which needs only square roots: right within 0.2 % up to 11 km.
+    The exponent 4.256 is rounded to 4 1/4, which needs only square roots; the error is below 0.2 % up to 11 km.
 
     Args:
         altitude: m.
@@ -150,7 +150,7 @@ def air_density(altitude: Tensor) -> Tensor:
         >>> air_density(torch.tensor([0.0, 5000.0, 10000.0]))
         tensor([1.2250, 0.7366, 0.4133])
     """
-    temperature = (1 - 0.0065 / 288.15 * altitude).clamp(min=0.01)  # as a share of that at sea level
+    temperature = (1 - 0.0065 / 288.15 * altitude).clamp(min=0.01)  # relative to sea level
     return 1.225 * temperature.square().square() * temperature.sqrt().sqrt()
 
 
@@ -163,19 +163,19 @@ def fly(
     duration: Tensor | float,
     aircraft: Aircraft = JET,
 ) -> Flight:
-    """Fly on with constant controls.
+    """Integrate the flight with constant controls.
 
-    Strang splitting, of second order in the duration: half of the fall, the aerodynamic forces, the other half. The
-    fall is an exact parabola, lift an exact rotation, and drag alone is solved exactly too: without thrust energy
-    cannot grow, however long the step.
+    The integrator is Strang splitting, of second order in the duration: half of the free fall, the aerodynamic forces,
+    the other half. Free fall is an exact parabola, lift an exact rotation, and drag alone is solved exactly: without
+    thrust, energy cannot grow for any step size.
 
     Args:
-        flight: where the aircraft are.
-        aileron: rate of roll, -1 (left) to 1 (right), as a share of the aircraft's.
-        elevator: change of the angle of attack, -1 (down) to 1 (up), as a share of the aircraft's rate.
+        flight: current flight.
+        aileron: roll rate, -1 (left) to 1 (right), as a share of the maximum rate.
+        elevator: rate of the angle of attack, -1 (down) to 1 (up), as a share of the maximum rate.
         throttle: thrust, 0 to 1.
-        duration: s; zero leaves an aircraft where it is.
-        aircraft: its figures.
+        duration: s; zero leaves an aircraft unchanged.
+        aircraft: flight characteristics.
 
     Returns:
         The flight after ``duration``.
@@ -189,7 +189,7 @@ def _fall(flight: Flight, duration: Tensor | float) -> Flight:
     after = (east, north, up - GRAVITY * duration)
     speed = dot(after, after).sqrt().clamp(min=1e-3)
     direction = scaled(1 / speed, after)
-    # The rotation that takes the direction u to w takes l, at right angles to u, to l - (l.w) (u + w) / (1 + u.w).
+    # The rotation that takes the direction u to w takes l, perpendicular to u, to l - (l.w) (u + w) / (1 + u.w).
     turn = dot(flight.lift_axis, direction) / (1 + dot(flight.direction, direction)).clamp(min=1e-6)
     return Flight(
         position=plus(flight.position, scaled(duration / 2, plus(before, after))),
@@ -203,7 +203,7 @@ def _fall(flight: Flight, duration: Tensor | float) -> Flight:
 def _steer(
     flight: Flight, aileron: Tensor, elevator: Tensor, throttle: Tensor, duration: Tensor | float, aircraft: Aircraft
 ) -> Flight:
-    """Roll, lift, drag and thrust at a fixed place: half of the roll and drag, all of the lift, the other halves."""
+    """Roll, lift, drag and thrust at a fixed position: half of roll and drag, the lift, the other halves."""
     density = air_density(flight.position[2])
     limit = aircraft.attack_for(torch.full_like(density, aircraft.load_limit), density / 2 * flight.speed.square())
     low, high = (-limit / 2).clamp(min=aircraft.min_attack), limit.clamp(max=aircraft.max_attack)
@@ -233,7 +233,7 @@ def _decelerated(speed: Tensor, push: Tensor, drag: Tensor, duration: Tensor | f
 
 
 def axes(flight: Flight) -> Frame:
-    """Return an aircraft's own axes."""
+    """Return the aircraft's axes."""
     nose, roof = turned(flight.direction, flight.lift_axis, flight.attack.cos(), flight.attack.sin())
     return nose, cross(flight.direction, flight.lift_axis), roof
 

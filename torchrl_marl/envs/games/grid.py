@@ -12,7 +12,7 @@ MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, non
 
 
 def side_by_side(layouts: str) -> list[str]:
-    r"""Return the cells of layouts that are written beside each other, row by row.
+    r"""Return the cells, row by row, of layouts written side by side.
 
     Example:
         >>> side_by_side("#.  .#\n##  ..")
@@ -22,10 +22,10 @@ def side_by_side(layouts: str) -> list[str]:
 
 
 def successors(blocked: Tensor, size: int) -> Tensor:
-    """Return where each move leads from each cell; a move into a blocked cell leads nowhere.
+    """Return the cell that each move leads to from each cell; a move into a blocked cell has no effect.
 
     Args:
-        blocked: which cells cannot be entered, ``[..., size**2]``; the grid's border must be blocked or out of reach.
+        blocked: whether a cell cannot be entered, ``[..., size**2]``; the border must be blocked or unreachable.
         size: side of the grid.
 
     Returns:
@@ -45,10 +45,10 @@ def windows(kinds: Tensor, size: int, *, radius: int, outside: int) -> Tensor:
     """Return the kinds of the cells around each cell.
 
     Args:
-        kinds: of all cells, ``[L, size**2]``.
+        kinds: kinds of all cells, ``[L, size**2]``.
         size: side of the grid.
-        radius: how far a window reaches in each direction.
-        outside: the kind of cells off the grid.
+        radius: number of cells in each direction.
+        outside: kind of the cells outside the grid.
 
     Returns:
         Kinds by cell and place in its window, ``[L, size**2, (2 radius + 1)**2]``.

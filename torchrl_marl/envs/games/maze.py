@@ -1,4 +1,4 @@
-"""Two mazes whose agents share most of the way and must part where their colours open different doors."""
+"""Two mazes whose agents share most of the way and must part where only some colours may pass."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _CELLS = dict(zip(_AGENTS, side_by_side(_LAYOUTS), strict=True))
 _SIZE = 9
 _CODES = {"#": 0, ".": 1, "S": 1, "R": 2, "B": 3, "T": 4, "*": 5}
 _FORBIDDEN = {"red": "#B", "black": "#R", "blue": "#RBT"}
-_CELL, _MARGIN = 38, 9  # of the picture, in pixels
+_CELL, _MARGIN = 38, 9  # of the image, in pixels
 _CELL_COLORS = {"#": "#4c566a", "R": "#f2b8b5", "B": "#a9afbc", "T": "#b3d4ee"}
 _AGENT_COLORS = {"red": "#d1353f", "black": "#23262e", "blue": "#2f74c0"}
 
 
 @dataclass(eq=False, repr=False)
 class MazeRules(Rules):
-    """The rules of :class:`MazeEnv`, whose arguments these are: tables of the cells, and a lookup in each per step."""
+    """The rules of :class:`MazeEnv`, with the same arguments: lookup tables of the cells."""
 
     maze: str = "black_red"
     _: KW_ONLY
@@ -76,7 +76,7 @@ class MazeRules(Rules):
 
     @property
     def action_spec(self) -> Categorical:
-        """A move of each agent."""
+        """A move for each agent."""
         return Categorical(len(MOVES), shape=torch.Size([self.num_agents]))
 
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class MazeRules(Rules):
         return {"cell": cell, "path": path}
 
     def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Look up where each agent gets to; who was at the goal stays there."""
+        """Move each agent by table lookup; agents at the goal stay there."""
         before = state["cell"]
         cell = self.successor.take(self.agent_offset + before * len(MOVES) + action)
         on_the_way, arrived = before != self.goal, cell == self.goal
@@ -96,7 +96,7 @@ class MazeRules(Rules):
         return {"cell": cell, "path": path}, reward, arrived.all(-1)
 
     def observe(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Show each agent its surroundings and its place; the state is the map and all places."""
+        """Return the surroundings and position of each agent; the state is the map and all positions."""
         observation = embedding(state["cell"], self.view)
         places = observation[..., -2 * _SIZE :].flatten(-2)
         codes = self.codes.expand(*places.shape[:-1], -1)
@@ -108,7 +108,7 @@ class MazeRules(Rules):
         return {"arrived": (state["cell"] == self.goal).float().mean(-1)}
 
     def draw(self, state: State) -> np.ndarray:
-        """Draw the maze and the way that each agent has gone."""
+        """Draw the maze and the path of each agent."""
         canvas = Canvas(2 * _MARGIN + _SIZE * _CELL, 2 * _MARGIN + _SIZE * _CELL)
         for cell, letter in enumerate(_CELLS[self.maze]):
             _draw_cell(canvas, cell, letter)
@@ -123,23 +123,24 @@ class MazeRules(Rules):
 
 
 class MazeEnv(GameEnv):
-    """Agents of different colours find their ways to the same star, past grids that only some of them may enter.
+    """Agents of different colours find paths to the same goal, past cells that only some colours may enter.
 
-    In ``"black_red"`` a red agent may enter red grids and a black one black grids; each has its own shortest way of 10
-    steps, and 14 steps are the shortest for a way that both can go. ``"black_blue_red"`` adds a blue agent, which may
-    enter neither, nor the blue trap grid that the other two may: 10, 10 and 12 steps, and 12 for a way that all can go.
-    Agents that share a policy end on the shared way; where they must part they see the same and need opposite actions.
+    In ``"black_red"`` a red agent may enter red cells and a black agent black cells. Each has a shortest path of 10
+    steps; the shortest path that both can take has 14 steps. ``"black_blue_red"`` adds a blue agent, which may enter
+    neither, nor the blue trap cell that the other two may enter: the shortest paths have 10, 10 and 12 steps, the
+    shortest path for all 12. Agents that share a policy converge to the shared path: where their paths part, they have
+    the same observation and need opposite actions.
 
     Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, section 6.1 and figures 3 and 5,
-    which give the colours' rights, the 9 x 9 map, the 3 x 3 views, the state and the five actions.
+    which give the rules for colours, the 9 x 9 map, the 3 x 3 views, the state and the five actions.
 
-    The rest is our choice, as the paper's appendix on it was not published. The layouts have unique shortest ways for
-    each agent, apart in the middle and shared at both ends. All agents start at the same place in every episode; they
-    share cells and do not see each other, so that only colours make them differ. A forbidden move leaves an agent where
-    it is; there is no action mask, which would tell the colour. Who has arrived stays, and its later steps are masked.
-    The team's reward is the mean over agents of 1 on arrival less ``step_cost`` for each step that an agent begins
-    before it has arrived: returns tell a short way from a long one, and a long one from none. Everyone's arrival
-    terminates the episode; the limit of 100 steps is long enough for random walks to arrive (1 in 11).
+    All other details are our choice, as the paper's appendix on the maze was not published. Each agent has a unique
+    shortest path; the paths are separate in the middle and shared at both ends. All agents start in the same cell in
+    every episode. Agents share cells and do not see each other, so they differ only in colour. A forbidden move has no
+    effect; there is no action mask, as it would reveal the colour. Agents stay at the goal, and their later steps are
+    masked. The team's reward is the mean over agents of 1 on arrival minus ``step_cost`` for each step before arrival,
+    so returns distinguish short paths, long paths and none. The arrival of all agents terminates the episode. Within
+    the limit of 100 steps, 1 in 11 random walks arrives.
 
     ==============================  =====================  =============================================================
     key                             shape                  content
@@ -151,18 +152,19 @@ class MazeEnv(GameEnv):
     ``("info", "arrived")``         ``[B, 1]``             share of the agents that have arrived
     ==============================  =====================  =============================================================
 
-    Kinds: 0 wall or outside, 1 open, 2 red, 3 black, 4 blue trap, 5 goal. Agents are in the order red, black, blue. The
-    sum of ``mask`` over an episode is the step in which an agent arrives. Nothing is random: seeds make no difference.
+    Kinds: 0 wall or outside, 1 open, 2 red, 3 black, 4 blue trap, 5 goal. The order of agents is red, black, blue. The
+    sum of ``mask`` over an episode is the step in which an agent arrives. The game is deterministic: seeds have no
+    effect.
 
     Args:
         maze: ``"black_red"`` or ``"black_blue_red"``.
         step_cost: cost of a step.
         max_steps: time limit of an episode.
         time_limit: how the limit is reported: ``"truncate"`` or ``"terminate"``.
-        num_envs, seed, device: see :class:`~torchrl_marl.envs.base.BatchOptions`; the seed is taken for uniformity.
+        num_envs, seed, device: see :class:`~torchrl_marl.envs.base.BatchOptions`; ``seed`` has no effect.
 
     Raises:
-        ValueError: if there is no such maze or an argument is out of its range.
+        ValueError: if the maze is unknown or an argument is out of its range.
 
     Example:
         >>> env = MazeEnv("black_red", num_envs=1)
@@ -179,7 +181,7 @@ class MazeEnv(GameEnv):
 
 @hands_on_to(MazeEnv)
 def make_maze(scenario: str = "black_red", **options: Any) -> MazeEnv:
-    """Build a maze; the arguments are those of :class:`MazeEnv`, whose ``maze`` is called ``scenario`` here.
+    """Build a maze with the arguments of :class:`MazeEnv`, where ``scenario`` is the ``maze``.
 
     Example:
         >>> make_maze("black_blue_red", num_envs=2).group_map

@@ -1,4 +1,4 @@
-"""PaxMen: a team leaves its hub, spreads into the corridors of a maze that differs by episode, and eats the dots."""
+"""PaxMen: a team spreads from a hub into the corridors of a maze drawn for each episode, and eats dots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["PaxMenEnv", "PaxMenRules", "make_paxmen"]
 
-# "#" wall, "." corridor, "o" corridor with a dot, digits where the agents start, in their order.
+# "#" wall, "." corridor, "o" corridor with a dot, digits: start cells of the agents, in order.
 _MAZES = side_by_side("""
     ###############  ###############  ###############
     ###ooo...ooo###  ###oo...#######  #######...ooo##
@@ -46,19 +46,19 @@ _NUM_CELLS = _SIZE * _SIZE
 _NUM_DOTS = 24
 _FLOOR, _WALL = _NUM_DOTS, _NUM_DOTS + 1  # kinds of cells beyond the dots 0..23
 _MAX_AGENTS = 8
-_EAT = 4  # the move that leads nowhere
+_EAT = 4  # the move that stays in place
 
-_CELL = 24  # of the picture, in pixels
+_CELL = 24  # of the image, in pixels
 _BACKGROUND, _BLOCK, _FLOOR_COLOR, _LIT, _DOT = "#10142b", "#28357a", "#10142b", "#2b3050", "#ffd86b"
 
 
 @dataclass(eq=False, repr=False)
 class PaxMenRules(Rules):
-    """The rules of :class:`PaxMenEnv`, whose arguments these are.
+    """The rules of :class:`PaxMenEnv`, with the same arguments.
 
-    A cell's kind is the number of its dot, or floor, or wall. Dots are a row of flags by number, with one more flag for
-    each of the other two kinds, never set: looking up the kinds around an agent, and then their flags, gives the dots
-    that it sees.
+    A cell's kind is the index of its dot, or floor, or wall. Dots are flags by index, with one additional flag that is
+    never set for each of the other two kinds: a lookup of the kinds around an agent, and of their flags, gives the
+    visible dots.
     """
 
     num_agents: int = 4
@@ -72,7 +72,7 @@ class PaxMenRules(Rules):
         super().__post_init__()
         check_positive(view_radius=self.view_radius)
         if self.num_agents > _MAX_AGENTS:
-            raise ValueError(f"num_agents must be at most {_MAX_AGENTS}, the places in the hub; got {self.num_agents}")
+            raise ValueError(f"num_agents must be at most {_MAX_AGENTS}, the cells of the hub; got {self.num_agents}")
         kinds = _layouts()
         self.num_layouts = len(kinds)
         hub = _MAZES[0]
@@ -85,25 +85,25 @@ class PaxMenRules(Rules):
             layout_code=torch.eye(self.num_layouts),
             place=torch.stack([cells // _SIZE, cells % _SIZE], -1) / (_SIZE - 1),
             start=torch.tensor([hub.index(str(agent)) for agent in range(self.num_agents)]),
-            # Numbers, not truth values, which compiled scattering is slow with.
+            # Numbers instead of bools, for which compiled scattering is slow.
             all_dots=(torch.arange(_NUM_DOTS + 2) < _NUM_DOTS).float(),
             self_pairs=torch.eye(self.num_agents, dtype=torch.bool),
         )
 
     @property
     def action_spec(self) -> Categorical:
-        """A move of each agent, the last of which is to eat."""
+        """A move for each agent; the last move eats."""
         return Categorical(len(MOVES), shape=torch.Size([self.num_agents]))
 
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
-        """Draw a layout; the agents stand in the hub, and no dot is eaten."""
+        """Draw a layout and place the agents in the hub, with no dot eaten."""
         random, layout = draw_below(random, self.num_layouts)
         cell = self.start.expand(*random.shape, -1)
         dots = self.all_dots.expand(*random.shape, -1)
         return {"random": random, "layout": layout, "cell": cell, "facing": torch.full_like(cell, 3), "dots": dots}
 
     def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Eat and move; all at once, so that a dot that several agents eat counts once."""
+        """Eat and move simultaneously: a dot that several agents eat counts once."""
         index = self._index(state)
         bite = torch.where(action == _EAT, self.kind.take(index), _FLOOR)
         left = state["dots"].scatter(-1, bite, 0.0)
@@ -116,7 +116,7 @@ class PaxMenRules(Rules):
         return changes, reward, torch.zeros_like(state["layout"], dtype=torch.bool)
 
     def observe(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Show each agent the walls, dots and other agents around it; the state holds everything."""
+        """Return the walls, dots and other agents around each agent; the state holds everything."""
         cell, dots = state["cell"], state["dots"]
         kinds = embedding(self._index(state), self.view)
         dots_around = dots.gather(-1, kinds.flatten(-2)).reshape(kinds.shape)
@@ -131,14 +131,14 @@ class PaxMenRules(Rules):
         return {"observation": observation}, {"state": torch.cat([layout, dots[..., :_NUM_DOTS], places], -1)}
 
     def outcome(self, state: State) -> dict[str, Tensor]:
-        """Return the dots eaten as a share of those in the maze: above 1 once they have come back."""
+        """Return eaten dots as a share of the maze's dots, above 1 once the dots have reappeared."""
         return {"eaten": (state["episode_reward"] + self.step_cost * state["step"]).round() / _NUM_DOTS}
 
     def _index(self, state: State) -> Tensor:
         return state["layout"].unsqueeze(-1) * _NUM_CELLS + state["cell"]
 
     def draw(self, state: State) -> np.ndarray:
-        """Draw the maze, the dots and the agents; what they see is lit."""
+        """Draw the maze, the dots and the agents, with visible cells lit."""
         canvas = Canvas(_SIZE * _CELL, _SIZE * _CELL, _BACKGROUND)
         layout, cells = int(state["layout"]), state["cell"].tolist()
         kinds = self.kind.reshape(-1, _SIZE, _SIZE)[layout].tolist()
@@ -151,28 +151,28 @@ class PaxMenRules(Rules):
                 canvas.disc(_center(row, column), 4.5, _DOT)
         for agent, (row, column) in enumerate(near):
             together = [other for other in range(self.num_agents) if cells[other] == cells[agent]]
-            shift = 4 * (together.index(agent) - (len(together) - 1) / 2)  # so that all show who share a cell
+            shift = 4 * (together.index(agent) - (len(together) - 1) / 2)  # so that all agents in a cell are visible
             _draw_agent(canvas, _center(row, column, shift), AGENT_COLORS[agent], int(state["facing"][agent]))
         return canvas.pixels()
 
 
 class PaxMenEnv(GameEnv):
-    """A team of Pac-Men that has to split up: exploration under partial observability with shared rewards.
+    """A team of Pac-Men that needs to split up: exploration under partial observability with shared rewards.
 
     Agents start in the hub at the middle of a maze, from which four corridors branch into eight dead ends. An agent in
-    a cell with a dot can eat it. Each dot eaten gives the team 1, however many eat it at once (their shares add up to
-    1); each step costs the team ``step_cost``. All dots come back once all have been eaten. Every agent gets the team's
-    reward, sees only what is near, and moves into walls in vain; agents share cells and do not block each other.
+    a cell with a dot can eat the dot. Each eaten dot gives the team 1, regardless of how many agents eat it at once;
+    each step costs the team ``step_cost``. All dots reappear once all have been eaten. Every agent gets the team's
+    reward and sees only nearby cells. Moves into walls have no effect; agents share cells and do not block each other.
 
     Reference: the MARS paper, appendix C.2 (after Li et al., Celebrating diversity in shared multi-agent reinforcement
     learning, 2021), which gives the hub, branching corridors of varying orientation and length, a fixed set of
     topologies drawn by episode, teams of four to six, the five actions, the local grid and the rewards.
 
-    The rest is our choice, as we know of no released code. There are three mazes of 15 x 15 cells in eight orientations
-    each: 24 layouts, equally likely. Each has 24 dots in groups of three at its dead ends, 7 to 11 steps from the
-    middle; with more dead ends than agents, roles go on changing. What is seen, 5 x 5 cells, comes as three planes,
-    since one number for each cell could not show an agent on a dot. A step's cost counts once for the team, whatever
-    its size. Agents start in distinct cells of the hub. Episodes have no end of their own; 200 steps give a good team
+    All other details are our choice, as we know of no released code. There are three mazes of 15 x 15 cells in eight
+    orientations each: 24 layouts, equally likely. Each has 24 dots in groups of three at its dead ends, 7 to 11 steps
+    from the middle. There are more dead ends than agents, so roles keep changing. The view of 5 x 5 cells has three
+    planes, as one number per cell could not represent an agent on a dot. The cost of a step counts once for a team of
+    any size. Agents start in distinct cells of the hub. Episodes end only by the time limit; 200 steps give a good team
     several rounds of dots.
 
     ==============================  ====================  ==============================================================
@@ -181,13 +181,12 @@ class PaxMenEnv(GameEnv):
     ``("agents", "observation")``   ``[B, N, 75]``        planes of the 5 x 5 cells around: wall, dot, another agent
     ``("agents", "action")``        ``[B, N]``            0 up, 1 down, 2 left, 3 right, 4 eat
     ``"state"``                     ``[B, 48 + 2 N]``     layout as one-hot, dots left, row and column of agents in 0..1
-    ``("info", "eaten")``           ``[B, 1]``            dots eaten in the episode / 24: more than 1 as they come back
+    ``("info", "eaten")``           ``[B, 1]``            dots eaten in the episode / 24; above 1 once dots reappear
     ==============================  ====================  ==============================================================
 
     Args:
         num_agents: number of agents, ``N``, at most 8.
-        view_radius: how many cells an agent sees in each direction; an observation has ``3 (2 view_radius + 1)**2``
-            entries.
+        view_radius: number of visible cells in each direction; an observation has ``3 (2 view_radius + 1)**2`` entries.
         step_cost: the team's cost of a step.
         max_steps: time limit of an episode.
         time_limit: how the limit is reported: ``"truncate"`` or ``"terminate"``.
@@ -212,13 +211,13 @@ def make_paxmen(scenario: str = "PaxMen-4", **options: Any) -> PaxMenEnv:
 
     Args:
         scenario: ``PaxMen-N`` for ``N`` agents; the paper has 4, 5 and 6.
-        options: the other arguments are those of :class:`PaxMenEnv`.
+        options: other arguments of :class:`PaxMenEnv`.
 
     Returns:
         The environment.
 
     Raises:
-        ValueError: if the name is of another form or an argument is out of its range.
+        ValueError: if the name has another form or an argument is out of its range.
 
     Example:
         >>> len(make_paxmen("PaxMen-6", num_envs=2, seed=0).group_map["agents"])
@@ -243,7 +242,7 @@ def _layouts() -> Tensor:
 
 
 def _offsets(radius: int) -> Tensor:
-    """Where in the window around one cell another lies, ``[cells, cells]``; beyond its last place if outside."""
+    """Index of every cell in the window around every cell, ``[cells, cells]``; beyond the last index if outside."""
     side, cells = 2 * radius + 1, torch.arange(_NUM_CELLS)
     place = torch.stack([cells // _SIZE, cells % _SIZE], -1)
     down, right = (place - place.unsqueeze(1) + radius).unbind(-1)
@@ -264,7 +263,7 @@ def _draw_cell(canvas: Canvas, row: int, column: int, kind: int, lit: bool) -> N
 
 
 def _draw_agent(canvas: Canvas, center: tuple[float, float], color: str, facing: int) -> None:
-    """A disc with its mouth open to where it moved last."""
+    """Draw a disc with its mouth open in the direction of its last move."""
     (down, right), radius = MOVES[facing], 9.5
     angle = math.atan2(down, right)
     canvas.disc(center, radius, color)

@@ -1,4 +1,4 @@
-"""Smooth drawings with Pillow, which is imported only to draw."""
+"""Antialiased drawings with Pillow, which is imported only when needed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Point = tuple[float, float]
 _SUPERSAMPLING = 3
 
 INK, FAINT = "#2e3440", "#8a93a3"
-# Paul Tol's "bright" palette without its yellow and grey, then two darker tones: also told apart without red and green.
+# Paul Tol's colour-blind safe "bright" palette without yellow and grey, then two darker tones.
 AGENT_COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#e0862c", "#332288", "#7a5230")
 
 
 class Canvas:
-    """A picture in pixels, drawn three times as large and scaled down, so that edges are smooth.
+    """An image in pixels, drawn three times as large and scaled down for antialiasing.
 
     Args:
-        width: of the picture.
-        height: of the picture.
-        background: colour.
+        width: width of the image.
+        height: height of the image.
+        background: background colour.
     """
 
     def __init__(self, width: int, height: int, background: str = "white") -> None:
@@ -73,7 +73,7 @@ class Canvas:
         self._pen.text(self._scaled(position), content, fill=color, font=font, anchor=anchor)
 
     def pixels(self) -> np.ndarray:
-        """Return the picture, ``uint8`` of shape ``[height, width, 3]``."""
+        """Return the image, ``uint8`` of shape ``[height, width, 3]``."""
         from PIL import Image
 
         return np.array(self._image.resize(self._size, Image.Resampling.LANCZOS))
@@ -87,11 +87,11 @@ class Scene(Canvas):
     """A canvas that shows a part of a world.
 
     Args:
-        width: of the picture.
-        height: of the picture.
+        width: width of the image.
+        height: height of the image.
         projection: pixels per unit of length, ``[2, D]``, to the right and down.
-        origin: where the world's origin is in the picture.
-        background: colour.
+        origin: position of the world's origin in the image.
+        background: background colour.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class Scene(Canvas):
         self.projection, self.origin = projection, origin
 
     def points(self, places: Tensor) -> list[Point]:
-        """Project places, ``[P, D]``."""
+        """Project positions, ``[P, D]``."""
         projection, origin = (torch.tensor(value, dtype=places.dtype) for value in (self.projection, self.origin))
         return [(x, y) for x, y in (places @ projection.T + origin).tolist()]
 
 
 def shrunk(picture: np.ndarray, longer_side: int) -> np.ndarray:
-    """Return a picture whose longer side has at most as many pixels."""
+    """Return an image scaled down to at most ``longer_side`` pixels."""
     from PIL import Image
 
     image = Image.fromarray(picture)

@@ -1,4 +1,4 @@
-"""What a cooperative game written in Torch is made of: pure functions between states."""
+"""Base of cooperative games written in Torch as pure functions on states."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ State = Mapping[str, Tensor]  # the entries of a state's TensorDict
 class Rules(nn.Module, ABC):
     """A cooperative game as pure functions on a state, for any batch ``[*B]`` of environments at once.
 
-    A collector needs no more than ``reset``, ``describe``, ``step`` and ``restart``, eager or inside its own
-    ``torch.compile``; :class:`~torchrl_marl.envs.TensorEnv` makes a TorchRL environment of them. The four functions
-    depend on nothing but their arguments and constants, never wait for the device, and have no Python loop over
-    environments or agents.
+    A collector only needs ``reset``, ``describe``, ``step`` and ``restart``, eager or within ``torch.compile``;
+    :class:`~torchrl_marl.envs.TensorEnv` wraps them as a TorchRL environment. The four functions depend only on their
+    arguments and constants, do not synchronise with the device, and have no Python loop over environments or agents.
 
     A state is a TensorDict that holds at least ``random`` (the environment's stream), ``step`` and ``episode_reward``,
-    all ``[*B]``. Each environment draws from its own stream only: it plays in a batch as it would alone, and a stored
+    all ``[*B]``. Each environment draws from its own stream only: its episodes do not depend on the batch, and a stored
     state resumes it exactly.
 
     A game defines ``action_spec``, ``init_state``, ``transition``, ``observe`` and ``draw``; its settings are dataclass
-    fields. Lookup tables are buffers, so that ``to`` moves them. ``fixed_length`` is set if the number of steps is part
-    of the game, so that reaching it is rightly a termination.
+    fields. Lookup tables are buffers, so ``to`` moves them. ``fixed_length`` is set if the number of steps is part of
+    the game, so that the limit is a termination.
 
     Args:
         num_agents: number of agents, ``N``.
@@ -81,30 +80,30 @@ class Rules(nn.Module, ABC):
     @property
     @abstractmethod
     def action_spec(self) -> TensorSpec:
-        """The actions of one environment, ``[N]`` for discrete or ``[N, A]`` for continuous ones."""
+        """Action spec of one environment, ``[N]`` for discrete or ``[N, A]`` for continuous actions."""
 
     @abstractmethod
     def init_state(self, random: Tensor) -> dict[str, Tensor]:
-        """Return the game's own part of an episode's first state, and ``random`` if it drew numbers."""
+        """Return the game's entries of an initial state, and ``random`` if numbers were drawn."""
 
     @abstractmethod
     def transition(self, state: State, action: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Return the entries that actions change, the team's reward and whether the game is over, both ``[*B]``."""
+        """Return the changed entries, and the team's reward and whether the game is over, both ``[*B]``."""
 
     @abstractmethod
     def observe(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the agents' entries, ``[*B, N, ...]`` each, and those at the root, such as ``state``."""
+        """Return the agents' entries, ``[*B, N, ...]`` each, and root entries such as ``state``."""
 
     def outcome(self, state: State) -> dict[str, Tensor]:
-        """Return what an episode has come to besides its return, ``[*B]`` each: entries of ``"info"`` by name.
+        """Return further outcomes of an episode, the entries of ``"info"`` by name, ``[*B]`` each.
 
-        The values at the last step are the episode's. By default there are none.
+        An episode's outcomes are the values at its last step. The default is no outcome.
         """
         return {}
 
     @abstractmethod
     def draw(self, state: State) -> np.ndarray:
-        """Return a picture of one environment's state, ``uint8`` of shape ``[height, width, 3]``."""
+        """Return an image of one environment's state, ``uint8`` of shape ``[height, width, 3]``."""
 
     def reset(self, random: Tensor) -> TensorDict:
         """Return the states of new episodes, drawn from the streams ``random``, ``[*B]``."""
@@ -120,12 +119,12 @@ class Rules(nn.Module, ABC):
         """Play one step.
 
         Args:
-            state: as returned by ``reset``, ``restart`` or ``step``.
-            action: of every agent, ``[*B, N]`` or ``[*B, N, A]``.
+            state: state returned by ``reset``, ``restart`` or ``step``.
+            action: actions of all agents, ``[*B, N]`` or ``[*B, N, A]``.
 
         Returns:
-            The next state, and the entries that ``describe`` gives for it with ``("agents", "reward")``, ``done``,
-            ``terminated`` and ``truncated``.
+            The next state, and its entries from ``describe`` with ``("agents", "reward")``, ``done``, ``terminated``
+            and ``truncated``.
         """
         entries = _entries(state)
         changes, reward, terminated = self.transition(entries, action)
@@ -143,7 +142,7 @@ class Rules(nn.Module, ABC):
         return state, data
 
     def describe(self, state: TensorDict) -> TensorDict:
-        """Return the entries of a state: observations, ``episode_reward``, ``step_count`` and the ``"info"`` so far."""
+        """Return the entries of a state: observations, ``episode_reward``, ``step_count`` and current ``"info"``."""
         batch, entries = state.batch_size, _entries(state)
         agents, root = self.observe(entries)
         agents["episode_reward"] = self._per_agent(entries["episode_reward"])
@@ -154,7 +153,7 @@ class Rules(nn.Module, ABC):
         return TensorDict({**content, **root, "step_count": entries["step"].unsqueeze(-1).clone()}, batch_size=batch)
 
     def _per_agent(self, value: Tensor) -> Tensor:
-        # A copy for every agent, as of all that is returned: transforms may write in place.
+        # Every agent gets a copy, as transforms may write in place.
         return value[..., None, None].expand(*value.shape, self.num_agents, 1).clone()
 
 

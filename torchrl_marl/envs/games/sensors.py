@@ -1,4 +1,4 @@
-"""What aircraft see, hit and tell each other: cones that are fixed to the airframe, and the geometry of pairs."""
+"""Sensors, weapons and communication of aircraft: cones fixed to the airframe, and the geometry of pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["SENSORS", "Cone", "Sensors", "Sight", "look", "of_observers"]
 
 
 class Sight(NamedTuple):
-    """Where every aircraft, the first dimension, has every other one, the second, in its own axes, in m and m^2."""
+    """Positions of aircraft (second dimension) in the axes of observers (first dimension), in m and m^2."""
 
     forward: Tensor
     right: Tensor
@@ -24,12 +24,12 @@ class Sight(NamedTuple):
 
 @dataclass(frozen=True)
 class Cone:
-    """A field of view or of fire about the nose. It turns with the aircraft: rolled on its side, it is as high as wide.
+    """A field of view or of fire about the nose, which turns and rolls with the aircraft.
 
     Args:
         azimuth: half-angle to the sides, rad, in (0, pi].
         elevation: half-angle upwards and downwards, rad, in (0, pi/2].
-        range: m.
+        range: range, m.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -48,7 +48,7 @@ class Cone:
             raise ValueError(f"range must be positive, got {self.range}")
 
     def holds(self, sight: Sight) -> Tensor:
-        """Whether another aircraft is within the angles.
+        """Whether another aircraft is within the cone's angles.
 
         Example:
             >>> import torch
@@ -61,23 +61,23 @@ class Cone:
         return sideways & (sight.up.square() <= math.sin(self.elevation) ** 2 * sight.squared_distance)
 
     def reaches(self, squared_distance: Tensor, drawn: Tensor) -> Tensor:
-        """Whether chance, a number of [0, 1), lets it reach so far: in ``1 - (distance / range)^2`` of all cases."""
+        """Whether a detection or shot succeeds, with probability ``1 - (distance / range)^2``; ``drawn`` in [0, 1)."""
         return drawn + squared_distance * self.range**-2 < 1
 
 
 @dataclass(frozen=True)
 class Sensors:
-    """What aircraft see, hit and tell each other.
+    """Fields of view and fire, damage and communication range of an aircraft.
 
-    The paper names these quantities and leaves the values open. Ours make a fight of manoeuvre: the teams meet within
-    sight, a head-on pass lasts for about ten shots of which eight must hit, and who comes from behind is seen by nobody
-    but the victim's allies.
+    The paper names these quantities without values. The values chosen here reward manoeuvring: the teams meet within
+    sight, a head-on pass lasts for about ten shots of which eight must hit, and an attacker from behind is seen only by
+    the victim's allies.
 
     Args:
-        view: where other aircraft are detected.
-        weapons: where enemies that are detected are shot at, the nearest of them, once each step.
-        damage: of a hit, as a share of full health, in (0, 1].
-        communication_range: m; allies within it tell each other where they are and what they detect.
+        view: cone in which other aircraft are detected.
+        weapons: cone in which the nearest detected enemy is shot at, once per step.
+        damage: damage of a hit, as a share of full health, in (0, 1].
+        communication_range: m; allies within this range share their positions and detections.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -99,7 +99,7 @@ SENSORS = Sensors()
 
 
 def look(position: Vector, frame: Frame) -> Sight:
-    """Return where all aircraft, with components ``[M, B]``, have each other, ``[M, M, B]``."""
+    """Return the relative positions, ``[M, M, B]``, of all aircraft, with components ``[M, B]``."""
     east, north, up = (part.unsqueeze(0) for part in position)
     apart = minus((east, north, up), of_observers(position))
     forward, right, up = (dot(apart, of_observers(axis)) for axis in frame)
@@ -107,6 +107,6 @@ def look(position: Vector, frame: Frame) -> Sight:
 
 
 def of_observers(vector: Vector) -> Vector:
-    """Bring a vector of the observers, with components ``[M, B]``, to pairs, ``[M, 1, B]``."""
+    """Reshape a vector of the observers, with components ``[M, B]``, for pairs, ``[M, 1, B]``."""
     east, north, up = (part.unsqueeze(1) for part in vector)
     return east, north, up

@@ -1,7 +1,7 @@
-"""A random stream for each environment of a batch, as a tensor: SplitMix64 in integer arithmetic.
+"""Random streams of a batch of environments, as a tensor: SplitMix64 in integer arithmetic.
 
-A stream is one ``int64``. Drawing is a pure function of it, so that it runs inside a compiled step, gives the same
-numbers on every device, and an environment's course depends on its own stream alone, not on its neighbours.
+A stream is one ``int64``. Drawing is a pure function of the stream: it runs inside a compiled step and gives the same
+numbers on every device, and an environment depends only on its own stream, not on other environments.
 
 Reference: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014, Figure 14 with Stafford's
 variant 13 of the mixing function, as in Java's ``SplittableRandom``.
@@ -29,8 +29,8 @@ def random_streams(seed: int, num_streams: int, *, device: torch.device | str | 
 
     Args:
         seed: any integer; taken modulo ``2**64``.
-        num_streams: number of environments. The first streams do not depend on it.
-        device: where to put them.
+        num_streams: number of environments. Each stream is independent of this number.
+        device: device of the streams.
 
     Returns:
         The first ``num_streams`` outputs of SplitMix64 seeded with ``seed``, as ``int64``.
@@ -70,7 +70,7 @@ def draw_uniform(stream: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Args:
         stream: ``int64``, any shape ``[*B]``.
-        count: how many from each.
+        count: numbers per stream.
 
     Returns:
         The streams after the draws, and the numbers, ``float32`` of shape ``[*B, count]``.

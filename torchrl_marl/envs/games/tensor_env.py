@@ -24,8 +24,8 @@ class TensorEnv(TeamEnv):
     Args:
         rules: the game.
         num_envs: number of environments stepped together, ``B``.
-        seed: of the streams; ``None`` draws one from Torch's global generator.
-        device: where to play.
+        seed: seed of the streams; ``None`` draws a seed from Torch's global generator.
+        device: device of the environment.
 
     Raises:
         ValueError: if ``num_envs`` is below 1.
@@ -51,7 +51,7 @@ class TensorEnv(TeamEnv):
 
     @property
     def streams(self) -> Tensor:
-        """Every copy's random stream, a part of its state."""
+        """The random stream of every copy, a part of the state."""
         return self.state["random"]
 
     @streams.setter
@@ -77,8 +77,8 @@ class TensorEnv(TeamEnv):
 class GameEnv(TensorEnv):
     """A game whose arguments are the fields of its rules, and ``num_envs``, ``seed`` and ``device``.
 
-    So the rules alone state a game's settings and their defaults; ``inspect.signature`` shows them. A subclass names
-    its rules in ``rules_type``.
+    The rules alone define a game's settings and defaults; ``inspect.signature`` shows them. A subclass names its rules
+    in ``rules_type``.
 
     Example:
         >>> from torchrl_marl.envs import MazeEnv

@@ -6,7 +6,7 @@ from torch import Tensor
 
 __all__ = ["Frame", "Vector", "cross", "dot", "minus", "plus", "scaled", "turned"]
 
-# East, north and up (or forward, right and up), each of the same shape: plain tensors are quicker than a last axis.
+# East, north and up (or forward, right and up), each of the same shape: three tensors are faster than a last dimension.
 Vector = tuple[Tensor, Tensor, Tensor]
 # Unit vectors along the nose, to the right wing and out of the cockpit's roof.
 Frame = tuple[Vector, Vector, Vector]
@@ -39,5 +39,5 @@ def plus(one: Vector, other: Vector) -> Vector:
 
 
 def turned(first: Vector, second: Vector, cos: Tensor, sin: Tensor) -> tuple[Vector, Vector]:
-    """Turn two vectors at right angles in their plane, the first one towards the second."""
+    """Rotate two perpendicular vectors in their plane, the first towards the second."""
     return plus(scaled(cos, first), scaled(sin, second)), plus(scaled(cos, second), scaled(-sin, first))

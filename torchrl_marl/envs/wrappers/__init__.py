@@ -1,1 +1,1 @@
-"""Environments of other packages under the keys of this library."""
+"""Environments of other packages with the keys of this library."""

@@ -1,4 +1,4 @@
-"""The base of all wrappers of other packages' environments."""
+"""Base of all wrappers of environments from other packages."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ _GROUP = {"observation", "action_mask", "mask", "reward", "episode_reward"}
 
 
 class WrapperEnv(TeamEnv):
-    """A batch of another package's environments.
+    """A batch of environments from another package.
 
-    Where agents can drop out of an episode, ``("agents", "mask")`` marks those that are alive: policies do not learn
-    from the other rows. What a game tells of an episode besides its return, such as whether it is won, is ``[B, 1]``
-    under ``"info"``; the value at the last step is the episode's. A subclass resets and steps the copies, and sets
-    ``observation_spec``.
+    If agents can drop out of an episode, ``("agents", "mask")`` marks live agents: policies do not learn from the other
+    rows. Further outcomes of an episode, such as whether it is won, are ``[B, 1]`` under ``"info"``; the value at the
+    last step counts. A subclass resets and steps the copies, and sets ``observation_spec``.
 
     Args:
         agents: names of the ``N`` agents.
-        action_spec: of one environment, ``[N]`` for discrete or ``[N, A]`` for continuous actions.
+        action_spec: action spec of one environment, ``[N]`` for discrete or ``[N, A]`` for continuous actions.
         num_envs: number of environments stepped together, ``B``.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards.
-        seed: of the streams; ``None`` draws one from Torch's global generator.
-        device: where the tensors are.
+        seed: seed of the streams; ``None`` draws a seed from Torch's global generator.
+        device: device of the tensors.
 
     Raises:
         ValueError: if ``num_envs`` or ``max_steps`` is below 1.
@@ -67,7 +66,7 @@ class WrapperEnv(TeamEnv):
         return self._data(self._step_copies(self._action(tensordict)))
 
     def _action(self, tensordict: TensorDictBase) -> Tensor:
-        """Return the actions; those out of range are clamped to it, so that a plain Gaussian policy can act."""
+        """Return the actions, clamped to their range so that a plain Gaussian policy can act."""
         action = tensordict["agents", "action"]
         if not isinstance(self._bounds, Bounded):
             return action
@@ -76,17 +75,17 @@ class WrapperEnv(TeamEnv):
     def _outcome(
         self, before: Mapping[str, Any], seen: Mapping[str, Any], reward: Any, terminated: Any, truncated: Any = False
     ) -> dict[str, Any]:
-        """Sum the rewards and count the steps, in tensors as in arrays of JAX.
+        """Accumulate rewards and count steps, for tensors or JAX arrays.
 
         Args:
             before: ``episode_reward`` and ``step_count`` before the step.
-            seen: entries of ``observation_spec`` after it.
-            reward: of each agent, ``[B, N, 1]``.
+            seen: entries of ``observation_spec`` after the step.
+            reward: reward of each agent, ``[B, N, 1]``.
             terminated: ``[B, 1]``
-            truncated: whether the game has a limit of its own and reached it, ``[B, 1]``.
+            truncated: whether the game reached its own time limit, ``[B, 1]``.
 
         Returns:
-            The entries after the step by name, those of ``seen`` included.
+            The entries after the step by name, including those of ``seen``.
         """
         if self.shared_reward:
             everyone = np.zeros(reward.shape[-2], dtype=int)
@@ -108,23 +107,23 @@ class WrapperEnv(TeamEnv):
 
     @abstractmethod
     def _reset_copies(self, where: Tensor, streams: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Begin new episodes where the mask ``where``, ``[B]``, is set, from the streams ``[B]``, both on the CPU.
+        """Start new episodes where the mask ``where``, ``[B]``, is set, from the streams ``[B]``, both on the CPU.
 
         Returns:
             The streams after the reset, and the entries of ``observation_spec`` of all environments by name, without
-            their group. Environments that are not reset keep their last observation.
+            the group. Environments that are not reset keep their last observation.
         """
 
     @abstractmethod
     def _step_copies(self, action: Tensor) -> dict[str, Tensor]:
-        """Step all environments with the actions ``[B, N]`` or ``[B, N, A]``, without resetting any.
+        """Step all environments with the actions ``[B, N]`` or ``[B, N, A]``, without automatic resets.
 
         Returns:
-            The entries of the specs of observations, reward and done flags by name, without their group.
+            The entries of the observation, reward and done specs by name, without the group.
         """
 
     def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
-        """Draw random actions, only legal ones if ``tensordict`` has a mask: some packages crash on illegal ones."""
+        """Draw random actions, only legal ones if ``tensordict`` has a mask: some packages crash on illegal actions."""
         keys = [] if tensordict is None else [(group, "action_mask") for group in self.group_map]
         masks = {key: tensordict[key] for key in keys if key in tensordict.keys(True)}
         if tensordict is None or len(masks) < len(keys):
@@ -137,19 +136,19 @@ class WrapperEnv(TeamEnv):
     def _draw(self, env_index: int) -> np.ndarray:
         try:
             return self._picture(env_index)
-        except Exception as error:  # without OpenGL or a display every package fails in its own way
+        except Exception as error:  # packages raise various exceptions without OpenGL or a display
             raise ValueError(f"the environment cannot be drawn here: {error}") from error
 
     @abstractmethod
     def _picture(self, env_index: int) -> np.ndarray:
-        """Return the picture of one environment, drawn by its package."""
+        """Return the image of one environment, rendered by its package."""
 
 
 def check_options(options: Mapping[str, Any], scenario: str, *builds: Callable[..., Any]) -> None:
-    """Reject options that none of the constructors has.
+    """Reject options that no constructor accepts.
 
     Raises:
-        ValueError: with the name of the option and those that there are.
+        ValueError: with the names of the unknown and of the known options.
     """
     parameters = [one for build in builds for one in inspect.signature(build).parameters.values()]
     known = [one.name for one in parameters if one.name != "self" and one.kind != one.VAR_KEYWORD]
@@ -159,7 +158,7 @@ def check_options(options: Mapping[str, Any], scenario: str, *builds: Callable[.
 
 
 def actions_like(space: Any, num_agents: int) -> TensorSpec:
-    """Return the spec of all agents' actions, each of which is from a discrete or a bounded continuous space."""
+    """Return the action spec of all agents from one agent's discrete or bounded continuous space."""
     if hasattr(space, "n"):
         return Categorical(int(space.n), shape=torch.Size([num_agents]))
     shape = torch.Size([num_agents, *space.shape])

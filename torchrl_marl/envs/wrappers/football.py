@@ -20,12 +20,12 @@ from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["make_football"]
 
-_ACTIVE = slice(97, 108)  # of the 115 numbers: which player of the team the observer is
+_ACTIVE = slice(97, 108)  # one-hot index of the observing player, within the 115 numbers
 _CHECKPOINTS, _CHECKPOINT_REWARD = 10, 0.1
 
 
 class _FootballGame(SerialGame):
-    """A match as the engine plays it, in the numbers of ``simple115v2``."""
+    """A match of the engine, observed as ``simple115v2``."""
 
     def __init__(self, scenario: str, num_agents: int, checkpoints: bool) -> None:
         football, self._checkpoints = import_extra("gfootball.env.football_env", "football"), checkpoints
@@ -40,7 +40,7 @@ class _FootballGame(SerialGame):
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         self._config["game_engine_random_seed"] = seed
-        self._config["reverse_team_processing"] = bool(seed % 2)  # the engine would keep that of the first episode
+        self._config["reverse_team_processing"] = bool(seed % 2)  # the engine would keep the value of the first episode
         self._passed, self._goals = np.zeros(len(self.agents), dtype=int), 0
         return self._seen(self.env.reset())
 
@@ -53,12 +53,12 @@ class _FootballGame(SerialGame):
         return Turn(self._seen(observation), reward.tolist(), over and not at_limit, over and at_limit)
 
     def draw(self) -> np.ndarray:
-        raise NotImplementedError("its engine draws on OpenGL only")
+        raise NotImplementedError("its engine renders with OpenGL only")
 
     def _checkpoint_reward(self, observation: list[dict[str, Any]], scored: bool) -> np.ndarray:
-        """0.1 for each of ten rings about the goal that a player is the first of its own to carry the ball into.
+        """0.1 for each of ten rings around the goal that an agent carries the ball into first.
 
-        They lie at distances from 0.99 to 0.19 (half the pitch is 1); with a goal, all that are left are paid.
+        The rings have distances from 0.99 to 0.19 (half the pitch is 1); a goal pays all remaining rings.
         """
         passed = self._passed.copy()
         for index, own in enumerate(observation):
@@ -87,30 +87,31 @@ def make_football(
     shared_reward: bool = False,
     **batch: Unpack[BatchOptions],
 ) -> EnvBase:
-    """Build a scenario of Google Research Football, with agents for the first players of the left team.
+    """Build a scenario of Google Research Football, where agents control the first players of the left team.
 
-    Observations are the 115 numbers of ``simple115v2``: places and directions of all players and the ball, who has it,
-    which player one is, the mode of the game. ``"state"`` is the same without the observer, ``[104]``. All 19 actions
-    are always legal. ``("info", "goals")`` counts the left team's goals in the episode. A goal, and in the academy's
-    scenarios the loss of the ball, are terminations; the time limits, ``max_steps`` and the scenario's own, are
+    Observations are the 115 numbers of ``simple115v2``: positions and directions of all players and the ball, ball
+    possession, the observing player and the game mode. ``"state"`` is the same without the observing player, ``[104]``.
+    All 19 actions are always legal. ``("info", "goals")`` counts the left team's goals in the episode. A goal, and in
+    academy scenarios the loss of the ball, are terminations; the time limits, ``max_steps`` and the scenario's own, are
     truncations.
 
     Args:
         scenario: a module of ``gfootball.scenarios``.
-        num_agents: players that agents control. Papers use 3 in academy_3_vs_1_with_keeper, 2 in the two
+        num_agents: number of controlled players. Papers use 3 in academy_3_vs_1_with_keeper, 2 in the two
             pass_and_shoot scenarios, 4 in the counterattacks and 5_vs_5, 10 in academy_corner and 11_vs_11.
         max_steps: time limit of an episode.
-        checkpoints: whether a player also earns 0.1 for each of ten rings about the goal that it carries the ball into.
-        shared_reward: whether every agent gets the sum of all agents' rewards. A goal is 1 for every agent anyway.
-        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`. Each environment has an engine of its own, all in this
-            process, of 60 MiB.
+        checkpoints: whether a player also earns 0.1 for each of ten rings around the goal that it carries the ball
+            into.
+        shared_reward: whether every agent gets the sum of all agents' rewards. A goal is 1 for every agent regardless.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`. Each environment has a separate engine of 60 MiB in
+            this process.
 
     Returns:
         The environments, with batch size ``[num_envs]``.
 
     Raises:
-        ImportError: if the game is not installed. It is built from source: ``docs/environments.md`` has the commands.
-        ValueError: if an argument is out of its range or there is no such scenario.
+        ImportError: if the game is not installed. ``docs/environments.md`` has the commands to build it from source.
+        ValueError: if an argument is out of its range or the scenario is unknown.
     """
     import_extra("gfootball", "football")
     scenarios = import_extra("gfootball.env.scenario_builder", "football").all_scenarios()
@@ -118,6 +119,6 @@ def make_football(
         raise ValueError(f"gfootball has no scenario {scenario!r}; it has {', '.join(sorted(scenarios))}")
     if not 1 <= num_agents <= 11:
         raise ValueError(f"num_agents must be in 1..11, got {num_agents}")
-    logging.getLogger("absl").setLevel(logging.WARNING)  # the package reports every episode
+    logging.getLogger("absl").setLevel(logging.WARNING)  # the package logs every episode
     make = lambda _: _FootballGame(scenario, num_agents, checkpoints)  # noqa: E731
     return SerialGymEnv(make, max_steps=max_steps, shared_reward=shared_reward, **batch)

@@ -1,4 +1,4 @@
-"""Environments written in JAX: batches that JAX steps at once, with tensors that share JAX's memory."""
+"""Environments written in JAX: batches stepped by one JAX call, with tensors that share JAX's memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchrl_marl.extras import import_extra
 
 __all__ = ["FIGURE_INCHES", "JaxEnv", "JaxGame", "JaxTask", "game_by_name"]
 
-FIGURE_INCHES = (3.6, 3.6)  # of the figures that packages draw on
+FIGURE_INCHES = (3.6, 3.6)  # size of the figures that packages draw on
 
 
 class JaxGame(NamedTuple):
@@ -29,11 +29,12 @@ class JaxGame(NamedTuple):
     Attributes:
         agents: names of the ``N`` agents.
         action_spec: ``[N]`` for discrete or ``[N, A]`` for continuous actions.
-        reset: from a random key to the state and what is seen: ``observation [N, O]`` and, where there are such,
-            ``action_mask [N, A]``, ``mask [N]``, ``state [S]`` and the episode's metrics so far by name, ``[1]``.
-        step: from the state and the actions to the state, what is seen, the rewards ``[N]`` and whether it terminated.
-        own_rewards: False if all agents get the team's reward anyway.
-        draw: from one environment's state to its picture, by the package's own means.
+        reset: function of a random key that returns the state and observed entries: ``observation [N, O]`` and, if
+            present, ``action_mask [N, A]``, ``mask [N]``, ``state [S]`` and the episode's current metrics by name,
+            ``[1]``.
+        step: function of state and actions that returns state, observed entries, rewards ``[N]`` and termination.
+        own_rewards: False if all agents get the team's reward.
+        draw: function of one environment's state that returns the package's image.
     """
 
     agents: list[str]
@@ -45,13 +46,13 @@ class JaxGame(NamedTuple):
 
 
 class JaxTask(NamedTuple):
-    """A row of a package's table of tasks.
+    """A family of a package's tasks.
 
     Attributes:
-        written: how its names are written, for people.
-        form: the same as a regular expression.
-        example: one of the names.
-        build: from the parts of a name and the builder's other arguments to the game.
+        written: form of the names, for error messages.
+        form: regular expression of the names.
+        example: an example of a name.
+        build: function of the parts of a name and the builder's other arguments that returns the game.
     """
 
     written: str
@@ -61,10 +62,10 @@ class JaxTask(NamedTuple):
 
 
 def game_by_name(tasks: Sequence[JaxTask], scenario: str, *arguments: Any) -> JaxGame:
-    """Build the game whose form the name has, from the parts of the name and the other arguments.
+    """Build the game whose form matches the name, from the parts of the name and the other arguments.
 
     Raises:
-        ValueError: if there is none, with the forms and examples.
+        ValueError: if no form matches, with the forms and examples.
     """
     for task in tasks:
         if match := re.fullmatch(task.form, scenario):
@@ -75,12 +76,12 @@ def game_by_name(tasks: Sequence[JaxTask], scenario: str, *arguments: Any) -> Ja
 
 
 class JaxEnv(WrapperEnv):
-    """A batch of one JAX environment: one compiled call for all copies in each step.
+    """A batch of one JAX environment: one compiled call per step for all copies.
 
     A step is one compiled call that returns finished tensors. Another compiled call resets the copies whose episodes
-    ended, a sixteenth of the batch at a time. If JAX computes on ``device``, Torch shares the memory of the results:
-    never write into them. The 64 bits of a copy's random stream are a JAX key, which is split for each episode: the
-    first half is the new stream, the second the episode's reset key.
+    ended, a sixteenth of the batch at a time. If JAX computes on ``device``, Torch shares the memory of the results: do
+    not write into them. The 64 bits of a copy's random stream are a JAX key, which is split in every episode: the first
+    half is the new stream, the second the episode's reset key.
 
     Args:
         game: the environment.
@@ -102,26 +103,26 @@ class JaxEnv(WrapperEnv):
         self._restart, self._play = jax.jit(self._restarted), jax.jit(self._played)
         nothing = jax.eval_shape(self._begun, jax.ShapeDtypeStruct((batch["num_envs"], 2), "uint32"))
         nothing = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), nothing)
-        # Of all copies the state and what is seen. Committed to the device, or else it would compile twice.
+        # State and observed entries of all copies, committed to the device to avoid a second compilation.
         self._shown = jax.device_put(nothing, jax.devices()[0])
         self.observation_spec = spec_of(self._data(self._to_torch(self._shown[1])))
 
     def _begun(self, keys: Any) -> Any:
-        """The first states and observations of new episodes; keys ``[*, 2]``."""
+        """Initial states and observations of new episodes; keys ``[*, 2]``."""
         jnp = self._jax.numpy
         state, seen = self._jax.vmap(self.game.reset)(keys)
         returns = jnp.zeros((len(keys), len(self.game.agents), 1))
         return state, {**seen, "episode_reward": returns, "step_count": jnp.zeros((len(keys), 1), int)}
 
     def _restarted(self, keys: Any, which: Any, shown: Any) -> Any:
-        """Reset where ``which`` is set, a few copies at a time: few episodes end in a step, and resets are slow."""
+        """Reset where ``which`` is set, a few copies at a time, as few episodes end in a step and resets are slow."""
         jax, jnp = self._jax, self._jax.numpy
         num_envs = len(which)
         few = -(-num_envs // 16)
         rows = jnp.nonzero(which, size=few * -(-num_envs // few), fill_value=num_envs)[0]
 
         def some(index: Any, carried: Any) -> Any:
-            mine = jax.lax.dynamic_slice(rows, (few * index,), (few,))  # what is beyond the last one is dropped
+            mine = jax.lax.dynamic_slice(rows, (few * index,), (few,))  # indices beyond the last copy are dropped
             pairs = jax.vmap(jax.random.split)(carried[0][mine])
             return jax.tree.map(
                 lambda all_, new: all_.at[mine].set(new.astype(all_.dtype), mode="drop"),
@@ -152,9 +153,9 @@ class JaxEnv(WrapperEnv):
         return self._to_torch({**self._shown[1], **outcome})
 
     def step_and_maybe_reset(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
-        """Step like TorchRL's method, without its general handling of keys, which costs a fifth of a fast step.
+        """Step like TorchRL's method, without its general handling of keys, which takes a fifth of a fast step.
 
-        Other entries of the tensordict, such as the policy's outputs, are not carried on to the next step.
+        Other entries of the tensordict, such as the policy's outputs, are not carried over to the next step.
         """
         if "next" in tensordict or "_step" in tensordict:
             return super().step_and_maybe_reset(tensordict)
@@ -171,7 +172,7 @@ class JaxEnv(WrapperEnv):
 
     def _to_jax(self, tensor: Tensor) -> Any:
         if self._jax_device.type == "cpu":
-            return tensor.cpu().numpy()  # shared as well, at a tenth of the time that it takes to wrap it
+            return tensor.cpu().numpy()  # also shares memory, in a tenth of the time of from_dlpack
         return self._jax.numpy.from_dlpack(tensor.to(self._jax_device).contiguous())
 
     def _to_torch(self, arrays: dict[str, Any]) -> dict[str, Tensor]:

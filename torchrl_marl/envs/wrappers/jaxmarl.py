@@ -22,7 +22,7 @@ from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["make_jaxmarl"]
 
-_UNITS = "mMszgh"  # letters of SMAX's types of units, in its order
+_UNITS = "mMszgh"  # letters of SMAX's unit types, in SMAX's order
 
 
 @hands_on_to(WrapperEnv.__init__)
@@ -46,24 +46,24 @@ def make_jaxmarl(
     ``overcooked-LAYOUT``                           Overcooked: cramped_room, coord_ring, forced_coord, ...
     ==============================================  =================================================================
 
-    SMAX has action masks, the world's state, ``("agents", "mask")``, who lives, and ``("info", "won")``, whether all
-    enemies have fallen and not all allies; its reward is the team's. Units are counted by letters: ``m`` marines, ``M``
-    marauders, ``s`` stalkers, ``z`` zealots, ``g`` zerglings, ``h`` hydralisks.
-    JaxMARL 0.2's rules differ from those behind Mava's and MAGPO's tables in details. JaxNav's goals have a radius of
-    0.3 m, as in the MARS paper, the rest is JaxMARL's. Overcooked's observation, ``[W, H, 26]``, is flattened; its
-    reward is the team's, 20 for a soup, without the shaped reward that JaxMARL reports beside it.
+    SMAX has action masks, the world's state, ``("agents", "mask")`` (live agents), and ``("info", "won")``, which is 1
+    if all enemies are dead and not all allies; its reward is the team's. Units are counted by letters: ``m`` marines,
+    ``M`` marauders, ``s`` stalkers, ``z`` zealots, ``g`` zerglings, ``h`` hydralisks.
+    The rules of JaxMARL 0.2 differ in details from those behind the tables of Mava and MAGPO. JaxNav's goals have a
+    radius of 0.3 m, as in the MARS paper; all else is JaxMARL's. Overcooked's observation, ``[W, H, 26]``, is
+    flattened; its reward is the team's, 20 for a soup, without JaxMARL's shaped reward.
 
-    JaxMARL's own limits let an episode of SMAX or MPE last one step longer than they say; here it lasts ``max_steps``,
-    and the papers' 26 steps of MPE are ``max_steps=26``.
+    With JaxMARL's own limits, an episode of SMAX or MPE lasts one step longer than the limit. Here, it lasts
+    ``max_steps``: use ``max_steps=26`` for the papers' 26 steps of MPE.
 
     Args:
         scenario: the name.
-        max_steps: time limit of an episode, reported as truncation. Winning and losing are terminations, and in JaxNav
-            that all have arrived or crashed. JaxMARL's own are 100, 25, 500 and 400.
+        max_steps: time limit of an episode, reported as truncation. Winning and losing are terminations, as is, in
+            JaxNav, the arrival or crash of all robots. JaxMARL's own limits are 100, 25, 500 and 400.
         shared_reward: whether every agent gets the sum of all agents' rewards.
         scenario_kwargs: arguments of JaxMARL's environment that differ from the scenario's, such as ``{"attack_mode":
-            "random"}`` for SMAX's enemies, which else attack whoever is closest, or ``{"action_type": "Discrete"}`` for
-            MPE.
+            "random"}`` for SMAX's enemies, which attack the closest ally by default, or ``{"action_type": "Discrete"}``
+            for MPE.
         batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Returns:
@@ -71,7 +71,7 @@ def make_jaxmarl(
 
     Raises:
         ImportError: if JaxMARL is not installed.
-        ValueError: if there is no such task or option, or an argument is out of its range.
+        ValueError: if the task or an option is unknown, or an argument is out of its range.
     """
     import_extra("jaxmarl", "jax")
     with warnings.catch_warnings():
@@ -85,7 +85,7 @@ def _built(
 ) -> Any:
     """Build an environment with the scenario's settings and the options that differ from them.
 
-    Options are arguments of ``build``, or of the constructors ``inner`` to which it hands on what it does not know.
+    Options are arguments of ``build``, or of the constructors ``inner`` to which ``build`` passes unknown arguments.
     """
     check_options(options, name[0], build, *inner)
     return build(**{**settings, **options})
@@ -112,20 +112,20 @@ def _battle(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> JaxGa
     def draw(state: Any) -> np.ndarray:
         units = jax.tree.map(np.asarray, state.state)
         scene = None, units, dict.fromkeys(env.all_agents, 0)
-        with jax.disable_jit():  # of which it would compile something for every unit of every picture
+        with jax.disable_jit():  # otherwise JAX compiles for every unit of every image
             return _drawn(lambda axes: env.init_render(axes, scene, 0, units.step))
 
     return _jaxmarl_game(env, draw, known=known, own_rewards=False)
 
 
 def _units(smax: ModuleType, name: str) -> Any:
-    """Return SMAX's own map of that name, or the units that the name counts."""
+    """Return SMAX's map of this name, or the units that the name lists."""
     with contextlib.suppress(KeyError):
         return smax.map_name_to_scenario(name)
     side = rf"((?:[1-9]\d*[{_UNITS}])+)"
     match = re.fullmatch(f"{side}_vs_{side}", name)
     if match is None:
-        raise ValueError(f"SMAX has no map {name!r}; units of your own are UNITS_vs_UNITS of {_UNITS}, as in 3s_vs_4z")
+        raise ValueError(f"SMAX has no map {name!r}; own units are written UNITS_vs_UNITS of {_UNITS}, as in 3s_vs_4z")
     teams = [
         [_UNITS.index(kind) for number, kind in re.findall(r"(\d+)(\D)", side) for _ in range(int(number))]
         for side in match.groups()
@@ -153,7 +153,7 @@ def _spread(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> JaxGa
 def _navigation(name: re.Match, max_steps: int, options: Mapping[str, Any]) -> JaxGame:
     jaxnav, size = _environments("jaxnav.jaxnav_env"), int(name[1])
     settings = {"num_agents": int(name[2]), "map_params": {"map_size": (size, size), "fill": 0.3}, "goal_radius": 0.3}
-    # Its own limit looks like an arrival of all: out of reach.
+    # JaxNav's own limit looks like the arrival of all robots, so it is set out of reach.
     env = _built(name, options, jaxnav.JaxNav, **settings, max_steps=max_steps + 1)
     return _jaxmarl_game(env, lambda state: _drawn(lambda axes: env.init_render(axes, state, lidar=False)))
 
@@ -195,13 +195,13 @@ def _jaxmarl_game(
     own_rewards: bool = True,
     ends: bool = True,
 ) -> JaxGame:
-    """Build a game from an environment of JaxMARL; the key that steps draw from is kept beside the state.
+    """Build a game from a JaxMARL environment; the random key of steps is stored with the state.
 
     Args:
         env: the environment.
-        draw: from the state to a picture.
-        known: from the state and the agents' observations to the entries besides ``observation``.
-        own_rewards: False if all agents get the team's reward anyway.
+        draw: function of the state that returns an image.
+        known: function of the state and the agents' observations that returns entries besides ``observation``.
+        own_rewards: False if all agents get the team's reward.
         ends: False if only the time limit ends an episode.
     """
     jax, agents = import_extra("jax", "jax"), list(env.agents)
@@ -227,7 +227,7 @@ def _jaxmarl_game(
 
 
 class _Window:
-    """Takes the place of a window for JaxMARL's visualiser of Overcooked."""
+    """Replaces the window of JaxMARL's visualiser of Overcooked."""
 
     picture: np.ndarray
 
@@ -236,7 +236,7 @@ class _Window:
 
 
 def _drawn(draw: Callable[[Any], object]) -> np.ndarray:
-    """Return the picture that a function draws on the axes that it gets."""
+    """Return the image that a function draws on given axes."""
     figure = import_extra("matplotlib.figure", "jax").Figure(FIGURE_INCHES)
     canvas = import_extra("matplotlib.backends.backend_agg", "jax").FigureCanvasAgg(figure)
     draw(figure.add_subplot())

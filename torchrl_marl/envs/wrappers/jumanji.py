@@ -22,7 +22,7 @@ from torchrl_marl.signatures import hands_on_to
 
 __all__ = ["make_jumanji"]
 
-_FIGURE = "torchrl_marl"  # its name
+_FIGURE = "torchrl_marl"  # name of the Matplotlib figure
 _WAREHOUSES = {"tiny": (1, 3), "small": (2, 3), "medium": (2, 5), "large": (3, 5), "xlarge": (4, 5)}  # rows, columns
 _SIZES = "|".join(_WAREHOUSES)
 
@@ -35,7 +35,7 @@ def make_jumanji(
     shared_reward: bool = True,
     **batch: Unpack[BatchOptions],
 ) -> EnvBase:
-    """Build a task of Jumanji by the name that papers give it.
+    """Build a task of Jumanji by its name in papers.
 
     ==============================================  =================================================================
     scenario                                        task
@@ -46,15 +46,15 @@ def make_jumanji(
     ``sar-Na``                                      SearchAndRescue: ``N`` searchers, 40 targets
     ==============================================  =================================================================
 
-    All but the last have ``("agents", "action_mask")``. Connector shows every agent five planes of the grid (own path,
-    position and target, others' bodies, others' targets) and has the planes of all agents as ``"state"``. The share of
-    agents that are connected is ``("info", "connected")``, that of food eaten ``("info", "food")``. Time limits
-    are truncations; a collision in RobotWarehouse is a termination.
+    All but the last have ``("agents", "action_mask")``. In Connector, every agent observes five planes of the grid (own
+    path, position and target, other agents' bodies and targets); ``"state"`` holds the planes of all agents. The share
+    of connected agents is ``("info", "connected")``, the share of eaten food ``("info", "food")``. Time limits are
+    truncations; a collision in RobotWarehouse is a termination.
 
     Args:
         scenario: the name.
-        max_steps: time limit of an episode. Papers use ``G * G`` for Connector, 500, 100 and 400.
-        shared_reward: whether every agent gets the sum of all agents' rewards. RobotWarehouse's is the team's anyway.
+        max_steps: time limit of an episode. Papers use ``G * G`` for Connector, then 500, 100 and 400.
+        shared_reward: whether every agent gets the sum of all agents' rewards. RobotWarehouse always has a team reward.
         batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
     Returns:
@@ -99,7 +99,7 @@ def _warehouse(name: re.Match, max_steps: int) -> JaxGame:
     requests = {"-easy": 2 * num_agents, None: num_agents, "-hard": num_agents // 2}[name[3]]
     size = {"shelf_rows": rows, "shelf_columns": columns, "column_height": 8}
     floor = generators.RandomGenerator(**size, num_agents=num_agents, sensor_range=1, request_queue_size=requests)
-    # Its own limit is reported like a collision: out of reach.
+    # RobotWarehouse reports its own limit like a collision, so the limit is set out of reach.
     env = module.RobotWarehouse(generator=floor, time_limit=max_steps + 1)
     viewer = partial(viewers.RobotWarehouseViewer, env.grid_size, env.goals, _FIGURE, "rgb_array")
     return _jumanji_game(env, viewer, own_rewards=False)
@@ -157,7 +157,7 @@ def _own_views(state: Any, observation: Any) -> dict[str, Any]:
 
 
 def _without_future(state: Any, timestep: Any) -> Any:
-    """The last step with a discount of 0 for all agents: at a time limit the discount is 1."""
+    """Whether the last step has a discount of 0 for all agents; at a time limit the discount is 1."""
     return timestep.last() & (timestep.discount == 0).all()
 
 
@@ -170,15 +170,15 @@ def _jumanji_game(
     own_rewards: bool = True,
     scene: Callable[[Any], Any] = lambda state: state,
 ) -> JaxGame:
-    """Build a game from an environment of Jumanji.
+    """Build a game from a Jumanji environment.
 
     Args:
         env: the environment.
-        viewer: builds its viewer.
-        seen: from the state and the observation to the entries of ``JaxGame.reset``.
-        terminated: from the state and the time step to whether the episode has ended for good.
-        own_rewards: False if all agents get the team's reward anyway.
-        scene: from the state to what the viewer draws.
+        viewer: function that builds the viewer.
+        seen: function of state and observation that returns the entries of ``JaxGame.reset``.
+        terminated: function of state and time step that returns whether the episode has terminated.
+        own_rewards: False if all agents get the team's reward.
+        scene: function of the state that returns the input of the viewer.
     """
     jnp, played = import_extra("jax.numpy", "jax"), env.action_spec
     shape, num_agents = torch.Size(played.shape), played.shape[0]
@@ -201,7 +201,7 @@ def _jumanji_game(
 
 
 def _photograph(viewer: Any, state: Any) -> np.ndarray:
-    """Return the picture of a viewer, which would open a window unless a figure of that name exists."""
+    """Return the image of a viewer, which would open a window if the figure did not exist."""
     pyplot = import_extra("matplotlib.pyplot", "jax")
     figure = pyplot.figure(_FIGURE, figsize=FIGURE_INCHES)
     figure.add_axes((0, 0, 1, 1))

@@ -1,4 +1,4 @@
-"""SMACv2: StarCraft II itself, which every environment runs in a process of its own."""
+"""SMACv2: StarCraft II itself, in a separate process for every environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GAME = (
     "https://github.com/Blizzard/s2client-proto#linux-packages, unpack it and set SC2PATH to the folder StarCraftII, "
     "then unpack SMAC_Maps of https://github.com/oxwhirl/smacv2/releases into its folder Maps"
 )
-_RACES = {  # units, their weights, and which of them must not be a whole team
+_RACES = {  # units, their weights, and units that must not form a whole team
     race: {"unit_types": units, "weights": weights, "exception_unit_types": exceptions}
     for race, units, weights, exceptions in (
         ("terran", ["marine", "marauder", "medivac"], [0.45, 0.45, 0.1], ["medivac"]),
@@ -35,7 +35,7 @@ _RACES = {  # units, their weights, and which of them must not be a whole team
 
 
 class _StarCraftGame(SerialGame):
-    """A game behind SMAC's interface: ``get_obs``, ``get_state``, ``get_avail_actions``, ``timeouts`` and ``step``."""
+    """A game with SMAC's interface: ``get_obs``, ``get_state``, ``get_avail_actions``, ``timeouts`` and ``step``."""
 
     def __init__(self, env: Any) -> None:
         self.env = env
@@ -53,31 +53,31 @@ class _StarCraftGame(SerialGame):
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         try:
-            self.env.reset()  # what it returns is not always there
+            self.env.reset()  # the returned value may be missing
         except FileNotFoundError as error:
             raise FileNotFoundError(_GAME) from error
-        # Until an episode has been played to its end, SMAC would start another game at every reset and add the health
-        # of its enemies to what rewards are divided by.
+        # Until an episode has been played to its end, SMAC would start another game at every reset and add its enemies'
+        # health to the divisor of rewards.
         self.env.env._episode_count = max(self.env.env._episode_count, 1)
         return self._seen(won=False)
 
     def step(self, action: np.ndarray) -> Turn:
         timeouts = self.env.timeouts  # get_stats() divides by the number of battles, which may be 0
         reward, over, info = self.env.step(action.tolist())
-        # An end without any news is that of a game that had to be started again.
+        # An end without information means that the game was restarted.
         truncated = over and (not info or self.env.timeouts > timeouts)
         seen = self._seen(won=bool(info.get("battle_won")))
         return Turn(seen, [float(reward)] * len(self.agents), over and not truncated, truncated)
 
     def draw(self) -> np.ndarray:
-        raise NotImplementedError("the game opens a window of its own")
+        raise NotImplementedError("the game renders in its own window only")
 
     def _seen(self, *, won: bool) -> dict[str, np.ndarray]:
         legal = np.array(self.env.get_avail_actions(), dtype=bool)
         return {
             "observation": np.array(self.env.get_obs(), dtype=np.float32),
             "action_mask": legal,
-            "mask": legal[:, 1:].sum(1) > 0,  # the dead can do nothing else than nothing, action 0
+            "mask": legal[:, 1:].sum(1) > 0,  # dead agents can only take action 0, no operation
             "state": np.array(self.env.get_state(), dtype=np.float32),
             "won": np.array([won], dtype=np.float32),
         }
@@ -85,29 +85,29 @@ class _StarCraftGame(SerialGame):
 
 @hands_on_to(WrapperEnv.__init__)
 def make_smacv2(scenario: str = "terran_5_vs_5", *, max_steps: int = 200, **batch: Unpack[BatchOptions]) -> EnvBase:
-    """Build a scenario of SMACv2, with teams and starts drawn anew for every episode.
+    """Build a scenario of SMACv2, with teams and start positions drawn for every episode.
 
-    It needs StarCraft II. SMAX (``make_jaxmarl("smax-smacv2_5_units")``) has similar battles in a physics of its own,
-    a thousand times as fast. The reward is the team's, scaled by SMAC so that a battle won gives about 20, in each copy
-    by the health of its first enemies; dead agents have only the action 0 and are not in ``("agents", "mask")``.
-    ``("info", "won")`` is 1 at the step that wins the battle. Winning and losing are terminations, the time limits
-    truncations, of which SMAC itself makes terminations. Teams and starts are drawn from generators that no seed
-    reaches.
+    The scenario requires StarCraft II. SMAX (``make_jaxmarl("smax-smacv2_5_units")``) has similar battles with its own
+    physics and is a thousand times as fast. The reward is the team's, scaled by SMAC so that winning a battle gives
+    about 20, in each copy by the health of its first enemies. Dead agents can only take action 0 and are unset in
+    ``("agents", "mask")``. ``("info", "won")`` is 1 at the step that wins the battle. Winning and losing are
+    terminations. Time limits are truncations, where SMAC itself reports terminations. Teams and start positions are
+    drawn from generators that cannot be seeded.
 
     Args:
-        scenario: ``RACE_N_vs_M``, or with ``_epo`` behind it for extended partial observability; RACE is terran,
-            protoss or zerg; papers use 5_vs_5, 10_vs_10, 10_vs_11, 20_vs_20 and 20_vs_23.
-        max_steps: time limit of an episode; the maps have one of 200 of their own.
-        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`. Each environment is a process of the game; ``seed`` is
-            that of the first game's own random numbers, the following integers are the others'.
+        scenario: ``RACE_N_vs_M``, optionally with the suffix ``_epo`` for extended partial observability; RACE is
+            terran, protoss or zerg; papers use 5_vs_5, 10_vs_10, 10_vs_11, 20_vs_20 and 20_vs_23.
+        max_steps: time limit of an episode; the maps have their own limit of 200.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`. Each environment is a process of the game; ``seed``
+            seeds the first game, the following integers the other games.
 
     Returns:
         The environments, with batch size ``[num_envs]``.
 
     Raises:
-        FileNotFoundError: at the first reset, if there is no StarCraft II, with the steps that install it.
-        ImportError: if ``smacv2`` is not installed, with the command that does.
-        ValueError: if an argument is out of its range or the name of another form.
+        FileNotFoundError: at the first reset, if StarCraft II is not installed, with installation steps.
+        ImportError: if ``smacv2`` is not installed, with the installation command.
+        ValueError: if an argument is out of its range or the name has another form.
     """
     match = re.fullmatch(rf"({'|'.join(_RACES)})_(\d+)_vs_(\d+)(_epo)?", scenario)
     if match is None:
@@ -116,8 +116,8 @@ def make_smacv2(scenario: str = "terran_5_vs_5", *, max_steps: int = 200, **batc
         from absl import flags  # pyright: ignore[reportMissingImports]
         from smacv2.env import StarCraftCapabilityEnvWrapper  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
-        raise ImportError(f"SMACv2 is not on PyPI ({error}): {_PACKAGE}, in an environment of its own") from error
-    if not flags.FLAGS.is_parsed():  # PySC2 reads them when it starts the game
+        raise ImportError(f"SMACv2 is not on PyPI ({error}): {_PACKAGE}, in a separate environment") from error
+    if not flags.FLAGS.is_parsed():  # PySC2 reads the flags when it starts the game
         flags.FLAGS(["torchrl_marl"])
     capabilities = {
         "n_units": int(match[2]),

@@ -75,7 +75,7 @@ def test_wrong_arguments_end_with_one_line(arguments, message, run: Path, monkey
 
 
 def test_a_device_that_is_not_there_ends_with_one_line(run: Path, monkeypatch) -> None:
-    with pytest.raises(SystemExit, match=r"^device=gpu is none of Torch's"):
+    with pytest.raises(SystemExit, match=r"^device=gpu is not a valid torch device"):
         call(monkeypatch, "evaluate", run, "--device", "gpu")
 
 

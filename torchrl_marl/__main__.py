@@ -1,4 +1,4 @@
-"""The command line, ``torchrl-marl`` or ``python -m torchrl_marl``: recipes from anywhere, and what follows a run."""
+"""The command line, ``torchrl-marl`` or ``python -m torchrl_marl``: run recipes, and evaluate and export runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torchrl_marl.run.checks import check_device
 from torchrl_marl.shelf import copy_recipe, print_recipes, run_recipe
 from torchrl_marl.trust import foreign_code, reason
 
-_SCRIPTS = {"train": "mars_vmas", "compare": "compare", "tune": "tune"}  # commands that are short for a recipe
+_SCRIPTS = {"train": "mars_vmas", "compare": "compare", "tune": "tune"}  # commands that run a recipe
 
 
 def evaluate_run(
@@ -38,13 +38,13 @@ def evaluate_run(
     factory: str | None = None,
     build: Callable[..., Any] | None = None,
 ) -> None:
-    """Play episodes with a run's best policy; print the mean return, and film one episode if asked to.
+    """Evaluate a run's best policy; print the mean return, and optionally record a video of one episode.
 
-    The environment is built as the run's configuration says, but for code that is not this library's: ``factory`` has
-    to say what makes an environment of one's own, and ``build`` has to make an actor of one's own.
+    The environment is built from the run's configuration, without code from outside this library: ``factory`` names the
+    builder of a custom environment, and ``build`` builds a custom actor.
 
     Raises:
-        ValueError: if an argument is out of its range, the checkpoint does not fit, or code has to be named.
+        ValueError: if an argument is out of its range, the checkpoint does not match, or code needs to be named.
     """
     if episodes < 1:
         raise ValueError(f"--episodes must be at least 1, got {episodes}")
@@ -55,7 +55,7 @@ def evaluate_run(
     make_env = partial(instantiate, env_config, device=device)
     max_steps = env_config["max_steps"]
     if seed is None:
-        seed = 4_000_012 + recorded["config"]["seed"]  # starts that neither training nor its evaluations saw
+        seed = 4_000_012 + recorded["config"]["seed"]  # initial states unused in training and its evaluations
     if video is not None:
         print(render_episode(make_env(num_envs=1, seed=seed), policy, video, max_steps=max_steps))
     env = make_env(num_envs=episodes, seed=seed)
@@ -74,7 +74,7 @@ def evaluate_run(
 
 
 def _environment(checkpoint: Path, config: dict[str, Any], factory: str | None) -> dict[str, Any]:
-    """Return how the environment of a run is built, with the factory that the command line names."""
+    """Return the environment configuration of a run, with the factory named on the command line."""
     env = config["env"] if isinstance(config.get("env"), dict) else {}
     if factory is not None and "factory" not in env:
         raise ValueError(f"{checkpoint} was trained in an environment that takes no --factory.")
@@ -113,18 +113,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--actor", metavar="MODULE:CALLABLE", help="builds an actor that is not this library's")
     played = commands.add_parser("evaluate", parents=[run], help="play episodes, print the return, film one")
     played.add_argument("--episodes", type=int, default=100)
-    played.add_argument("--sampled", action="store_true", help="sample actions, where else the most likely are taken")
-    played.add_argument("--video", type=Path, metavar="FILE", help="film an episode: FILE.mp4 or FILE.gif")
-    played.add_argument("--seed", type=int, help="of the environment; by default one that the run has not used")
+    played.add_argument("--sampled", action="store_true", help="sample actions instead of taking the most likely ones")
+    played.add_argument(
+        "--video", type=Path, metavar="FILE", help="record a video of one episode: FILE.mp4 or FILE.gif"
+    )
+    played.add_argument("--seed", type=int, help="seed of the environment; by default one that the run has not used")
     played.add_argument("--device", default="cpu")
-    played.add_argument("--factory", metavar="MODULE:CALLABLE", help="env.factory of a run that has one, said again")
+    played.add_argument("--factory", metavar="MODULE:CALLABLE", help="env.factory of a run with a custom environment")
     exported = commands.add_parser("export", parents=[run], help="write the policy as one file")
     exported.add_argument("--format", default="onnx", help="onnx (default) or torch_export")
-    exported.add_argument("--group", help="of several, which one")
-    exported.add_argument("--agent", type=int, help="the policy of one agent; by default of the whole group")
+    exported.add_argument("--group", help="name of the group, if the run has several")
+    exported.add_argument("--agent", type=int, help="export the policy of one agent; by default of the group")
     exported.add_argument("--output", type=Path, metavar="FILE", help="by default policy.onnx or .pt2 in the run")
-    checked = commands.add_parser("check", help="explain an environment of your own, and what it lacks")
-    checked.add_argument("factory", metavar="MODULE:CALLABLE", help="what env.factory=... of the recipes gets")
+    checked = commands.add_parser("check", help="describe your own environment and list missing entries")
+    checked.add_argument("factory", metavar="MODULE:CALLABLE", help="value of env.factory=... in recipes")
     return parser
 
 
@@ -133,7 +135,7 @@ def _builder(name: str | None) -> Callable[..., Any] | None:
 
 
 def _follow(args: argparse.Namespace) -> None:
-    """Do what a command line asks about runs, recipes and environments that exist."""
+    """Execute a command on existing runs, recipes or environments."""
     if args.command == "ls":
         print_recipes()
     elif args.command == "cp":
@@ -150,7 +152,7 @@ def _follow(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Read the command line and do what it asks; end with one line where that is impossible."""
+    """Run the command line; errors end the program with one line."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command == "run" and arguments:
         command, *arguments = arguments

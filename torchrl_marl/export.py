@@ -1,4 +1,4 @@
-"""Trained policies as files that run without this library: ONNX, or a program of ``torch.export``."""
+"""Export of trained policies to files that run without this library: ONNX, or a ``torch.export`` program."""
 
 from __future__ import annotations
 
@@ -41,37 +41,37 @@ def export_policy(
     num_observations: int = 1000,
     build: Callable[..., Any] | None = None,
 ) -> Path:
-    """Write the decentralised policy of a run as one file, and print how far it is from the original.
+    """Write the decentralised policy of a run as one file, and print its difference from the original.
 
-    The file takes any batch ``B`` and gives each agent's most likely action (of a squashed Gaussian: that of its
-    location), and what describes its distribution. Each agent's results follow from its own inputs alone.
+    For any batch size ``B``, the program returns each agent's most likely action (for a squashed Gaussian, the squashed
+    location) and the parameters of its distribution. Each agent's outputs depend on its own inputs only.
 
     =======================================  ===============  ==========================================================
     input or output                          shape            where
     =======================================  ===============  ==========================================================
     ``observation``                          ``[B, N, O]``    always
     ``action_mask``                          ``[B, N, C]``    in masked groups; bool, legal actions
-    ``recurrent_state``                      ``[B, N, H]``    with a memory; what the step before gave
-    ``is_init``                              ``[B, 1]``       with a memory; bool, an episode starts: state counts as 0
-    ``action``                               ``[B, N, A]``    always; of discrete actions an index, ``[B, N]``
+    ``recurrent_state``                      ``[B, N, H]``    with a memory; state after the previous step
+    ``is_init``                              ``[B, 1]``       with a memory; bool, start of an episode: resets the state
+    ``action``                               ``[B, N, A]``    always; an index ``[B, N]`` for discrete actions
     ``loc`` and ``scale``, or ``logits``     ``[B, N, A|C]``  always; before squashing, or before the mask
     ``next_recurrent_state``                 ``[B, N, H]``    with a memory; for the next step
     =======================================  ===============  ==========================================================
 
-    With ``agent`` it is the policy of that agent, and all shapes are without ``N``. The file also holds, as JSON under
-    the name ``torchrl_marl``, the agents, sizes, action bounds, environment and training frames. Read it as
+    With ``agent`` the file holds the policy of this agent, and all shapes are without ``N``. The file also stores
+    agents, sizes, action bounds, environment and training frames, as JSON under the name ``torchrl_marl``. Read it with
     ``onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["torchrl_marl"]``, or with
-    ``extra_files={"torchrl_marl": ""}`` of ``torch.export.load``.
+    ``torch.export.load(..., extra_files={"torchrl_marl": ""})``.
 
     Args:
-        run: a run's folder (then its best checkpoint) or a checkpoint file.
-        format: ``"onnx"`` for ONNX Runtime and its kin, ``"torch_export"`` for ``torch.export.load(path).module()``.
+        run: folder of a run (uses its best checkpoint) or a checkpoint file.
+        format: ``"onnx"`` for ONNX runtimes, ``"torch_export"`` for ``torch.export.load(path).module()``.
         path: file to write, or to replace after the comparison; ``None`` for ``policy[_group][_agent].onnx`` or
             ``.pt2`` in the run's folder, or beside the checkpoint.
-        group: which group, if the run has several.
+        group: name of the group, if the run has several.
         agent: index of one agent; ``None`` for the whole group.
-        num_observations: number of random inputs with which the written file is compared to the original.
-        build: builds the actor if it is none of this library's; see :func:`~torchrl_marl.load_policy`.
+        num_observations: number of random inputs for the comparison of the written file with the original.
+        build: builder of a custom actor; see :func:`~torchrl_marl.load_policy`.
 
     Returns:
         The path of the file.
@@ -79,9 +79,9 @@ def export_policy(
     Raises:
         FileNotFoundError: if there is no checkpoint.
         ImportError: if the packages for ONNX are not installed.
-        RuntimeError: if the file's results differ from the original's by more than 1e-5 (relative above 1) or in an
-            action; nothing is written then.
-        ValueError: if the checkpoint is damaged or its policy not decentralised, or an argument is out of range.
+        RuntimeError: if outputs differ from the original's by more than 1e-5 (relative above 1) or in an action;
+            nothing is written then.
+        ValueError: if the checkpoint is damaged, its policy is not decentralised, or an argument is out of range.
     """
     if format not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(_FORMATS)}; got {format!r}")
@@ -109,7 +109,7 @@ def export_policy(
         difference, wrong = _compare(_FORMATS[format].run(written, _of_agent(inputs, agent)), expected)
         if difference > _TOLERANCE or wrong:
             raise RuntimeError(
-                f"{format} computes something else than the policy of {checkpoint}: over {num_observations:,} "
+                f"The {format} program differs from the policy of {checkpoint}: over {num_observations:,} "
                 f"observations it is off by {difference:.1e} and {wrong:,} discrete actions differ; nothing was written"
             )
     print(f"{path}: largest difference from the original over {num_observations:,} observations {difference:.1e}")
@@ -137,7 +137,7 @@ def _policy_of(
 
 
 class _Policy(nn.Module):
-    """The deterministic policy with tensors by name, in place of a TensorDict."""
+    """The deterministic policy as a function of named tensors instead of a TensorDict."""
 
     def __init__(self, actor: ProbabilisticActor, shape: GroupSpec, *, alone: bool) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class _Policy(nn.Module):
 def _trace(
     actor: ProbabilisticActor, shape: GroupSpec, agent: int | None, example: dict[str, Tensor]
 ) -> ExportedProgram:
-    """Record the policy as a program over tensors, of the group or of one agent, for any batch."""
+    """Trace the policy of the group or of one agent as a program over tensors, for any batch size."""
     actor = copy.deepcopy(actor).requires_grad_(False)
     for name, module in named_parts(actor, Exportable):
         actor.set_submodule(name, module.for_export(agent))
@@ -176,7 +176,7 @@ def _trace(
 
 
 def _original(actor: ProbabilisticActor, shape: GroupSpec, inputs: Tensors) -> dict[str, Tensor]:
-    """What the policy makes of inputs in an evaluation."""
+    """Outputs of the original policy for given inputs, with deterministic actions."""
     agents = {name: value for name, value in inputs.items() if name != "is_init"}
     if "is_init" in inputs:
         agents["recurrent_state"] = agents["recurrent_state"] * ~inputs["is_init"].unsqueeze(-1)
@@ -192,7 +192,7 @@ def _results(data: TensorDict, shape: GroupSpec, recurrent: bool) -> dict[str, T
 
 
 def _random_inputs(actor: ProbabilisticActor, shape: GroupSpec, number: int) -> dict[str, Tensor]:
-    """Observations, masks with a legal action, memories and episode starts, the same ones each time."""
+    """Observations, masks with a legal action, memories and episode starts, with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     rows = (number, shape.num_agents)
     if shape.image is None:
@@ -240,7 +240,7 @@ def _describe(recorded: Mapping[str, Any], shape: GroupSpec, agent: int | None, 
 def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it reports packages that a policy does not need
+    logger.setLevel(logging.ERROR)  # reports packages that a policy does not need
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own

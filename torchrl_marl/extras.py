@@ -1,4 +1,4 @@
-"""Packages that only some users need, and code of their own."""
+"""Imports of optional packages and of user code."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["find_callable", "import_extra", "import_vmas"]
 
 
 def find_callable(name: str | None, what: str) -> Callable[..., Any]:
-    """Import a callable of the user's; modules of the current folder are found, as ``python -m`` finds them.
+    """Import a user's callable; like with ``python -m``, modules in the current folder can be imported.
 
     Args:
-        name: such as ``"my_module:make_env"``.
-        what: it is for, in errors.
+        name: module and callable, such as ``"my_module:make_env"``.
+        what: name of the option, for error messages.
 
     Raises:
-        ValueError: if there is none of that name, with the nearest.
+        ValueError: if the callable does not exist, with the nearest names.
     """
     match = re.fullmatch(r"([\w.]+):(\w+)", name or "")
     if match is None:
@@ -35,7 +35,7 @@ def find_callable(name: str | None, what: str) -> Callable[..., Any]:
         module = importlib.import_module(match[1])
     except ModuleNotFoundError as error:
         if not f"{match[1]}.".startswith(f"{error.name}."):
-            raise  # one that the module itself imports
+            raise  # the module's own import fails
         raise ValueError(f"there is no module {match[1]!r} in {Path.cwd()}, nor is one installed") from None
     found = getattr(module, match[2], None)
     if not callable(found):
@@ -46,14 +46,14 @@ def find_callable(name: str | None, what: str) -> Callable[..., Any]:
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """Import a module of an optional package; what it prints is dropped, and output goes where it went before.
+    """Import a module of an optional package, without the output that the import prints.
 
     Args:
-        module: its name.
-        extra: the extra of this library that installs it.
+        module: name of the module.
+        extra: extra of this library that installs the package.
 
     Raises:
-        ImportError: if it is not installed, with the command that does.
+        ImportError: if the package is not installed, with the installation command.
 
     Example:
         >>> import_extra("no_such_game", "games")  # doctest: +ELLIPSIS
@@ -62,7 +62,7 @@ def import_extra(module: str, extra: str) -> ModuleType:
         ImportError: ... (No module named 'no_such_game'): pip install "torchrl_marl[games]"
     """
     try:
-        # Handlers of loggers, which packages make as they are imported, keep the standard error that they find.
+        # Log handlers created during the import keep a reference to the current standard error.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(sys.stderr):
             return importlib.import_module(module)
     except ModuleNotFoundError as error:

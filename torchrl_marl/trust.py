@@ -1,4 +1,4 @@
-"""What the files of a run may say: code that this library's configuration groups name, and what is wrong in a line."""
+"""Checks of untrusted run files: foreign code in a configuration, and errors as one line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 __all__ = ["foreign_code", "reason"]
 
-# The keys of nodes, and what their _target_ may be there. Recipes' YAML files are no part of an installed package; a
-# test compares them. The names are public ones that build something and take no name of further code.
+# Keys of nodes and their allowed _target_. The recipes' YAML files are not part of an installed package; a test
+# compares both. All names are public builders that take no names of further code as arguments.
 _TARGETS = {
     r"env|collector\.make_env\.config": r"torchrl_marl\.envs\.make_\w+",
     r"actor|critic|guider": r"torchrl_marl\.modules\.make_\w+",
@@ -26,7 +26,7 @@ _TARGETS = {
     r"encode|cluster": r"torchrl_marl\.modules\.(encode|cluster)_agents",
 }
 
-# Arguments that name code, or a machine that sends some, and what they may be without being said again.
+# Arguments that name code, or a machine that sends code, and the values allowed without confirmation.
 _ARGUMENTS = {
     r"(env|collector\.make_env\.config)\.factory(\..*)?": r"",
     r"(env|collector\.make_env\.config)\.package(\..*)?": r"mpe2|pettingzoo(\.\w+)*",
@@ -40,18 +40,18 @@ _DEPTH = 20
 
 
 def foreign_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a stored configuration names code that this library's configuration groups do not name.
+    """Return the entries of a stored configuration that name code unknown to this library's configuration groups.
 
     Args:
-        config: nested dictionaries and lists, as they are stored: nothing in them is resolved or imported here.
+        config: nested dictionaries and lists as stored; nothing is resolved or imported here.
 
     Returns:
-        Values by dotted key: foreign ``_target_`` at any depth, positional arguments, ``env.factory`` and its kin.
-        The environment's copy that a collector of workers holds is left out if it is one.
+        Values by dotted key: foreign ``_target_`` at any depth, positional arguments, ``env.factory`` and similar. The
+        copy of the environment's configuration in a collector of workers is left out if it equals the environment's.
 
     Raises:
-        ValueError: if a value is an OmegaConf interpolation, which would be resolved when it is read, or missing, or
-            the nesting is endless.
+        ValueError: if a value is missing or an OmegaConf interpolation, which would be resolved on access, or the
+            nesting is too deep.
 
     Example:
         >>> foreign_code({"env": {"_target_": "torchrl_marl.envs.make_custom", "factory": "os:system", "num_envs": 4}})
@@ -61,7 +61,7 @@ def foreign_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """One line of an error, whose text may have many or none.
+    """The text of an error as one line, also if the text is empty or has several lines.
 
     Example:
         >>> reason(KeyError("seed")), reason(ValueError("two   words")), reason(AssertionError())
@@ -73,7 +73,7 @@ def reason(error: Exception) -> str:
 
 def _leaves(node: Any, env: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if key.count(".") > _DEPTH:
-        raise ValueError(f"{key} lies too deep")
+        raise ValueError(f"{key} is nested too deeply")
     if isinstance(node, dict | list) and node and key.rpartition(".")[2] != "_target_":
         for name, child in node.items() if isinstance(node, dict) else enumerate(node):
             path = f"{key}.{name}" if key else str(name)

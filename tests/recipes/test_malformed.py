@@ -43,7 +43,7 @@ from torchrl_marl.run.run import Run
         ("mars_vmas", "folder=/dev/null", "folder=/dev/null: a run cannot have its folder there: .*Not a directory"),
         ("mars_vmas", "resume=[a]", "resume must be null, a checkpoint or the folder of a run; got \\['a'\\]"),
         ("mars_vmas", "evaluation.interval=79", "evaluation.interval is 79, .* at least num_envs \\* max_steps = 80"),
-        ("mars_vmas", "processes=2", "The configuration says processes=2, but 1 learn together"),
+        ("mars_vmas", "processes=2", "The configuration says processes=2, but the world size is 1"),
         ("mars_vmas", "chunk_length=7", "chunk_length must divide the 10 steps that each environment takes, got 7"),
         ("magpo_vmas", "chunk_length=5", "chunk_length=5 has no effect: magpo_vmas has no use for chunk_length"),
         (

@@ -166,7 +166,7 @@ def test_torchrun_learns_as_one_run_and_resumes_bit_for_bit(tmp_path: Path, star
 
     process = start(killed, f"resume={folder}")
     assert process.wait(LIMIT) == 1
-    assert "The configuration says processes=2, but 1 learn together" in printed(killed)
+    assert "The configuration says processes=2, but the world size is 1" in printed(killed)
 
     assert finished(start(killed, f"resume={folder}", processes=2), killed) == folder
     assert curves(folder) == curves(whole)

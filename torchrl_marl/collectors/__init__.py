@@ -1,4 +1,4 @@
-"""How batches are collected; what then happens to them lives in objectives and can be imported from here, too."""
+"""Collectors; operations on batches are defined in objectives and re-exported here."""
 
 from torchrl_marl.collectors.compiled import CompiledCollector
 from torchrl_marl.collectors.replay import ChunkReplayBuffer, epsilon_greedy

@@ -22,8 +22,8 @@ from torchrl_marl.envs.vmas_graph import VmasGraphs
 __all__ = ["CompiledCollector"]
 
 INDUCTOR_OPTIONS = {
-    "fallback_random": True,  # Torch's generators, as uncompiled, rather than numbers of its own
-    "cpp.use_decompose_tanh": True,  # by exp, to 1e-7: a third of the time of a rollout on a CPU went into tanh
+    "fallback_random": True,  # draw from Torch's generators, as without compilation
+    "cpp.use_decompose_tanh": True,  # tanh by exp, exact to 1e-7: tanh took a third of a CPU rollout
 }
 _FLAGS = {"done", "terminated", "truncated"}
 _INIT = "is_init"
@@ -31,34 +31,35 @@ _Entries = dict[NestedKey, Tensor]  # of one step of all environments
 
 
 class CompiledCollector:
-    """Run a policy in a game written in Torch, or VMAS, without end; yield ``[num_envs, num_steps]`` steps at a time.
+    """Run a policy endlessly in a game written in Torch, or in VMAS; yield batches ``[num_envs, num_steps]``.
 
-    It yields what :class:`torchrl.collectors.Collector` yields with the same seeds, in one process, without the ids of
-    trajectories. The policy, the game's step and the writing into the batch are one graph without Python between its
-    operations; a second one begins new episodes, where any has ended. The policy draws from Torch's generator, as
-    uncompiled. The first batch waits for the compiler, some ten seconds, in VMAS up to a minute.
+    With the same seeds, the batches equal those of :class:`torchrl.collectors.Collector` in one process, without
+    trajectory ids. The policy, the game's step and the writes into the batch are one graph without Python between
+    operations; a second graph starts new episodes where episodes have ended. The policy draws from Torch's generator,
+    as without compilation. The first batch waits about ten seconds for the compiler, in VMAS up to a minute.
 
     VMAS's step and resets are the graphs of :class:`~torchrl_marl.envs.CompiledVmasEnv`, checked in the same way:
-    equal to VMAS up to rounding, or VMAS goes on itself, with a warning. The environment need not be a compiled one.
+    they equal VMAS up to rounding, or the collector falls back to VMAS with a warning. The environment itself does not
+    need to be compiled.
 
-    Every batch has memory of its own, laid out by step: ``[num_envs, num_steps]`` is a view. A policy's large states
-    (:class:`~torchrl_marl.modules.protocols.Remembering`) are kept before a batch's first step only, as by
-    :class:`~torchrl_marl.collectors.SequenceCollector`. The environment's state is up to date between batches, so that
-    it can be stored and brought back.
+    Every batch owns its memory, laid out by step: ``[num_envs, num_steps]`` is a view. A policy's large states
+    (:class:`~torchrl_marl.modules.protocols.Remembering`) are stored only before a batch's first step, as by
+    :class:`~torchrl_marl.collectors.SequenceCollector`. The environment's state is up to date between batches, so it
+    can be stored and restored.
 
     Args:
         env: a :class:`~torchrl_marl.envs.TensorEnv` (CoordSum, the mazes, PaxMen, AeroCombat, or a game of your own),
             or :func:`~torchrl_marl.envs.make_env`'s VMAS, as it is or in
             :func:`~torchrl_marl.modules.with_recurrent_state`.
-        policy: what acts, with exploration: any policy that Torch compiles in one piece, such as those of
+        policy: policy with exploration that Torch compiles as one graph, such as those of
             :func:`~torchrl_marl.modules.make_actor` and :func:`~torchrl_marl.modules.collection_policy`. Its
             parameters may change, its layers may not.
-        frames_per_batch: steps of all environments together in a batch, rounded up.
-        compile: whether to compile the functions, or another backend of ``torch.compile``; uncompiled they do the same,
-            slowly.
+        frames_per_batch: steps of a batch over all environments, rounded up.
+        compile: whether to compile the functions, or another backend of ``torch.compile``; without compilation the
+            results are the same.
 
     Raises:
-        ValueError: if the environment is not one of those, or agents of one group have different spaces.
+        ValueError: if the environment is not supported, or agents of one group have different spaces.
 
     Example:
         >>> from torchrl_marl.envs import make_coordsum
@@ -91,7 +92,7 @@ class CompiledCollector:
 
     @staticmethod
     def takes(env: EnvBase) -> bool:
-        """Whether it can play an environment."""
+        """Whether the collector supports an environment."""
         try:
             _game(env)
         except ValueError:
@@ -126,7 +127,7 @@ class CompiledCollector:
                 if not self._game.waits or then["done"].any():
                     self._game.restart(then["done"], following)
         self._game.end()
-        self._first = {key: root_steps[-1][key].clone() for key in self._first}  # does not keep the batch alive
+        self._first = {key: root_steps[-1][key].clone() for key in self._first}  # a clone does not keep the batch alive
         batch = {key: value[:-1].transpose(0, 1) for key, value in root.items() if key not in started}
         batch |= {
             key: value.unsqueeze(1).expand(-1, self.num_steps, *value.shape[1:]) for key, value in started.items()
@@ -139,12 +140,12 @@ class CompiledCollector:
 
 
 class _Scribe:
-    """Lets a policy act, and writes what there is before and after a step where it belongs.
+    """Runs the policy, and writes the entries before and after a step into the batch.
 
     Args:
-        policy: what acts.
-        first: what there is at the start of an episode.
-        described: entries of it that the game tells anew in each state; the others begin episodes as they are.
+        policy: the policy.
+        first: entries at the start of an episode.
+        described: entries that the game computes in each state; the other entries start episodes as in ``first``.
     """
 
     def __init__(self, policy: TensorDictModuleBase, first: TensorDictBase, *, described: Iterable[NestedKey]) -> None:
@@ -155,7 +156,7 @@ class _Scribe:
         self._initial = {key: value for key, value in _leaves(first).items() if key in self._carried - {*described}}
 
     def nest(self, entries: Mapping[NestedKey, Tensor], batch_size: Sequence[int]) -> TensorDict:
-        """Return entries as a TensorDict; group by group, as setting them one by one is slow to compile."""
+        """Return entries as a TensorDict, built group by group: setting entries one by one compiles slowly."""
         data = TensorDict({key: value for key, value in entries.items() if isinstance(key, str)}, batch_size=batch_size)
         for group, size in self._groups.items():
             path = (group,) if isinstance(group, str) else group
@@ -164,7 +165,7 @@ class _Scribe:
         return data
 
     def act(self, now: _Entries, then: _Entries, following: _Entries) -> TensorDictBase:
-        """Let the policy act from the entries ``now``; write what it adds to them, and its memory after the step."""
+        """Run the policy on the entries ``now``; write its outputs, and its memory after the step."""
         data = self.policy(self.nest(now, self.batch_size))
         memory = _leaves(data.pop("next")) if "next" in data.keys() else {}
         if _INIT in now:
@@ -176,7 +177,7 @@ class _Scribe:
         return data
 
     def write(self, entries: _Entries, then: _Entries, following: _Entries) -> None:
-        """Write what there is after a step."""
+        """Write the entries after a step."""
         for key, value in entries.items():
             if key in then:  # large states are not kept
                 then[key].copy_(value)
@@ -184,19 +185,19 @@ class _Scribe:
                 following[key].copy_(value)
 
     def restart(self, described: _Entries, done: Tensor, following: _Entries) -> None:
-        """Write what there is at the start of new episodes, where the last ones are ``done``."""
+        """Write the initial entries of new episodes where episodes are ``done``."""
         for key, value in {**described, **self._initial}.items():
             mask = done.reshape(-1, *(1 for _ in value.shape[1:]))
             following[key].copy_(torch.where(mask, value, following[key]))
 
 
 class _TensorGame:
-    """A game whose state a compiled function hands to the next one."""
+    """A game whose state is passed from one compiled call to the next."""
 
     def __init__(self, game: TensorEnv, scribe: _Scribe, compile: bool | str) -> None:
         self._game, self._scribe = game, scribe
         self._step, self._restart = _compiled(self._write_step, compile), _compiled(self._write_restart, compile)
-        self.waits = game.device.type == "cpu"  # no accelerator is waited for
+        self.waits = game.device.type == "cpu"  # avoid a synchronisation with an accelerator
 
     def begin(self) -> None:
         self._state = _contiguous(self._game.state)
@@ -226,7 +227,7 @@ class _TensorGame:
 
 
 class _VmasGame:
-    """VMAS: policy and its graph of a step as one function; its own step, uncompiled, where the graph does not hold."""
+    """VMAS: policy and graph of a step as one function; VMAS's own step if the graph is not valid."""
 
     waits = True
 
@@ -290,7 +291,7 @@ class _VmasGame:
         return results
 
     def _write(self, happened: _Entries, now: _Entries, then: _Entries, following: _Entries) -> None:
-        """Write what VMAS returns, with what transforms make of it in ``make_env``'s environments."""
+        """Write VMAS's entries, with those of the transforms in ``make_env``'s environments."""
         if self._max_steps is not None:
             happened["step_count"] = now["step_count"] + 1
             happened["truncated"] = happened["step_count"] >= self._max_steps
@@ -303,7 +304,7 @@ class _VmasGame:
 
 
 def _game(env: EnvBase) -> tuple[TensorEnv | VmasEnv, int | None]:
-    """Return the game below its transforms and its time limit, if one of them is that; refuse all else."""
+    """Return the game below its transforms and the time limit of a transform, if any; reject other environments."""
     game, transforms = env, []
     while isinstance(game, TransformedEnv):
         own = game.transform
@@ -327,10 +328,10 @@ def _game(env: EnvBase) -> tuple[TensorEnv | VmasEnv, int | None]:
 
 
 def _compiled(method: Callable[..., Any], compile: bool | str) -> Callable[..., Any]:
-    """Compile a method for arguments that never change their shapes.
+    """Compile a method for arguments of constant shapes.
 
-    Dynamo's checks that its graph still fits would take longer than a small step. They are left out, and the code is a
-    copy of the method's, since Dynamo keeps graphs by code: no other collector must find this one's.
+    Dynamo's guards would take longer than a small step, so they are skipped. The compiled code is a copy of the
+    method's: Dynamo caches graphs by code, and collectors must not share graphs without guards.
     """
     if not compile:
         return method
@@ -351,12 +352,12 @@ def _named(module: GraphModule, results: Sequence[Tensor]) -> _Entries:
 
 
 def _apart(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of one layout, none of which is another one, as Dynamo found them."""
+    """Contiguous copies without aliases, as when Dynamo traced them."""
     return [value.clone(memory_format=torch.contiguous_format) for value in inputs]
 
 
 def _contiguous(state: TensorDictBase) -> _Entries:
-    """Entries of one layout, which a compiled function relies on; games expand some."""
+    """Contiguous entries, as a compiled function requires; games expand some entries."""
     return {key: value.contiguous() for key, value in state.items()}
 
 

@@ -1,4 +1,4 @@
-"""Off-policy data: greedy actors that explore, and a replay buffer of rows or of chunks of steps in a row."""
+"""Off-policy data: epsilon-greedy actors, and a replay buffer of rows or chunks of consecutive steps."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ __all__ = ["ChunkReplayBuffer", "epsilon_greedy"]
 
 
 class ChunkReplayBuffer:
-    """TorchRL's replay buffer, of single rows or of chunks of steps in a row, drawn uniformly with replacement.
+    """TorchRL's replay buffer for single rows or chunks of consecutive steps, sampled uniformly with replacement.
 
-    Of a recurrent network's states it stores those before the first step of each chunk alone, which is all that
-    replaying reads: within a chunk, episodes start from zeros. It holds the newest ``capacity`` steps, takes its
-    memory with the first batch, and is a part of checkpoints, as large as they are full.
+    Recurrent states are stored only before the first step of each chunk, as replay reads no others: within a chunk,
+    episodes start from zeros. The buffer holds the newest ``capacity`` steps and allocates its memory with the first
+    batch. Checkpoints include the filled part of the buffer.
 
     Args:
         keys: entries to store, such as ``loss.in_keys``.
-        states: those of them that are recurrent states, such as ``loss.recurrent_state_keys``.
-        capacity: steps.
+        states: recurrent states among ``keys``, such as ``loss.recurrent_state_keys``.
+        capacity: maximum number of steps.
         batch_size: steps of a sample, rounded up to whole chunks.
         chunk_length: steps of a chunk; ``None`` for rows.
-        device: where it is.
+        device: device of the buffer.
 
     Raises:
-        ValueError: if it cannot hold a sample.
+        ValueError: if the capacity is smaller than a sample.
     """
 
     def __init__(
@@ -74,20 +74,20 @@ class ChunkReplayBuffer:
         return steps
 
     def state_dict(self) -> dict[str, Any]:
-        """What it holds, for checkpoints."""
+        """Return the contents, for checkpoints."""
         return self._buffer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hold what another one held."""
+        """Restore the contents."""
         self._buffer.load_state_dict(state_dict)
 
 
 def epsilon_greedy(actor: ProbabilisticActor, exploration: EGreedyModule) -> TensorDictSequential:
-    """Let the greedy actions of an actor, whose logits are action values, give way to random ones at times.
+    """Return an epsilon-greedy policy of an actor whose logits are action values.
 
     Args:
-        actor: as :func:`~torchrl_marl.modules.make_actor` builds it, for discrete actions.
-        exploration: replaces each agent's action with probability epsilon by one that is legal.
+        actor: actor of :func:`~torchrl_marl.modules.make_actor`, for discrete actions.
+        exploration: replaces each agent's action with probability epsilon by a random legal action.
     """
     values, mask = actor[-1].in_keys[0], exploration.action_mask_key
     group = values[:-1]

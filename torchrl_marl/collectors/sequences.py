@@ -1,4 +1,4 @@
-"""Whole sequences for policies with a large memory: it is kept where a sequence starts, not at every step."""
+"""Whole sequences for policies with a large memory, which is stored only at the start of each sequence."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["SequenceCollector"]
 
 
 class SequenceCollector:
-    """Run a policy in an environment without end, and yield ``[num_envs, num_steps]`` steps at a time.
+    """Run a policy endlessly in an environment, and yield batches ``[num_envs, num_steps]``.
 
-    It does what :class:`torchrl.collectors.Collector` does in one process, but of the entries named in ``states`` it
-    keeps only what they were before a batch's first step, as a view for all steps, and nothing under ``"next"``:
-    Sable's memory is often a thousand times as large as an observation.
+    The collector equals :class:`torchrl.collectors.Collector` in one process, except for the entries named in
+    ``states``: only their values before a batch's first step are stored, as a view for all steps, and nothing under
+    ``"next"``. Sable's memory is often a thousand times as large as an observation.
 
     Args:
         env: environment, which carries the states from step to step.
-        policy: what acts, with exploration.
-        frames_per_batch: steps of all environments together in a batch, rounded up.
-        states: entries of which the first of each batch is kept; by default the memory of the policy.
+        policy: policy with exploration.
+        frames_per_batch: steps of a batch over all environments, rounded up.
+        states: entries stored only at the first step of each batch; by default the memory of the policy.
 
     Example:
         >>> from torchrl_marl.envs import make_env

@@ -1,4 +1,4 @@
-"""Batches that several processes collect together, on one machine or on many, with TorchRL's own engines."""
+"""Collection by several processes, on one or more machines, with TorchRL's engines."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ __all__ = ["WorkerCollector", "multiprocess_collector", "ray_collector"]
 
 
 class WorkerCollector:
-    """What :class:`torchrl.collectors.Collector` is to one process, for workers that share its environments.
+    """A counterpart of :class:`torchrl.collectors.Collector` for workers that share its environments.
 
-    Batches ``[num_envs, T]`` are synchronous: every worker gets the newest weights, collects its rows with them, and
-    waits. ``reset`` begins new episodes and makes each worker's random state a function of one number, drawn from
-    Torch's generator in this process, and of the worker's place. So whoever stores this process's random state before
-    a reset, as :class:`~torchrl_marl.run.run.Run` does, has stored the workers', too: a resumed run, or one with
-    another engine and as many workers, goes on bit for bit.
+    Batches ``[num_envs, T]`` are synchronous: every worker receives the newest weights, collects its rows, and waits.
+    ``reset`` starts new episodes and sets each worker's random state to a function of its rank and of one number drawn
+    from Torch's generator in this process. The random state of this process before a reset therefore determines those
+    of the workers: a run resumed from there, as by :class:`~torchrl_marl.run.run.Run`, continues bit for bit, also with
+    another engine and the same number of workers.
 
-    Games with a random stream for each copy begin the same episodes however many workers share the copies. Actions are
-    drawn by each worker for its own rows, so another number of workers is another sample of the same distribution.
+    Games with a random stream per copy start the same episodes for any number of workers. Each worker samples the
+    actions of its own rows, so another number of workers gives another sample of the same distribution.
 
     Args:
-        engine: TorchRL's collector, of :class:`Worker` processes.
-        policy: what acts.
-        num_workers: how many.
-        device: where batches go.
+        engine: TorchRL's collector of :class:`Worker` processes.
+        policy: the policy.
+        num_workers: number of workers.
+        device: device of the batches.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class WorkerCollector:
         device: torch.device | None,
     ) -> None:
         self._engine, self._policy, self._num_workers, self._device = engine, policy, num_workers, device
-        atexit.register(self.shutdown)  # before multiprocessing waits, in vain, for workers that wait for orders
+        atexit.register(self.shutdown)  # runs before multiprocessing would wait forever for idle workers
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Yield batches without end.
+        """Yield batches endlessly.
 
         Raises:
-            RuntimeError: if a worker has failed or died; the others are of no use then, either.
+            RuntimeError: if a worker has failed or died; the other workers are then unusable, too.
         """
         data = iter(self._engine)
         while True:
@@ -84,13 +84,13 @@ class WorkerCollector:
             self._engine.map_fn("restart", [(seed, part, self._num_workers) for part in range(self._num_workers)])
 
     def _send_weights(self) -> None:
-        # TorchRL's own ways of sending can wait for a dead worker forever, here or at exit, or open a port for each
+        # TorchRL's weight synchronisation can wait for a dead worker forever, here or at exit, or open a port for each
         weights = TensorDict.from_module(self._policy).data.cpu()
         with _lost_workers_named():
             self._engine.map_fn("receive", [(weights,)] * self._num_workers)
 
     def shutdown(self) -> None:
-        """End the workers; more than once does no harm."""
+        """Stop the workers; repeated calls are harmless."""
         atexit.unregister(self.shutdown)
         threads = torch.get_num_threads()
         self._engine.shutdown()
@@ -98,14 +98,14 @@ class WorkerCollector:
 
 
 class Worker(Collector):
-    """The collector within a worker."""
+    """The collector in a worker process."""
 
     def receive(self, weights: TensorDictBase) -> None:
-        """Act with these weights from now on."""
+        """Replace the policy's weights."""
         TensorDict.from_module(cast("nn.Module", self.policy)).data.update_(weights)
 
     def restart(self, seed: int, rank: int, world_size: int) -> None:
-        """Begin new episodes from the random state of this part of the whole."""
+        """Start new episodes from the random state of this worker's share."""
         reseed(self.env, seed, rank=rank, world_size=world_size)
         self.reset()
 
@@ -119,20 +119,20 @@ def multiprocess_collector(
     frames_per_batch: int,
     device: torch.device | str = "cpu",
 ) -> WorkerCollector:
-    """Collect with processes of this machine, for environments that keep a core busy each.
+    """Collect with processes on this machine, for environments that each use a core.
 
     Workers start as new interpreters: the calling script needs ``if __name__ == "__main__":``.
 
     Args:
-        env: the environment as one process would have it; says how many copies there are, and where batches go.
-        policy: what acts; its weights are sent before each batch.
+        env: environment of a single process, which determines the number of copies and the device of batches.
+        policy: the policy; its weights are sent before each batch.
         make_env: ``make_env(num_envs=..., device=...)``, called in each worker with its share of the copies.
         num_workers: number of processes, a divisor of the number of copies.
-        frames_per_batch: steps of all environments together in a batch, rounded up to whole steps.
-        device: where workers play and act.
+        frames_per_batch: steps of a batch over all environments, rounded up to whole steps.
+        device: device of the workers' environments and policies.
 
     Raises:
-        ValueError: if the copies cannot be shared evenly.
+        ValueError: if ``num_workers`` does not divide the number of copies.
     """
     share, frames = _shares(env, num_workers, frames_per_batch)
     threads = torch.get_num_threads()
@@ -166,22 +166,22 @@ def ray_collector(
     This library must be installed on each of them.
 
     Args:
-        env: as for :func:`multiprocess_collector`, and so are the others.
-        policy: what acts; its weights are sent before each batch.
-        make_env: called in each worker.
-        num_workers: number of actors.
-        frames_per_batch: steps of all environments together in a batch.
-        device: where workers play and act.
-        address: of a running cluster, such as ``"auto"``; ``None`` starts one on this machine for as long as the
-            collector lives, which listens on the loopback address alone.
-        resources: what each worker reserves, as options of ``ray.remote``; by default one CPU.
+        env: as for :func:`multiprocess_collector`.
+        policy: as for :func:`multiprocess_collector`.
+        make_env: as for :func:`multiprocess_collector`.
+        num_workers: number of actors, a divisor of the number of copies.
+        frames_per_batch: as for :func:`multiprocess_collector`.
+        device: as for :func:`multiprocess_collector`.
+        address: address of a running cluster, such as ``"auto"``; ``None`` starts a cluster on this machine for the
+            lifetime of the collector, which listens on the loopback address only.
+        resources: resources of each worker, as options of ``ray.remote``; by default one CPU.
 
     Raises:
         ImportError: if Ray is not installed.
-        ValueError: if the copies cannot be shared evenly.
+        ValueError: if ``num_workers`` does not divide the number of copies.
     """
     if importlib.util.find_spec("ray") is None:
-        raise ImportError('collecting with Ray needs it: pip install "torchrl_marl[scale]"')
+        raise ImportError('collecting with Ray needs the package: pip install "torchrl_marl[scale]"')
     share, frames = _shares(env, num_workers, frames_per_batch)
     resources = {"num_cpus": 1} if resources is None else dict(resources)
     init: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file each, written atomically, loaded without executing pickled code."""
+"""Checkpoints of a run: single files, written atomically, loaded without executing pickled code."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-"""Version of what a checkpoint holds; it grows whenever a policy could no longer be read from an older file."""
+"""Version of the checkpoint format, increased whenever policies of older files can no longer be read."""
 
 _BUILDERS: dict[str, Callable[..., Any]] = {
     f"torchrl_marl.modules.{build.__name__}": build
@@ -58,12 +58,12 @@ _NAME = re.compile(r"checkpoint-(\d+)(\.torchrl)?")
 class CheckpointFolder:
     """The checkpoints of one run: the two newest and the best.
 
-    Every file is complete under its final name or does not exist: it is written beside and renamed. Tensors are stored
-    by ``torch.save`` and read with ``weights_only=True``; everything else is JSON.
+    Files are written atomically: a file is complete under its final name or does not exist. Tensors are stored by
+    ``torch.save`` and read with ``weights_only=True``; everything else is JSON.
 
     Args:
-        folder: where the files go; made for the first one.
-        **components: what is saved and restored, by name: objects with a ``state_dict``, or JSON dictionaries.
+        folder: folder of the files, created with the first checkpoint.
+        **components: saved and restored components by name: objects with a ``state_dict``, or JSON dictionaries.
     """
 
     def __init__(self, folder: Path, **components: Any) -> None:
@@ -71,7 +71,7 @@ class CheckpointFolder:
         self._checkpoint = _bind(components)
 
     def save(self, *, frames: int, score: float, metadata: Mapping[str, Any]) -> Path:
-        """Write the state after ``frames`` frames, which scored ``score``; drop what is neither new nor best."""
+        """Write the state after ``frames`` frames with its score; delete checkpoints that are neither new nor best."""
         metadata = {"version": FORMAT_VERSION, _SCORE: score, **metadata}
         return self._rotation.save(self._checkpoint, step=frames, metadata=metadata)
 
@@ -79,13 +79,13 @@ class CheckpointFolder:
         """Restore every component in place.
 
         Raises:
-            ValueError: if the file is damaged, foreign, of another version (nothing has been changed then) or of other
-                components.
+            ValueError: if the file is damaged, foreign or of another version (components are then unchanged), or has
+                other components.
         """
         _load(self._checkpoint, path)
 
     def set_aside_beyond(self, frames: int) -> None:
-        """Move checkpoints of more than ``frames`` frames, and damaged ones, to ``abandoned/``: the run goes on."""
+        """Move checkpoints of more than ``frames`` frames, and damaged ones, to ``abandoned/``."""
         found, damaged = _survey(self._rotation.directory)
         for path in [*damaged, *(path for path, metadata in found.items() if metadata["frames"] > frames)]:
             target = path.parents[1] / "abandoned" / path.name
@@ -94,47 +94,47 @@ class CheckpointFolder:
 
     @property
     def latest(self) -> Path | None:
-        """The newest checkpoint, if any."""
+        """The newest checkpoint, or ``None``."""
         found, _ = _survey(self._rotation.directory)
         return _newest(found) if found else None
 
     @property
     def best(self) -> tuple[Path, float]:
-        """The checkpoint of the highest score, and that score; of those that are there, as are its parameters."""
+        """The stored checkpoint with the highest score, and the score."""
         found, _ = _survey(self._rotation.directory)
         path = _best(found)
         return path, found[path][_SCORE]
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return a checkpoint file: ``path`` itself, or the newest one of a run's folder.
+    """Return a checkpoint file: ``path`` itself, or the newest checkpoint in a run's folder.
 
-    A warning names damaged ones beside it.
+    A warning names damaged checkpoints.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if all are damaged.
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if all checkpoints are damaged.
     """
     return _choose(path, _newest)
 
 
 def best_checkpoint(path: str | Path) -> Path:
-    """Return a checkpoint file: ``path`` itself, or that of a run's folder with the highest score.
+    """Return a checkpoint file: ``path`` itself, or the checkpoint with the highest score in a run's folder.
 
-    A warning names damaged ones beside it.
+    A warning names damaged checkpoints.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if all are damaged.
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if all checkpoints are damaged.
     """
     return _choose(path, _best)
 
 
 def check_resumable(checkpoint: Path) -> None:
-    """Refuse to go on with a run whose files would be written elsewhere, or cannot be written.
+    """Reject resuming a run whose files would be written elsewhere, or cannot be written.
 
     Raises:
-        ValueError: if the checkpoint or something in the run's folder is a link that leads out of it, or the folder is
+        ValueError: if the checkpoint or a file in the run's folder is a link out of the folder, or the folder is
             read-only or full.
     """
     if checkpoint.is_symlink() or checkpoint.parent.is_symlink():
@@ -144,7 +144,7 @@ def check_resumable(checkpoint: Path) -> None:
         )
     run = checkpoint.resolve().parents[1]
     if checkpoint.resolve().parent.name != "checkpoints":
-        return  # not in a run's folder, which Run refuses
+        return  # Run rejects a checkpoint outside a run's folder
     for folder, folders, files in os.walk(run):
         for path in (Path(folder, name) for name in (*folders, *files)):
             if path.is_symlink() and not path.resolve().is_relative_to(run):
@@ -158,14 +158,14 @@ def check_resumable(checkpoint: Path) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself (``config``, ``frames``, ``score``, ...) without loading tensors.
+    """Return the metadata of a checkpoint (``config``, ``frames``, ``score``, ...) without loading tensors.
 
     Raises:
-        ValueError: if the file is damaged, foreign, of another version or no file.
+        ValueError: if ``path`` is not a file, or the file is damaged, foreign or of another version.
     """
     metadata = _read_manifest(path)["metadata"]
     if isinstance(env := metadata["config"].get("env"), dict):
-        env.pop("compile", None)  # of before compile= alone decided it
+        env.pop("compile", None)  # key of older releases, replaced by compile=
     return metadata
 
 
@@ -178,26 +178,27 @@ def load_policy(
 ) -> TensorDictModuleBase:
     """Load the policy of a run.
 
-    It needs no environment and no critic: it acts from local observations alone, or, if it is one of
-    :func:`~torchrl_marl.modules.make_mat` or :func:`~torchrl_marl.modules.make_sable`, from those of the whole group.
+    The policy needs no environment and no critic. It acts on local observations only; policies of
+    :func:`~torchrl_marl.modules.make_mat` and :func:`~torchrl_marl.modules.make_sable` act on those of the whole group.
 
     Args:
-        path: a checkpoint file, or a run's folder (then its best checkpoint).
-        actor: takes the parameters; needed only if the run built its actor with none of this library's builders.
-        build: builds such an actor, ``build(shape, **options, device=device)`` of a
-            :class:`~torchrl_marl.modules.GroupSpec` and the run's options, as its recipe called it.
-        device: where to put it; ``None`` leaves ``actor`` where it is, and builds on the CPU without one.
+        path: a checkpoint file, or a run's folder (uses its best checkpoint).
+        actor: actor to load the parameters into; only needed for a custom actor.
+        build: builder of a custom actor, called as ``build(shape, **options, device=device)`` with a
+            :class:`~torchrl_marl.modules.GroupSpec` and the run's options, as in its recipe.
+        device: device of the policy; ``None`` keeps the device of ``actor``, or uses the CPU.
 
     Returns:
-        Actor that reads ``(group, "observation")`` and writes ``(group, "action")``: deterministic ones, unless it is
-        called under ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)``. A recurrent one also reads
-        ``(group, "recurrent_state")``, zeros at the start of an episode, and writes the one to carry on under
-        ``("next", group, "recurrent_state")``; :func:`torchrl_marl.modules.with_recurrent_state` does both, also for
-        what Sable remembers. Several groups' actors act one after the other; ``policy[i]`` is that of group i.
+        Actor that reads ``(group, "observation")`` and writes ``(group, "action")``. Actions are deterministic, except
+        under ``torchrl.envs.set_exploration_type(ExplorationType.RANDOM)``. A recurrent actor also reads
+        ``(group, "recurrent_state")``, zeros at the start of an episode, and writes the next state under
+        ``("next", group, "recurrent_state")``; :func:`torchrl_marl.modules.with_recurrent_state` handles these states
+        and Sable's memory. For several groups, the actors run in sequence; ``policy[i]`` is the actor of group i.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is damaged, foreign or of another version, or ``actor`` is needed or does not fit.
+        ValueError: if the checkpoint is damaged, foreign or of another version, or ``actor`` is missing or does not
+            match.
     """
     path = best_checkpoint(path)
     if actor is None:
@@ -213,9 +214,9 @@ def load_policy(
 
 
 def actor_record(shape: GroupSpec | Sequence[GroupSpec], config: Mapping[str, Any]) -> Any:
-    """What :func:`load_policy` needs to rebuild the actor that ``config``, with its ``_target_``, describes.
+    """Record that :func:`load_policy` rebuilds the actor of ``config``, with its ``_target_``, from.
 
-    For the actors of several groups, one after the other, it is a list.
+    For the actors of several groups, the record is a list.
     """
     if not isinstance(shape, GroupSpec):
         return [actor_record(own, config) for own in shape]
@@ -228,7 +229,7 @@ def _rebuild(
 ) -> TensorDictModuleBase:
     name = recorded["builder"]
     build = build or _BUILDERS.get(name)
-    if build is None:  # importing what a file names would execute what a file says
+    if build is None:  # importing a name from a file would execute untrusted code
         raise ValueError(
             f"The actor of {path} was built by {name}: if you trust it, say --actor {':'.join(name.rsplit('.', 1))}, "
             "or in Python build it and pass it as actor=."
@@ -237,7 +238,7 @@ def _rebuild(
     try:
         built = build(GroupSpec(**recorded["shape"]), **options, device=device)
         return built[0] if isinstance(built, tuple) else built  # without the critic
-    except Exception as error:  # of sizes and options that nobody has checked
+    except Exception as error:  # sizes and options are unchecked
         raise ValueError(f"{path} describes an actor that cannot be built: {reason(error)}") from error
 
 
@@ -263,15 +264,13 @@ def _choose(path: str | Path, choose: Callable[[Mapping[Path, Mapping[str, Any]]
             return chosen
         if damaged:
             raise ValueError(" ".join(damaged.values()))
-    raise FileNotFoundError(
-        f"No checkpoint at {path}: name a checkpoint file or the folder of a run that has saved one."
-    )
+    raise FileNotFoundError(f"No checkpoint at {path}: name a checkpoint file or the folder of a run with checkpoints.")
 
 
 def _survey(folder: Path) -> tuple[dict[Path, dict[str, Any]], dict[Path, str]]:
-    """Metadata of the checkpoints in a folder, oldest first, and what is wrong with those that cannot be read.
+    """Metadata of the checkpoints in a folder, oldest first, and errors of unreadable checkpoints.
 
-    ``CheckpointRotation`` passes over the latter without a word, and takes folders for checkpoints.
+    ``CheckpointRotation`` skips unreadable checkpoints silently, and takes folders for checkpoints.
     """
     matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
     found, damaged = {}, {}
@@ -292,15 +291,15 @@ def _best(found: Mapping[Path, Mapping[str, Any]]) -> Path:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, whose form has been checked; its values are still anyone's."""
-    if not path.is_file():  # of a folder TorchRL would read TensorDicts, which execute the pickles that they hold
+    """The manifest of a checkpoint after a check of its form; its values are untrusted."""
+    if not path.is_file():  # TorchRL would read a folder as TensorDicts, which execute pickles
         raise ValueError(f"{path} is no file; a checkpoint of torchrl_marl is one, an archive.")
     try:
         manifest = Checkpoint.manifest(path)
         version = manifest["metadata"].get("version")
         if version == FORMAT_VERSION:
             _check_form(manifest["metadata"])
-    except Exception as error:  # damaged archives raise anything, from NotImplementedError to UnicodeDecodeError
+    except Exception as error:  # damaged archives raise any exception, from NotImplementedError to UnicodeDecodeError
         raise ValueError(f"{path} is not a complete checkpoint of torchrl_marl: {reason(error)}.") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has version {version}; this release reads {FORMAT_VERSION}.")
@@ -324,13 +323,13 @@ def _load(checkpoint: Checkpoint, path: Path) -> None:
     files = {"torchrl.state_dict": ["state.pt"], "torchrl.json": ["value.json"]}
     try:
         for name, record in records.items():
-            # TorchRL also reads TensorDict payloads, which may hold pickles; ours never are one.
+            # TorchRL also reads TensorDict payloads, which may hold pickles; checkpoints here never contain one.
             if record["files"] != files.get(record["adapter"]) or not re.fullmatch(
                 r"components/[^/\\]+", record["path"]
             ):
                 raise ValueError(f"component {name!r} holds unexpected files {record['files']}")
         checkpoint.load(path, map_location="cpu")
     except Exception as error:  # as above
-        pickled = isinstance(error.__cause__, pickle.UnpicklingError)  # which says how to execute it all the same
+        pickled = isinstance(error.__cause__, pickle.UnpicklingError)  # its text explains how to execute the pickle
         why = "it holds more than tensors, which is not unpickled" if pickled else reason(error)
         raise ValueError(f"{path} cannot be loaded: {why}") from error

@@ -1,4 +1,4 @@
-"""What ends a command line with one line: keys that nothing reads, values out of range or of another type."""
+"""Checks of a command line: unknown keys, and values out of range or of another type, end the program with one line."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing_extensions import get_type_hints
 
 __all__ = ["check_device", "check_keys", "check_types", "check_values"]
 
-_LARGEST_SEED = 2**32 - 1 - 3_000_009  # evaluation adds up to that, and NumPy takes 32 bits
+_LARGEST_SEED = 2**32 - 1 - 3_000_009  # evaluation seeds add up to 3_000_009, and NumPy takes 32 bits
 _Test = Callable[[Any], object]
 
 
 def check(cfg: DictConfig, key: str, allowed: str, is_allowed: _Test, path: str = "") -> None:
-    """End the program, with the key, the value and what is allowed, unless it is."""
+    """End the program with the key, the value and the allowed values, unless the value is allowed."""
     if not is_allowed(value := OmegaConf.select(cfg, key)):
         hint = (
             f" Write {value:.0f}." if isinstance(value, float) and value.is_integer() and is_allowed(int(value)) else ""
@@ -32,7 +32,7 @@ def check(cfg: DictConfig, key: str, allowed: str, is_allowed: _Test, path: str 
 
 
 def fail(key: str, what: str, known: Iterable[str]) -> NoReturn:
-    """End the program with the names that are nearest to ``key``."""
+    """End the program with the known names nearest to ``key``."""
     known = list(dict.fromkeys(known))
     nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
     hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
@@ -40,15 +40,15 @@ def fail(key: str, what: str, known: Iterable[str]) -> NoReturn:
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says, without Hydra's search path."""
+    """The text of an error without Hydra's search path."""
     return " ".join(str(error).partition("\nConfig search path")[0].split())
 
 
 def check_choices(cfg: DictConfig, overrides: Iterable[str], groups: Mapping[str, Iterable[str]], folder: Path) -> None:
-    """End the program if a group's choice has no effect, as other choices set what it would.
+    """End the program if a group's choice has no effect because other choices override it.
 
     Raises:
-        SystemExit: with the choice and what is set, or with a key of what nothing builds.
+        SystemExit: with the choice and the overriding value, or with a key of an object that is not built.
     """
     words = (override.lstrip("+").partition("=") for override in overrides)
     chosen = {key: value for key, _, value in words}
@@ -65,16 +65,16 @@ def check_choices(cfg: DictConfig, overrides: Iterable[str], groups: Mapping[str
 
 
 def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
-    """End the program if the configuration holds a key that nothing reads.
+    """End the program if the configuration holds an unknown key.
 
     Args:
-        cfg: the configuration; the keys of a node with a ``_target_`` must be arguments of that target.
-        reference: what the recipe's own YAML file holds; other nodes must have keys of it.
+        cfg: the configuration; keys of a node with a ``_target_`` must be arguments of the target.
+        reference: content of the recipe's YAML file; keys of other nodes must occur there.
         path: dotted path of ``cfg`` within the whole configuration.
 
     Raises:
-        SystemExit: with the key and the nearest names, or with the overrides that leave out what the YAML file holds
-            for another target.
+        SystemExit: with the key and the nearest names, or with the overrides that remove the YAML file's keys for
+            another target.
     """
     target = cfg.get("_target_")
     known = arguments_of(_located(target, path)) if "_target_" in cfg else reference
@@ -94,15 +94,15 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
 
 
 def check_nodes(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
-    """End the program if a value stands where the YAML file has keys, or for a switch something but true or false.
+    """End the program if a value replaces a node of keys, or a switch is not true or false.
 
     Args:
-        cfg: the configuration, or a node of it without a target.
-        reference: what the recipe's own YAML file holds.
+        cfg: the configuration, or a node without a target.
+        reference: content of the recipe's YAML file.
         path: dotted path of ``cfg`` within the whole configuration, with a dot at its end.
 
     Raises:
-        SystemExit: with the key, the value and what is allowed.
+        SystemExit: with the key, the value and the allowed values.
     """
     for key, default in reference.items():
         if isinstance(default, bool):
@@ -115,7 +115,7 @@ def check_nodes(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
 
 
 def check_types(cfg: DictConfig, target: Callable[..., object], path: str) -> None:
-    """End the program if a value cannot be what a target's annotation says; other annotations say nothing of YAML.
+    """End the program if a value does not match the annotation of a target; unsupported annotations are not checked.
 
     Args:
         cfg: arguments of the target.
@@ -131,7 +131,7 @@ def check_types(cfg: DictConfig, target: Callable[..., object], path: str) -> No
 
 
 def _in_yaml(kind: Any) -> tuple[str, _Test]:
-    """What a value of a type is in YAML: in words, and as a test."""
+    """Return the YAML form of a type in words, and as a test."""
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if origin in _YAML:
         return _YAML[origin]
@@ -167,9 +167,9 @@ def _located(target: object, path: str) -> Callable[..., object]:
 
 
 def arguments_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments of a function or class and their annotations, ``Any`` for those that only type checkers can resolve.
+    """Arguments of a function or class with annotations, ``Any`` for those that only type checkers can resolve.
 
-    Those of a ``TypedDict`` (``**options: Unpack[...]``) are among them.
+    Arguments of a ``TypedDict`` (``**options: Unpack[...]``) are included.
     """
     scope = getattr(target.__init__ if isinstance(target, type) else target, "__globals__", {})
     kinds: dict[str, Any] = {}
@@ -189,15 +189,15 @@ def arguments_of(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_loss(cfg: DictConfig, networks: tuple[str, ...], folder: Path) -> None:
-    """End the program if the loop is not made for the loss, which it might train as something else without an error.
+    """End the program if the loop does not support the loss, which it might silently train incorrectly.
 
     Args:
         cfg: the configuration.
-        networks: that the loop builds.
-        folder: of the recipes' YAML files.
+        networks: networks that the loop builds.
+        folder: folder of the recipes' YAML files.
 
     Raises:
-        SystemExit: with the choices of ``loss=`` that the loop trains.
+        SystemExit: with the choices of ``loss=`` that the loop supports.
     """
     _located(cfg.loss.get("_target_"), "loss.")
     if not trains(networks, cfg.loss):
@@ -216,11 +216,11 @@ def trains(networks: tuple[str, ...], node: DictConfig) -> bool:
 
 
 def check_values(cfg: DictConfig, unread: tuple[str, ...]) -> None:
-    """End the program if a value of the loop is out of its range, before anything is built.
+    """End the program if a value of the loop is out of its range, before any object is built.
 
     Args:
         cfg: the configuration.
-        unread: keys that it has no use for.
+        unread: keys that the loop does not use.
 
     Raises:
         SystemExit: with the key, the value and what is allowed.
@@ -255,17 +255,17 @@ def check_values(cfg: DictConfig, unread: tuple[str, ...]) -> None:
 
 
 def check_device(device: str | None) -> None:
-    """End the program if Torch cannot use a device here.
+    """End the program if Torch cannot use a device on this machine.
 
     Raises:
-        SystemExit: with what can be used.
+        SystemExit: with the usable devices.
     """
     if not is_text_or_null(device):
-        raise SystemExit(f"device must be null or the name of one of Torch's; got {device}.")
+        raise SystemExit(f"device must be null or the name of a torch device; got {device}.")
     try:
         available = torch.device(device or "cpu").type != "cuda" or torch.cuda.is_available()
     except RuntimeError as error:
-        raise SystemExit(f"device={device} is none of Torch's: {str(error).splitlines()[0]}") from None
+        raise SystemExit(f"device={device} is not a valid torch device: {str(error).splitlines()[0]}") from None
     if not available:
         raise SystemExit(f"device={device} needs CUDA, which Torch does not find here; device=cpu runs anywhere.")
 
@@ -279,12 +279,12 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _text(value: object) -> str:
-    """The value if it is text; else nothing."""
+    """The value if it is text, else an empty string."""
     return value if isinstance(value, str) else ""
 
 
 def is_text_or_null(value: object) -> bool:
-    """Whether a value is null or text with something in it."""
+    """Whether a value is null or non-empty text."""
     return value is None or _text(value) != ""
 
 

@@ -17,17 +17,17 @@ __all__ = ["make_collector"]
 def make_collector(
     cfg: DictConfig, env: EnvBase, policy: TensorDictModuleBase, loss: RatioLoss
 ) -> Collector | CompiledCollector | SequenceCollector | WorkerCollector:
-    """Build what collects for a loop: what ``cfg.collector`` names, or in this process what suits the loss and ``env``.
+    """Build the collector named by ``cfg.collector``, or by default the one in this process that suits loss and env.
 
-    With ``compile=true`` environments that a :class:`~torchrl_marl.collectors.CompiledCollector` takes get that one:
-    VMAS and the games of this library. Otherwise losses that learn whole sequences get a
-    :class:`~torchrl_marl.collectors.SequenceCollector`, and all others TorchRL's own.
+    With ``compile=true``, VMAS and the games of this library get a
+    :class:`~torchrl_marl.collectors.CompiledCollector`. Otherwise, losses that train on whole sequences get a
+    :class:`~torchrl_marl.collectors.SequenceCollector`, and all others TorchRL's collector.
 
     Args:
         cfg: configuration with ``collector``, ``frames_per_batch`` and ``compile``.
         env: the environment, which carries the policy's memory.
-        policy: what acts, with exploration.
-        loss: what learns from the batches.
+        policy: policy with exploration.
+        loss: the loss that trains on the batches.
     """
     options = {"frames_per_batch": cfg.frames_per_batch}
     if "_target_" in cfg.collector:

@@ -1,4 +1,4 @@
-"""Recipes' command lines: Hydra overrides whose every key is checked, and resuming with a stored configuration."""
+"""Command lines of recipes: checked Hydra overrides, and resuming with a stored configuration."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from torchrl_marl.trust import foreign_code
 
 __all__ = ["Recipe", "end_if_refused", "recipe"]
 
-# What a resumed run may change. A checkpoint holds the optimiser's settings and the loss's coefficients, so that other
-# overrides would be recorded but not take effect.
+# Settings that a resumed run may change. A checkpoint holds the optimiser's settings and the loss's coefficients, so
+# other overrides would be recorded without effect.
 _RESUMABLE = {"total_frames", "evaluation", "logger", "device", "num_threads", "compile", "folder"}
 
 _ADAPTIVE = "the default collector adapts to the loss and the environment"
@@ -50,31 +50,31 @@ def recipe(
 ) -> Callable[[Callable[[DictConfig], float]], Recipe]:
     """Turn ``function(cfg)`` into the main function of a recipe script.
 
-    The function gets ``config_folder/name.yaml`` composed with the command line's Hydra overrides (``-m`` runs grids,
-    ``+experiment=NAME`` takes the values of ``config_folder/experiment/NAME.yaml``). What a YAML node with a
-    ``_target_`` does not list can be overridden without a ``+`` if the target takes it: defaults live in the class. A
-    key that nothing reads ends the program with the nearest names, and so do values out of range, values of another
-    type than the target's annotation, and what the loop is not made for. ``resume=PATH`` replaces the configuration by
-    the one stored in a checkpoint; other overrides may then change how long the run goes on and how it is watched, not
-    what is trained.
+    The function gets ``config_folder/name.yaml`` composed with the Hydra overrides of the command line (``-m`` runs
+    grids, ``+experiment=NAME`` takes the values of ``config_folder/experiment/NAME.yaml``). All arguments of a
+    ``_target_`` can be overridden without a ``+``, also those that the YAML node does not list: defaults live in the
+    class. Unknown keys end the program with the nearest names; so do values out of range or of another type than the
+    target's annotation, and losses that the loop does not support. ``resume=PATH`` replaces the configuration by the
+    one stored in a checkpoint; other overrides may then change the length and the logging of the run, but not what is
+    trained.
 
-    What Hydra, this library or a constructor refuses is one line on stderr, without a traceback; other errors keep
-    theirs, and with ``HYDRA_FULL_ERROR=1`` in the environment all do.
+    An error of Hydra, this library or a constructor is printed as one line on stderr, without a traceback. Other errors
+    keep the traceback, and with ``HYDRA_FULL_ERROR=1`` in the environment all errors do.
 
     Args:
         config_folder: folder of the recipes' YAML files.
         name: file name without ``.yaml``.
-        networks: what the loop builds; it trains the losses that are made of these.
-        unread: keys of the YAML file, and groups, that the loop has no use for.
+        networks: networks that the loop builds, which determine the supported losses.
+        unread: keys and groups of the YAML file that the loop does not use.
 
     Returns:
-        Decorator that makes a :class:`Recipe` of the function.
+        Decorator that turns the function into a :class:`Recipe`.
     """
     return lambda function: Recipe(function, config_folder, name, networks=networks, unread=unread)
 
 
 class Recipe:
-    """A training function with a command line; :func:`recipe` makes it. Called, it reads ``sys.argv``."""
+    """A training function with a command line, built by :func:`recipe`; a call reads ``sys.argv``."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Recipe:
                 return self.train(self._checked(cfg))
             except Exception as error:
                 if not full_error and HydraConfig.get().mode == RunMode.RUN:
-                    # here, as Hydra prints a line of its own about a job that fails
+                    # handled here, as Hydra prints another line about a failed job
                     end_if_refused(error, self.train.__module__)
                 raise
 
@@ -117,10 +117,10 @@ class Recipe:
             del os.environ[_FULL_ERROR]
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """Return what the command line with these overrides, none of which is a grid, would train.
+        """Return the configuration of a command line with these overrides, without grids.
 
         Raises:
-            SystemExit: in the words of the command line, if it would refuse them.
+            SystemExit: with the error message of the command line, if an override is invalid.
         """
         words = list(map(self._checked_override, overrides))
         with hydra.initialize_config_dir(str(self._folder), job_name=self._name, version_base=None):
@@ -128,11 +128,11 @@ class Recipe:
                 composed = hydra.compose(self._name, words, return_hydra_config=True)
             except CompactHydraException as error:
                 raise SystemExit(checks.in_one_line(error)) from error
-        HydraConfig.instance().set_config(composed)  # what the run then knows of its command line
+        HydraConfig.instance().set_config(composed)  # the run reads its command line from here
         return self._checked(DictConfig({key: composed._get_node(key) for key in composed if key != "hydra"}))
 
     def _checked(self, cfg: DictConfig) -> DictConfig:
-        """What to train: the composed configuration, or the one to resume."""
+        """Return the composed configuration, or the one to resume, after all checks."""
         overrides = HydraConfig.get().overrides.task
         own = _load(self._folder, str(HydraConfig.get().job.config_name))
         groups = _groups(self._folder)
@@ -164,7 +164,7 @@ class Recipe:
         return resolved
 
     def _checked_override(self, argument: str) -> str:
-        """Check the root of an override by name; let a new key below it through to ``check_keys``."""
+        """Check the root key of an override; keys below are checked by ``check_keys``."""
         if (
             argument.startswith("hydra/launcher=submitit")
             and find_spec("hydra_plugins.hydra_submitit_launcher") is None
@@ -208,10 +208,10 @@ def _check_choice(group: str, choice: str, choices: Sequence[str]) -> None:
 
 
 def end_if_refused(error: Exception, script: str) -> None:
-    """End the program with one line if Hydra, this library or a constructor has refused what it was given.
+    """End the program with one line if Hydra, this library or a constructor has rejected its input.
 
-    That is what a ``raise`` statement of this package or of the script says, or one of whatever Hydra instantiates, and
-    arguments that do not fit a target; errors that Python itself or Torch's kernels raise are nobody's check.
+    Rejections are errors of ``raise`` statements in this package, the script or code that Hydra instantiates, and
+    arguments that do not match a target. Errors raised by Python itself or by Torch's kernels are not rejections.
     """
     key, cause = "", error
     if isinstance(error, InstantiationException):
@@ -229,12 +229,12 @@ def end_if_refused(error: Exception, script: str) -> None:
 
 
 def _is_refusal(error: Exception, script: str, *, inside: bool) -> bool:
-    """Whether a ``raise`` of this package or script raised it; ``inside`` what Hydra instantiates, of any package."""
+    """Whether a ``raise`` of this package or script raised the error; ``inside`` Hydra's targets, of any package."""
     if error.__traceback__ is None:
         return False
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     package = str(frame.f_globals.get("__name__")).partition(".")[0]
-    if inside and package == "hydra":  # which called the target with arguments that it does not take
+    if inside and package == "hydra":  # Hydra called the target with wrong arguments
         return True
     statement = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
     return statement.startswith("raise ") and (inside or package in ("torchrl_marl", "hydra_plugins", "hydra", script))
@@ -276,7 +276,7 @@ def _groups(folder: Path) -> dict[str, list[str]]:
 
 @functools.cache
 def _load(folder: Path, name: str) -> DictConfig:
-    """A recipe's own file on top of the files that its ``defaults`` name."""
+    """A recipe's file composed with the files in its ``defaults``."""
     own = DictConfig(OmegaConf.load(folder / f"{name}.yaml"))
     files = [entry for entry in own.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
     return DictConfig(OmegaConf.merge(*(_load(folder, file) for file in files), own))

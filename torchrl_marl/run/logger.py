@@ -1,4 +1,4 @@
-"""Where metrics go: CSV files always, Weights & Biases where it is installed, TensorBoard on request."""
+"""Logging of metrics: CSV files always, Weights & Biases if installed, TensorBoard on request."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ _FRAMES = "counters/total_frames"
 class MetricLog:
     """Write the metrics of one run.
 
-    CSV: one file a metric, ``folder/scalars/<metric>.csv``, rows ``frames,value``. W&B: everything over
-    ``counters/total_frames``; online if the user is logged in, else offline in ``folder/wandb`` (send it later with
-    ``wandb sync``); it never asks anything, and a server out of reach means offline, with a warning. A run that is
-    resumed offline writes its whole curve again, so that the newest folder is all there is to send; older ones go to
+    CSV: one file per metric, ``folder/scalars/<metric>.csv``, rows ``frames,value``. W&B: all metrics over
+    ``counters/total_frames``; online if the user is logged in, else offline in ``folder/wandb`` (upload with
+    ``wandb sync``). W&B never prompts; if the server cannot be reached, the run logs offline with a warning. A run
+    resumed offline writes its whole curve again, so only the newest folder needs to be uploaded; older folders move to
     ``folder/abandoned``.
 
     Args:
         folder: the run's folder.
         config: the full resolved configuration.
         name: display name of the run.
-        group: name that runs share which differ only in the seed.
-        tags: words to find the run by.
+        group: name shared by runs that differ only in the seed.
+        tags: tags of the run.
         run_id: fixed id, so that a resumed run continues its W&B curve.
-        resumed_at: frames at which a resumed run goes on; rows beyond are dropped, and so is what an end has measured,
-            with its summary moved to ``folder/abandoned``. ``None`` for a new run.
+        resumed_at: frames at which a resumed run continues. Later rows and the metrics of a finished run are dropped;
+            the summary moves to ``folder/abandoned``. ``None`` for a new run.
         wandb_project: W&B project; ``None`` turns W&B off.
         wandb_tags: further tags.
         wandb_mode: ``"online"``, ``"offline"`` or ``"disabled"``; ``None`` chooses as above.
@@ -90,7 +90,7 @@ class MetricLog:
             self._wandb.log({**metrics, _FRAMES: frames})
 
     def video(self, path: Path, frames: int) -> None:
-        """Send a GIF to W&B, as a panel and as an artifact (locally it already lies in the run's folder)."""
+        """Send a GIF from the run's folder to W&B, as a panel and as an artifact."""
         if self._wandb is not None:
             import wandb
 
@@ -103,11 +103,11 @@ class MetricLog:
             import wandb
 
             artifact = wandb.Artifact(f"{kind}-{self._wandb.id}", type=kind, metadata=dict(metadata))
-            artifact.add_file(str(path), policy="immutable")  # sent from where it lies, without a copy at home
+            artifact.add_file(str(path), policy="immutable")  # uploaded in place, without a copy in the cache
             self._wandb.log_artifact(artifact)
 
     def finish(self, summary: Mapping[str, Any] | None = None, *, failed: bool = False) -> None:
-        """Write ``summary.json`` and the W&B summary, and close everything; ``failed`` marks the W&B run as such."""
+        """Write ``summary.json`` and the W&B summary, and close the logs; ``failed`` marks the W&B run as failed."""
         if summary is not None:
             with replacing(self._folder / "summary.json") as path:
                 path.write_text(json.dumps(summary, indent=2) + "\n")
@@ -118,7 +118,7 @@ class MetricLog:
             self._tensorboard.experiment.close()
 
     def _repeat(self, older: Sequence[Path]) -> None:
-        """Log what the CSV files hold, and put aside the W&B folders that hold it, too."""
+        """Log the content of the CSV files again, and move older W&B folders aside."""
         rows: dict[int, dict[str, float]] = {}
         for name in metric_files(self._folder):
             for frames, value in zip(*read_metric(self._folder, name), strict=True):
@@ -129,7 +129,7 @@ class MetricLog:
 
 
 def run_group(method: str, task: str, config: Mapping[str, Any]) -> str:
-    """Name shared by runs that differ in their seed only: ``method_task_hash``.
+    """Name shared by runs that differ only in the seed: ``method_task_hash``.
 
     Example:
         >>> run_group("mars", "balance", {"lr": 1, "seed": 0}) == run_group("mars", "balance", {"lr": 1, "seed": 7})
@@ -140,7 +140,7 @@ def run_group(method: str, task: str, config: Mapping[str, Any]) -> str:
 
 
 def git_commit() -> str:
-    """Commit of the source tree that this package runs from, with ``-dirty`` if it was changed; else its version."""
+    """Commit of this package's source tree, with ``-dirty`` if modified; the version without a source tree."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -149,7 +149,7 @@ def git_commit() -> str:
 
 
 def _start_wandb(mode: str | None, **run: Any) -> Any:
-    """Start a W&B run: online where there is a login and a server, else offline; without a question."""
+    """Start a W&B run without prompting: online with a login and a reachable server, else offline."""
     import wandb
 
     mode = mode or os.environ.get("WANDB_MODE") or "online"
@@ -165,7 +165,7 @@ def _start_wandb(mode: str | None, **run: Any) -> Any:
 
 
 def _drop_rows_beyond(frames: int, folder: Path) -> None:
-    """Forget what a run measured after the checkpoint that it resumes from, or at its end; it will do so again."""
+    """Drop metrics after the checkpoint of a resumed run and those of its end; the run measures them again."""
     for name, path in metric_files(folder).items():
         if name.startswith((ABSOLUTE, LAST_FIFTH)):
             path.unlink()

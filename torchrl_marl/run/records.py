@@ -1,11 +1,11 @@
-"""The files of a run's folder that others read: its metrics, evaluation episodes, configuration and summary.
+"""The public files of a run's folder: metrics, evaluation episodes, configuration and summary.
 
 ::
 
     config.yaml             the resolved configuration
     scalars/METRIC.csv      rows ``frames,value`` of each metric
     evaluations.json        every evaluation episode, in the layout of marl-eval
-    summary.json            what the run came to; only a finished run has it
+    summary.json            results of the run; written only by a finished run
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class EvaluationRecord:
     """Every evaluation episode of one run, in a file that is complete after each evaluation.
 
     Layout (https://github.com/instadeepai/marl-eval): ``{environment: {task: {method: {"seed_0": steps}}}}``, where
-    ``steps`` holds ``"step_0"``, ``"step_1"``, ... with the frames seen as ``"step_count"`` and one value an episode
-    for each metric, and in the end ``"absolute_metrics"`` with ten times as many.
+    ``steps`` holds ``"step_0"``, ``"step_1"``, ... with the frames as ``"step_count"`` and one value per episode for
+    each metric, and finally ``"absolute_metrics"`` with ten times as many episodes.
 
     Args:
         path: JSON file to write.
         environment: name of the environment or suite.
         task: name of the task.
         method: name of the method.
-        seed: of the run.
-        resumed_at: frames at which a resumed run goes on; evaluations beyond are dropped. ``None`` for a new run.
+        seed: seed of the run.
+        resumed_at: frames at which a resumed run continues; later evaluations are dropped. ``None`` for a new run.
 
     Raises:
-        ValueError: if the file of a resumed run is another run's, or damaged.
+        ValueError: if the file of a resumed run is damaged or belongs to another run.
 
     Example:
         >>> import tempfile
@@ -78,12 +78,12 @@ class EvaluationRecord:
                 raise ValueError(f"{path} does not hold the evaluations of this run: {reason(error)}.") from error
 
     def add(self, frames: int, metrics: Mapping[str, Sequence[float]]) -> None:
-        """Append the evaluation after ``frames`` frames: one value an episode for each metric."""
+        """Append the evaluation after ``frames`` frames: one value per episode for each metric."""
         self._steps[f"step_{len(self._steps)}"] = {"step_count": frames, **metrics}
         self._write()
 
     def add_absolute(self, metrics: Mapping[str, Sequence[float]]) -> None:
-        """Add the episodes of the absolute metric, those of the best parameters."""
+        """Add the episodes of the absolute metric, played with the best parameters."""
         self._steps[_ABSOLUTE] = dict(metrics)
         self._write()
 
@@ -96,13 +96,13 @@ class EvaluationRecord:
 
 
 def merge_records(paths: Iterable[tuple[Path, str]]) -> dict[str, Any]:
-    """Merge the evaluation episodes of many runs into one tree, as marl-eval reads it.
+    """Merge the evaluation episodes of many runs into one tree in marl-eval's layout.
 
     Args:
-        paths: of each run its file and the name that its method goes by, which may tell variants apart.
+        paths: file of each run with the name of its method, which may distinguish variants.
 
     Raises:
-        ValueError: if two files hold the same run, or one is of another layout.
+        ValueError: if two files hold the same run, or a file has another layout.
     """
     merged: dict[str, Any] = {}
     for path, method in paths:
@@ -128,7 +128,7 @@ def _runs_in(path: Path) -> list[tuple[str, str, str, Any]]:
 
 
 def metric_files(folder: Path) -> dict[str, Path]:
-    """Return the CSV file of each metric that a run has logged, by the name of the metric."""
+    """Return the CSV file of each metric that a run has logged, by metric."""
     scalars = folder / "scalars"
     return {path.relative_to(scalars).with_suffix("").as_posix(): path for path in sorted(scalars.rglob("*.csv"))}
 
@@ -137,7 +137,7 @@ def read_metric(folder: Path, metric: str) -> tuple[NDArray[np.float64], NDArray
     """Return frames and values of a metric that a run has logged, ``[steps]`` each.
 
     Raises:
-        ValueError: if the run has not logged it, with what it has; or if the file holds anything else.
+        ValueError: if the run has not logged the metric, with the logged metrics; or if the file is malformed.
     """
     files = metric_files(folder)
     if metric not in files:
@@ -149,21 +149,22 @@ def read_metric(folder: Path, metric: str) -> tuple[NDArray[np.float64], NDArray
 def read_runs(
     roots: Iterable[Path], *, split: Sequence[str] = (), metric: str = "return"
 ) -> tuple[DataFrame, list[Path]]:
-    """Read every run at or below some folders; the trials of tuning, in folders named ``tuning``, are no results.
+    """Read every run at or below some folders, except the trials of tuning, in folders named ``tuning``.
 
     Args:
         roots: folders.
-        split: dotted configuration keys whose values tell variants of one method apart, such as ``optimizer.lr``.
-        metric: what of the evaluation episodes stands for the return: ``won``, ``episode_length``, ...
+        split: dotted configuration keys whose values distinguish variants of a method, such as ``optimizer.lr``.
+        metric: metric of the evaluation episodes to use as return: ``won``, ``episode_length``, ...
 
     Returns:
-        Finished runs, and the folders of unfinished ones. The runs are a table with a row each, by environment, task,
-        method and seed: these four, the ``folder``, the ``config`` by dotted keys without what is a seed's own, the
-        entries of summary.json, the frames and mean ``returns`` of its evaluations, and a digest of its ``losses``.
+        Finished runs, and the folders of unfinished runs. The runs are a table with one row per run, sorted by
+        environment, task, method and seed. Columns are these four, the ``folder``, the ``config`` by dotted keys
+        without seed-specific entries, the entries of summary.json, the frames and mean ``returns`` of the evaluations,
+        and a digest of the ``losses``.
 
     Raises:
-        ValueError: if there is no finished run, one of them is damaged, none says anything of a key to split by, or
-            the episodes of one have no such metric.
+        ValueError: if there is no finished run, a run is damaged, no run has a key of ``split``, or the episodes of a
+            run do not have the metric.
         ImportError: without pandas (``pip install "torchrl_marl[plot]"``).
     """
     from pandas import DataFrame
@@ -189,11 +190,11 @@ def read_runs(
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    """Return what a folder says of its run, in the form that comparisons rely on."""
+    """Return the row of a run for comparisons."""
     try:
         nested: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))  # nothing in it is resolved
         config = _flat(nested)
-        environment = config.get("environment") or config["recipe"]  # the former is new
+        environment = config.get("environment") or config["recipe"]  # older runs have only recipe
         names = {"environment": environment, "task": config["env.scenario"], "method": config["method"]}
         summary = json.loads((folder / "summary.json").read_text())
         numbers = {key: summary[key] for key in ("final", "last_fifth", "absolute", "frames", "frames_per_second")}
@@ -207,7 +208,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
             raise ValueError("the seed is no integer")
         losses = [path.read_bytes() for path in metric_files(folder).values() if path.name.startswith("loss_")]
         curves = {"returns": read_metric(folder, RETURN), "losses": hashlib.sha1(b"\n".join(losses)).hexdigest()}
-    except Exception as error:  # anyone's files raise anything, from YAML's errors to RecursionError
+    except Exception as error:  # untrusted files raise any exception, from YAML's errors to RecursionError
         raise ValueError(f"{folder} cannot be read as a finished run: {reason(error)}.") from error
     return {
         "folder": folder,
@@ -221,7 +222,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 
 def _read_evaluations(folder: Path, metric: str) -> dict[str, Any]:
-    """Return what stands for a run's returns, from its evaluation episodes."""
+    """Return a run's returns, or another metric, from its evaluation episodes."""
     path = folder / "evaluations.json"
     try:
         ((_, _, _, steps),) = _runs_in(path)
@@ -231,20 +232,20 @@ def _read_evaluations(folder: Path, metric: str) -> dict[str, Any]:
         frames = np.array([step["step_count"] for step in steps.values()], float)
         values = np.array([np.mean(step[metric]) for step in steps.values()])
         absolute = float(np.mean(last[metric]))
-    except Exception as error:  # anyone's file, as above
+    except Exception as error:  # an untrusted file, as above
         raise ValueError(f"{path}: {reason(error)}.") from error
     last_fifth = values[-max(1, len(values) // 5) :].mean()
     return {"final": values[-1], "last_fifth": last_fifth, "absolute": absolute, "returns": (frames, values)}
 
 
 def without_seed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a configuration, nested or flat, the seeds of one experiment share: not where and how they ran."""
+    """Return a configuration, nested or flat, without entries specific to a seed or to the machine."""
     own = ("seed", "resume", "folder", "device", "logger")
     return {key: value for key, value in config.items() if key.partition(".")[0] not in own}
 
 
 def _setting(key: str, value: object) -> str:
-    """A setting in the name of a variant, without the parts that all share: ``guider=make_sable``."""
+    """A setting in the name of a variant, in short form: ``guider=make_sable``."""
     if key.endswith("._target_"):
         key, value = key.removesuffix("._target_"), str(value).rpartition(".")[2]
     return f"{key.rpartition('.')[2]}={value}"

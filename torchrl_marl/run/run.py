@@ -1,4 +1,4 @@
-"""What every recipe needs around its loop: progress, metrics, evaluation, checkpoints, interruption, pictures."""
+"""Services around a recipe's loop: progress, metrics, evaluation, checkpoints, interruption, figures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _Collector = Collector | CompiledCollector | SequenceCollector | WorkerCollector
 
 
 class Run:
-    """One training run: a folder with its configuration, metrics, evaluation episodes, checkpoints and pictures.
+    """One training run: a folder with its configuration, metrics, evaluation episodes, checkpoints and figures.
 
     The loop stays in the recipe::
 
@@ -54,30 +54,30 @@ class Run:
             run.record(losses)
         return run.finish()
 
-    A checkpoint is written after every evaluation and is a reset point: the training environments start new episodes
-    there, in a run that goes on as in one that is resumed, which makes the two equal bit for bit. Ctrl-C or SIGTERM
-    ends the run after the iteration under way, without a checkpoint of its own, which would be one more reset point:
-    resumed, the run repeats what it has learned since the last evaluation.
+    A checkpoint is written after every evaluation and is a reset point: the training environments start new episodes,
+    whether the run continues or is resumed, so both are bit-identical. Ctrl-C or SIGTERM ends the run after the current
+    iteration, without another checkpoint, which would be an additional reset point. A resumed run repeats the training
+    since the last evaluation.
 
-    A checkpoint holds the random state of this process alone. Others get theirs from it at each reset point: workers
-    that collect (:class:`~torchrl_marl.collectors.WorkerCollector`), and the processes of torchrun
-    (:mod:`torchrl_marl.distributed`), of which the first evaluates, logs and saves. Its metrics of training are those
-    of its own share of the data.
+    A checkpoint holds the random state of this process only. At each reset point, it determines the random states of
+    workers (:class:`~torchrl_marl.collectors.WorkerCollector`) and of the processes of torchrun
+    (:mod:`torchrl_marl.distributed`). The first process evaluates, logs and saves; its training metrics cover its own
+    share of the data.
 
     Args:
         cfg: resolved configuration with ``seed``, ``total_frames``, ``evaluation``, ``logger``, ``env``, ``actor``,
             ``folder``, ``method``, ``recipe``, ``environment`` (its name), ``processes`` and ``resume`` (``None`` or a
             checkpoint file to go on from).
-        env: what the data come from; its own random streams, if it has some, become part of checkpoints.
+        env: the training environment; checkpoints include its random streams, if any.
         make_env: ``make_env(num_envs=..., seed=...)``, for evaluation.
         actor: the policy.
-        shape: what the actor was built for; those of all groups if it acts for several, which then also name what they
-            record: ``run.record({"GROUP/loss_critic": ...})``.
-        **components: what else a checkpoint must hold: the loss, the optimiser, ...
+        shape: shape of the actor's group; for several groups a list of shapes, and the names of recorded metrics start
+            with the group: ``run.record({"GROUP/loss_critic": ...})``.
+        **components: further components of checkpoints: the loss, the optimiser, ...
 
     Raises:
-        ValueError: if the checkpoint to resume from is damaged or out of place, evaluations are so frequent that no
-            training episode could reach its time limit between two of them, or there are not ``processes`` of them.
+        ValueError: if the checkpoint to resume from is damaged or outside a run's folder, evaluations are so frequent
+            that no training episode can reach its time limit, or the number of processes differs from ``processes``.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class Run:
     ) -> None:
         if cfg.processes != world_size():
             raise ValueError(
-                f"The configuration says processes={cfg.processes}, but {world_size()} learn together: start with "
-                f"torchrun --nproc-per-node {cfg.processes}, if the recipe is made for it."
+                f"The configuration says processes={cfg.processes}, but the world size is {world_size()}: start with "
+                f"torchrun --nproc-per-node {cfg.processes}, if the recipe supports it."
             )
         shortest = cfg.processes * cfg.env.num_envs * cfg.env.max_steps
         if cfg.evaluation.interval < shortest:
@@ -131,7 +131,7 @@ class Run:
         self._warned: set[str] = set()
         self._asked_to_stop = self._interrupted = False
         self.trained_with: list[str] = []
-        """Names of folders of runs, this one among them, that are trained in one group; empty for a run alone."""
+        """Folder names of runs trained as one group, including this run; empty for a single run."""
         self._is_main = rank() == 0
         if self._is_main:
             self._open_logs(resumed_at=None if resumed is None else self._progress["frames"])
@@ -167,12 +167,12 @@ class Run:
         )
 
     def batches(self, collector: _Collector) -> Iterator[TensorDictBase]:
-        """Yield batches until ``total_frames``; what the loop's body does with one ends its iteration.
+        """Yield batches until ``total_frames``; an iteration ends with the body of the loop.
 
         Raises:
             FloatingPointError: if a loss or a gradient is NaN or infinite.
-            RuntimeError: if collecting, evaluating or saving fails: a worker has died, the disk is full, ...; it names
-                the last good checkpoint.
+            RuntimeError: if collecting, evaluating or saving fails, for example because a worker has died or the disk
+                is full; the message names the last good checkpoint.
         """
         bar = progress_bar(self.cfg.method, self.cfg.total_frames, initial=self.frames, disable=not self._is_main)
         with ExitStack() as stack, self._failures_named(), bar, stop_signals(self.interrupt):
@@ -196,17 +196,17 @@ class Run:
                     self._begin_episodes(collector)
 
     def record(self, metrics: Mapping[str, Tensor]) -> None:
-        """Keep what a minibatch measured, 0-dim tensors by name; each iteration logs their mean.
+        """Record the metrics of a minibatch, 0-dim tensors by name; each iteration logs their mean.
 
-        ``min_*`` and ``max_*`` give the extremes instead. Values stay on their device until the iteration ends.
+        For ``min_*`` and ``max_*`` the extreme is logged. Values stay on their device until the iteration ends.
         """
         self._records.append({name: value.detach() for name, value in metrics.items()})
 
     def finish(self) -> float:
-        """:meth:`conclude` the run; if it was interrupted and one of a grid, end the grid with it.
+        """:meth:`conclude` the run; an interrupted run of a grid ends the grid.
 
         Raises:
-            SystemExit: then.
+            SystemExit: if the grid ends.
         """
         objective = self.conclude()
         if self._interrupted and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -214,17 +214,17 @@ class Run:
         return objective
 
     def conclude(self) -> float:
-        """Measure the best parameters, draw, print the summary line, and close the logs.
+        """Evaluate the best parameters, write figures, print the summary line, and close the logs.
 
-        An interrupted run only closes them, and says what else resuming it would do, also after its last frame: Ctrl-C
-        while the best parameters are measured or drawn is such an interruption.
+        An interrupted run only closes the logs and prints how to resume. Ctrl-C during the final evaluation or the
+        figures is also an interruption.
 
         Returns:
-            Mean evaluation return over the last fifth of the evaluations (what a sweep should maximise); NaN in all
-            processes of torchrun but the first.
+            Mean evaluation return over the last fifth of the evaluations (the objective of a sweep); NaN in all
+            processes of torchrun except the first.
 
         Raises:
-            RuntimeError: if something of it fails, as on a full disk; it names the last good checkpoint.
+            RuntimeError: if a step fails, for example on a full disk; the message names the last good checkpoint.
         """
         if not self._is_main:
             return math.nan
@@ -238,7 +238,7 @@ class Run:
         best, score = self._checkpoints.best
         self._log.artifact(best, "checkpoint", {"score": score, "seed": self.cfg.seed})
         returns = torch.empty(0)
-        self._interrupted |= self._asked_to_stop  # it may have come after the last iteration
+        self._interrupted |= self._asked_to_stop  # the signal may arrive after the last iteration
         if not self._interrupted:
             try:
                 returns = self._absolute_returns()
@@ -278,16 +278,16 @@ class Run:
 
     @property
     def frames(self) -> int:
-        """Frames that the policy has learned from."""
+        """Number of frames that the policy has been trained on."""
         return self._progress["frames"]
 
     @property
     def is_over(self) -> bool:
-        """Whether the frames are used up, or someone has interrupted."""
+        """Whether ``total_frames`` is reached or the run is interrupted."""
         return self._interrupted or self._progress["frames"] >= self.cfg.total_frames
 
     def finish_iteration(self, batch: TensorDictBase, collecting: float, training: float, bar: tqdm) -> None:
-        """Log an iteration: its batch, what was recorded, and the seconds that its two halves took."""
+        """Log an iteration: its batch, recorded metrics, and the durations of collection and training in seconds."""
         progress = self._progress
         frames = batch.numel() * world_size()
         progress["frames"] += frames
@@ -318,20 +318,20 @@ class Run:
         bar.update(frames)
 
     def evaluation_is_due(self, frames_of_a_process: int) -> bool:
-        """Whether the iteration that has just finished, of so many frames, ends with an evaluation."""
+        """Whether the last iteration, with this number of frames per process, ends with an evaluation."""
         frames, interval = self._progress["frames"], self.cfg.evaluation.interval
         passed = frames // interval > (frames - frames_of_a_process * world_size()) // interval
         return passed or frames >= self.cfg.total_frames
 
     def _begin_episodes(self, collector: _Collector) -> None:
-        """Start new episodes; several processes also begin their random states anew, from a seed of the first one."""
+        """Start new episodes; several processes also reset their random states from a seed of the first process."""
         if world_size() > 1:
             seed = broadcast_from_main(lambda: int(torch.randint(2**31 - 1, ())))
             reseed(self._env, seed, rank=rank(), world_size=world_size())
         collector.reset()
 
     def evaluate_and_save(self, episodes: Episodes | None = None) -> None:
-        """Evaluate the policy and write a checkpoint; ``episodes`` are given where someone else has played them."""
+        """Evaluate the policy, unless ``episodes`` are given, and write a checkpoint."""
         if not self._is_main:
             return
         for name, parameter in self._actor.named_parameters():
@@ -361,7 +361,7 @@ class Run:
         self._checkpoints.save(frames=frames, score=score, metadata=metadata)
 
     def _absolute_returns(self) -> Tensor:
-        """Returns of the best parameters in ten times as many episodes, on starts that no evaluation has used."""
+        """Returns of the best parameters in ten times as many episodes, on unused initial states."""
         with preserve_random_state():
             env = self._make_env(num_envs=10 * self.cfg.evaluation.episodes, seed=self.seed(2))
             episodes = evaluate(env, self._best_policy(), seed=self.seed(2), max_steps=self.cfg.env.max_steps)
@@ -391,7 +391,7 @@ class Run:
                 self._stop(name, value)
 
     def _warn_once(self, metrics: Mapping[str, float]) -> None:
-        """Say which metric tells that learning degenerates, once in a run for each; the run goes on."""
+        """Warn once per run about each metric that indicates degenerate learning; the run continues."""
         limits = {
             name: (1e-6, "an action has become all but impossible") for name in metrics if name.endswith("min_ratio")
         }
@@ -407,7 +407,7 @@ class Run:
                 )
 
     def fail(self) -> None:
-        """Close the logs of a run that cannot go on; W&B marks it as failed."""
+        """Close the logs of a failed run; W&B marks the run as failed."""
         if self._is_main:
             with suppress(Exception):  # a full disk stops the logs, too
                 self._log.finish(failed=True)
@@ -421,7 +421,7 @@ class Run:
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
-        """Say how to go on after a failure."""
+        """Add the way to resume to the error of a failed run."""
         try:
             yield
         except FloatingPointError:
@@ -434,23 +434,23 @@ class Run:
             ) from error
 
     def interrupt(self) -> None:
-        """End the run after the iteration under way."""
+        """End the run after the current iteration."""
         self._asked_to_stop = True
 
     def seed(self, purpose: int) -> int:
-        """Seed for evaluation (1), the absolute metric (2) and the video (3), away from that of training."""
+        """Seed for evaluation (1), the absolute metric (2) or the video (3), distinct from the training seed."""
         return 1_000_003 * purpose + self.cfg.seed
 
 
 def progress_bar(description: str, total_frames: int, **options: Any) -> tqdm:
-    """Return a bar of frames that one process draws: tqdm's own lock would be a semaphore, which outlives a kill."""
+    """Return a progress bar of frames without tqdm's lock, a semaphore that outlives a killed process."""
     tqdm.set_lock(RLock())
     return tqdm(total=total_frames, unit=" frames", unit_scale=True, desc=description, **options)
 
 
 def reduce_records(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of each name's values, of ``min_*`` and ``max_*`` the extreme, elementwise."""
-    names = dict.fromkeys(name for record in records for name in record)  # not every record has every name
+    """Return the elementwise mean of each metric, or the extreme for ``min_*`` and ``max_*``."""
+    names = dict.fromkeys(name for record in records for name in record)  # records may have different names
     stacked = {name: torch.stack([record[name] for record in records if name in record]) for name in names}
     reduce = {"min": torch.amin, "max": torch.amax}
     return {name: reduce.get(name.rpartition("/")[2][:3], torch.mean)(values, 0) for name, values in stacked.items()}
@@ -458,7 +458,7 @@ def reduce_records(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]
 
 def _new_folder(cfg: DictConfig) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    task = cfg.env.scenario.replace(":", ".")  # that of my_module:make_env is no name of a folder everywhere
+    task = cfg.env.scenario.replace(":", ".")  # a colon is not valid in folder names everywhere
     folder = Path(cfg.folder) / cfg.recipe / task / cfg.method / f"seed{cfg.seed}-{stamp}-{secrets.token_hex(2)}"
     try:
         folder.mkdir(parents=True)
@@ -468,7 +468,7 @@ def _new_folder(cfg: DictConfig) -> Path:
 
 
 def _command(cfg: DictConfig) -> str:
-    """Return the command that repeats this run, without the names of folders: they are no part of the experiment."""
+    """Return the command that repeats this run, without folder names, which are not part of the experiment."""
     script, overrides, flags = cfg.recipe, [], []
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
@@ -512,7 +512,9 @@ def stop_signals(interrupt: Callable[[], None]) -> Iterator[None]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()  # no other may set them
+    numbers = (
+        (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+    )  # only the main thread may set handlers
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

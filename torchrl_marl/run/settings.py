@@ -1,4 +1,4 @@
-"""Settings of papers: a table whose rows are choices of ``setting=`` on the command line of recipes."""
+"""Settings of papers: a table whose rows are choices of ``setting=`` in recipes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["check_setting", "read_settings", "store_settings"]
 
 @functools.cache
 def read_settings(folder: Path) -> dict[str, dict[str, str]]:
-    """Rows of ``folder/settings.csv`` by the name of their setting, ``METHOD/SCENARIO``; none without a table.
+    """Rows of ``folder/settings.csv`` by the name of the setting, ``METHOD/SCENARIO``; empty without a table.
 
-    Columns are dotted keys of the configuration, but for ``method``, whose common values are in
-    ``folder/setting/METHOD.yaml``, and ``env``, a choice of that group. An empty cell says nothing.
+    Columns are dotted keys of the configuration, except ``method``, whose common values are in
+    ``folder/setting/METHOD.yaml``, and ``env``, a choice of the group. An empty cell sets no value.
 
     Args:
-        folder: of the recipes' YAML files.
+        folder: folder of the recipes' YAML files.
     """
     table = folder / "settings.csv"
     rows = csv.DictReader(table.read_text().splitlines()) if table.exists() else []
@@ -30,15 +30,15 @@ def read_settings(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def store_settings(folder: Path, override: str, takes: Callable[[str], bool]) -> None:
-    """Let Hydra know the rows that an override names; to store all of them would cost every start half a second.
+    """Register the rows named by an override with Hydra; registering all rows would take half a second per start.
 
     Args:
-        folder: of the recipes' YAML files.
-        override: a word of the command line, ``setting=NAME``, or several names.
-        takes: whether the recipe trains a choice of ``loss=``.
+        folder: folder of the recipes' YAML files.
+        override: a command-line override ``setting=NAME``, or several names.
+        takes: whether the recipe supports a choice of ``loss=``.
 
     Raises:
-        SystemExit: if the recipe does not train the loss that a row is for, with the methods of those that it takes.
+        SystemExit: if the recipe does not support a row's loss, with the supported settings for the task.
     """
     table, words = read_settings(folder), set(re.findall(r"[\w/-]+", override))
     for name, row in table.items():
@@ -60,21 +60,21 @@ def store_settings(folder: Path, override: str, takes: Callable[[str], bool]) ->
 
 @functools.cache
 def _loss_of(folder: Path, method: str) -> str:
-    """The choice of ``loss=`` that the common values of a method are for."""
+    """The choice of ``loss=`` in the common values of a method."""
     entries = OmegaConf.load(folder / "setting" / f"{method}.yaml").defaults
     return next(entry["override /loss"] for entry in entries if "override /loss" in entry)
 
 
 def check_setting(cfg: DictConfig, choices: Mapping[str, str | None], folder: Path) -> None:
-    """End the program if overrides have taken a setting's method or task away, for which alone its values are.
+    """End the program if overrides change the method or the task that a setting is tuned for.
 
     Args:
         cfg: the configuration.
-        choices: of Hydra's groups.
-        folder: of the recipes' YAML files.
+        choices: choices of Hydra's groups.
+        folder: folder of the recipes' YAML files.
 
     Raises:
-        SystemExit: with what the setting is for.
+        SystemExit: with the method and task of the setting.
     """
     name = choices.get("setting") or ""
     if (row := read_settings(folder).get(name)) is None:

@@ -22,7 +22,7 @@ _Groups = Mapping[str, Sequence[nn.Parameter]]
 _Differentiate = Callable[[TensorDictBase], dict[str, Tensor]]
 _OPTIONS: dict[str, Any] = {
     **INDUCTOR_OPTIONS,
-    "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,  # those of libraries: a fifth of a small step
+    "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,  # guards on globals take a fifth of a small step
 }
 
 
@@ -31,22 +31,21 @@ def make_update(
 ) -> Callable[[TensorDictBase], dict[str, Tensor]]:
     """Build the gradient step of a loss.
 
-    Processes that torchrun has started average their gradients, each process weighing the same; they begin with the
-    parameters of the first. Phases whose parameters move without an optimiser (``loss.takes_steps``) take their step.
+    Processes started by torchrun average their gradients with equal weights and start with the parameters of the first
+    process. Phases without an optimiser (``loss.takes_steps``) call ``loss.step``.
 
-    Nothing in it waits for an accelerator. Compiled, the loss, its gradients and their norm are one graph, and what is
-    left to Python is the optimiser's step: take one with ``fused=True``. Noise is drawn from Torch's generator, as
-    uncompiled.
+    The update does not synchronise with an accelerator. With ``compile``, the loss, its gradients and their norm are
+    one graph, and only the optimiser's step runs in Python: use an optimiser with ``fused=True``. Noise is drawn from
+    Torch's generator, as without compilation.
 
     Args:
-        loss: its gradients are those of the sum of all entries ``loss_*`` that it returns.
-        optimizer: of the loss's parameters.
-        max_grad_norm: the gradients of each of ``loss.gradient_groups()`` are scaled down to this norm; infinity for no
-            limit.
+        loss: the loss; gradients are those of the sum of all its entries ``loss_*``.
+        optimizer: optimiser of the loss's parameters.
+        max_grad_norm: maximum gradient norm of each of ``loss.gradient_groups()``; infinity for no limit.
         compile: whether to compile the loss.
 
     Returns:
-        ``update(minibatch)``: takes a step and returns what the loss measured, and the norms of gradients before
+        ``update(minibatch)``, which takes a step and returns the outputs of the loss and the gradient norms before
         clipping, such as ``grad_norm``, all detached.
 
     Raises:
@@ -89,7 +88,7 @@ def make_update(
 
 
 def _backward(objective: _Objective, groups: _Groups, max_grad_norm: float) -> _Differentiate:
-    """Back-propagate; parameters that the loss does not depend on keep no gradient."""
+    """Back-propagate; parameters that do not affect the loss have no gradient."""
     parameters = list(objective.parameters())
 
     def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
@@ -105,7 +104,7 @@ def _backward(objective: _Objective, groups: _Groups, max_grad_norm: float) -> _
 
 
 def _compiled_at_once(objective: _Objective, groups: _Groups, max_grad_norm: float) -> _Differentiate:
-    """What ``_backward`` leaves in the parameters as one compiled graph."""
+    """The results of ``_backward`` from one compiled graph."""
     parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     names_of = {norm: [name_of[id(p)] for p in group if p.requires_grad] for norm, group in groups.items()}
@@ -119,7 +118,7 @@ def _compiled_at_once(objective: _Objective, groups: _Groups, max_grad_norm: flo
         clipped, norms = {}, {}
         for norm, names in names_of.items():
             norms[norm] = nn.utils.get_total_norm([found[name] for name in names])
-            scale = (max_grad_norm / (norms[norm] + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+            scale = (max_grad_norm / (norms[norm] + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
             clipped |= {name: scale * found[name] for name in names}
         return clipped, {**measured, **norms}
 
@@ -135,7 +134,7 @@ def _compiled_at_once(objective: _Objective, groups: _Groups, max_grad_norm: flo
 
 
 class _Objective(nn.Module):
-    """The sum of a loss's parts, and all that it measures."""
+    """The sum of a loss's entries ``loss_*``, and all its outputs."""
 
     def __init__(self, loss: RatioLoss) -> None:
         super().__init__()
@@ -151,7 +150,7 @@ def _replaceable(objective: _Objective) -> bool:
     """Whether the loss is a pure function of parameters that ``functional_call`` can replace."""
     modules = list(objective.modules())
     held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
-    tied = len(held) > len(set(held))  # a replaced one would be replaced in one of its places
+    tied = len(held) > len(set(held))  # functional_call would replace only one of the tied parameters
     # torch.func.grad forbids a forward that moves buffers; parameters that a phase does not train get gradients of zero
     # from it in place of none, with which optimisers move them; and averages of gradients come before their norm
     foreign = any(isinstance(m, TensorDictParams) or getattr(m, "moves_buffers", False) for m in modules)

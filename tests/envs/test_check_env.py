@@ -251,5 +251,5 @@ def test_observations_of_different_sizes_in_one_group_are_found():
     warnings = check_env(TransformedEnv(base, StepCounter(max_steps=3)), num_steps=4)
     assert [warning for warning in warnings if "differs in size" in warning] == [
         "('agents', 'observation') differs in size between the agents of the group, which one network cannot take. "
-        "Group agents of one type together (group_map), or pad the entries to one size."
+        "Group agents of the same type (group_map), or pad the entries to the same size."
     ]

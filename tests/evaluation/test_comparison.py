@@ -286,7 +286,7 @@ def test_the_page_lists_every_command_commit_seed_and_what_was_left_out(studied:
     assert "32 episodes" in text
     assert "320 other episodes" in text
     assert "python recipes/compare.py here" in text
-    assert re.search(r"Left out, for they are not finished: .*/runs/12\.", text)
+    assert re.search(r"Left out because they are not finished: .*/runs/12\.", text)
     assert "does not rank methods" in text  # three seeds
 
 

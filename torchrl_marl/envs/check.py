@@ -242,7 +242,7 @@ def _lone_agents(env: EnvBase, rollout: TensorDictBase) -> Iterator[str]:
         if len(agents) == 1:
             yield (
                 f"group '{group}' has a single agent ({agents[0]}): MAPPO on it is independent PPO. To share the "
-                "critic and parameters with other agents, group them, e.g. with VmasEnv(group_map={'agents': [...]})."
+                "critic and parameters with other agents, group them, e.g. with group_map={'agents': [...]} of VmasEnv."
             )
 
 

@@ -228,7 +228,7 @@ def test_random_play_equals_a_plain_implementation():
     ("make", "message"),
     [
         (lambda: make_paxmen("PaxMen", num_envs=1), "scenario must be PaxMen-N .* got 'PaxMen'"),
-        (lambda: PaxMenEnv(9, num_envs=1), "num_agents must be at most 8, the places in the hub; got 9"),
+        (lambda: PaxMenEnv(9, num_envs=1), "num_agents must be at most 8, the cells of the hub; got 9"),
         (lambda: PaxMenEnv(view_radius=0, num_envs=1), "view_radius must be at least 1, got 0"),
     ],
 )

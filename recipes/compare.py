@@ -2,9 +2,9 @@
 
     python recipes/compare.py runs/mars_vmas --baseline mappo --output results/vmas
 
-reads every finished run below the folders and writes README.md (with pictures), page.html (needs no other file) and
-evaluations.json (every episode, as marl-eval reads it). It refuses runs of one task whose environment, time limit,
-budget or evaluation differ, and runs of one method that differ in more than the seed, and says in what.
+reads every finished run below the folders and writes README.md (with figures), page.html (self-contained) and
+evaluations.json (every episode, in marl-eval's layout). Runs of a task must share environment, time limit, budget and
+evaluation, and runs of a method must differ only in the seed; otherwise an error lists the differences.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def compare(
     metrics: Sequence[str] = (),
     command: str = "",
 ) -> None:
-    """Read the runs at or below ``roots``, refuse those that cannot be compared, and write the page."""
+    """Read the runs at or below ``roots``, check that they are comparable, and write the page."""
     runs, unfinished = read_runs(roots, split=split, metric=metric)
     check_comparable(runs)
     curves = {name: [read_metric(folder, name) for folder in runs.folder] for name in metrics}
@@ -46,14 +46,18 @@ def compare(
 def main() -> None:
     """Read the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders at or below which runs lie")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or above them")
     parser.add_argument("--output", type=Path, required=True, help="folder for the page")
-    parser.add_argument("--baseline", help="method over which the probability of improvement is given")
-    parser.add_argument("--split", nargs="*", default=[], metavar="KEY", help="keys that tell variants apart")
-    parser.add_argument("--metric", default="return", metavar="NAME", help="of the evaluations: return, won, ...")
+    parser.add_argument("--baseline", help="baseline of the probability of improvement")
+    parser.add_argument("--split", nargs="*", default=[], metavar="KEY", help="keys that distinguish variants")
+    parser.add_argument(
+        "--metric", default="return", metavar="NAME", help="metric of the evaluations: return, won, ..."
+    )
     parser.add_argument("--score", default="absolute", help="absolute, last, last_fifth, best or window:FRAMES")
     parser.add_argument("--spread", choices=("interval", "std"), default="interval", help="over seeds")
-    parser.add_argument("--metrics", nargs="*", default=[], metavar="NAME", help="to draw, as train/agents/max_ratio")
+    parser.add_argument(
+        "--metrics", nargs="*", default=[], metavar="NAME", help="metrics to draw, such as train/agents/max_ratio"
+    )
     arguments = vars(parser.parse_args())
     command = shlex.join(["python", "recipes/compare.py", *sys.argv[1:]])
     try:

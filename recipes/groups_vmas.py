@@ -1,10 +1,10 @@
-"""Groups of agents with different spaces, against each other or together: each learns with all that is its own.
+"""Groups of agents with different spaces, competing or cooperating, with separate networks, losses and optimisers.
 
     python recipes/groups_vmas.py env.scenario=simple_tag loss=mappo         # three pursuers against one evader
     python recipes/groups_vmas.py env.scenario=simple_speaker_listener       # one sees the goal, the other one moves
 
-Checkpoints are scored by the mean return of all agents; evaluations also log that of each group.
-Every value of config/groups_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
+Checkpoints are scored by the mean return of all agents; evaluations also log the return of each group.
+Every value of config/groups_vmas.yaml and every argument of the classes it names can be overridden; -m runs grids.
 """
 
 from collections.abc import Iterator
@@ -37,8 +37,8 @@ class Learner:
         self.update = make_update(self.loss, self.optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     def learn(self, batch: TensorDictBase) -> Iterator[dict[str, Tensor]]:
-        """Train on what the group has seen; yield what each minibatch measured."""
-        batch = batch.copy()  # all groups call their advantages so
+        """Train on the group's data; yield the metrics of each minibatch."""
+        batch = batch.copy()  # all groups write their advantages under the same keys
         self.loss.prepare(batch)
         for phase in self.loss.phases(batch, chunk_length=self.cfg.chunk_length):
             for minibatch in phase.minibatches(self.cfg.minibatch_size, epochs=self.cfg.epochs):

@@ -1,10 +1,10 @@
-"""MAGPO and CTDS on VMAS: an autoregressive guider collects and learns, decentralised learners follow it.
+"""MAGPO and CTDS on VMAS: an autoregressive guider collects data and learns, decentralised learners imitate the guider.
 
     python recipes/magpo_vmas.py                                 # loss=ctds: the learners only imitate
     python recipes/magpo_vmas.py guider=mat env.scenario=balance loss.guider_learner_ratio=1.2
 
-What is evaluated, stored as the policy and filmed is the learner alone: each agent acts on what it observes.
-Every value of config/magpo_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
+The learner alone is evaluated, stored as the policy and recorded: each agent acts on its own observation.
+Every value of config/magpo_vmas.yaml and every argument of the classes it names can be overridden; -m runs grids.
 """
 
 from functools import partial
@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> float:
     optimizer = instantiate(cfg.optimizer, loss.parameters())
     update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
-    policy = collection_policy(guider, learner)  # only the guider acts; a learner with a memory keeps it up to date
+    policy = collection_policy(guider, learner)  # only the guider acts; a recurrent learner updates its memory
     env = with_recurrent_state(env, policy)
     collector = make_collector(cfg, env, policy, loss)
 

@@ -1,8 +1,8 @@
-"""MARS, MASPO, MAPPO, IPPO and SEAC on VMAS; the loop is that of every method whose agents act by themselves.
+"""MARS, MASPO, MAPPO, IPPO and SEAC on VMAS, with the loop of every method with decentralised agents.
 
     python recipes/mars_vmas.py env.scenario=balance loss=maspo seed=3
 
-Every value of config/mars_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
+Every value of config/mars_vmas.yaml and every argument of the classes it names can be overridden; -m runs grids.
 """
 
 from functools import partial
@@ -44,8 +44,8 @@ def train(cfg: DictConfig) -> float:
 
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
     for batch in run.batches(collector):
-        loss.prepare(batch)  # advantages, value targets, and what else the method learns from
-        for phase in loss.phases(batch, chunk_length=cfg.chunk_length):  # one, or one an agent
+        loss.prepare(batch)  # advantages, value targets, and entries of the method
+        for phase in loss.phases(batch, chunk_length=cfg.chunk_length):  # one, or one per agent
             for minibatch in phase.minibatches(cfg.minibatch_size, epochs=cfg.epochs):
                 run.record(update(minibatch))
         run.record(loss.metrics())

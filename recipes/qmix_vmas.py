@@ -1,11 +1,11 @@
 """VDN, QMIX, QPLEX and LDSA on VMAS: off-policy, from a replay buffer, with discrete actions.
 
     python recipes/qmix_vmas.py env.scenario=balance loss=qplex
-    python recipes/qmix_vmas.py actor=gru chunk_length=25 # agents with a memory; loss=ldsa has its own
+    python recipes/qmix_vmas.py actor=gru chunk_length=25 # recurrent agents; loss=ldsa has its own
 
-Agents act on their own action values, greedily but for a share epsilon of random actions; a mixer of these values is
-for training alone. The buffer is a part of checkpoints.
-Every value of config/qmix_vmas.yaml and every argument of what it names can be overridden; -m runs grids.
+Agents act epsilon-greedily on their own action values; a mixer of these values is used in training only. Checkpoints
+include the buffer.
+Every value of config/qmix_vmas.yaml and every argument of the classes it names can be overridden; -m runs grids.
 """
 
 from functools import partial
@@ -52,11 +52,11 @@ def main(cfg: DictConfig) -> float:
     action = (shape.name, "action")
     legal = (shape.name, "action_mask") if shape.masked else None
     spec = env.full_action_spec[action].to(device)
-    explore = instantiate(cfg.exploration, _partial_=True)  # Hydra would make lists of keys
+    explore = instantiate(cfg.exploration, _partial_=True)  # Hydra would convert keys to lists
     exploration = explore(spec, action_key=action, action_mask_key=legal, device=device)
     policy = epsilon_greedy(actor, exploration)
     env = with_recurrent_state(env, policy)
-    uncompiled = DictConfig({**cfg, "compile": False})  # TorchRL's exploration is not made for a compiler
+    uncompiled = DictConfig({**cfg, "compile": False})  # TorchRL's exploration does not support compilation
     collector = make_collector(uncompiled, env, policy, loss)
 
     learnt = {"loss": loss, "optimizer": optimizer, "target_updater": targets}

@@ -1,10 +1,10 @@
-"""Selective parameter sharing: which agents of a task are alike, told from what a fresh policy for all brings about.
+"""Selective parameter sharing: find similar agents of a task from the outcomes of a random policy.
 
     python recipes/seps.py                                            # prints actor.share_parameters=[0,1,0]
     python recipes/seps.py env=vmas env.scenario=transport cluster.num_clusters=2
 
-Give what it prints to a recipe, such as recipes/mars_vmas.py. Every value of config/seps.yaml and every argument of
-what it names can be overridden.
+Pass the printed override to a recipe, such as recipes/mars_vmas.py. Every value of config/seps.yaml and every argument
+of the functions it names can be overridden.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl_marl.modules import GroupSpec
 from torchrl_marl.run import recipe
 
-# What training alone reads.
+# Keys that only training reads.
 _UNREAD = (
     "total_frames",
     "epochs",
@@ -34,7 +34,7 @@ _UNREAD += ("collector", "optimizer", "evaluation", "logger", "resume", "compile
 
 @recipe(Path(__file__).parent / "config", "seps", unread=_UNREAD)
 def main(cfg: DictConfig) -> float:
-    """Collect transitions, encode and cluster the agents, print who shares; return the number of clusters."""
+    """Collect transitions, encode and cluster the agents, print the clusters; return the number of clusters."""
     torch.set_num_threads(cfg.num_threads)
     torch.manual_seed(cfg.seed)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,11 +1,11 @@
-"""Tune a recipe's method: Optuna's TPE, the mean over five seeds one after another, pruning in between.
+"""Tune a recipe's method with Optuna's TPE on the mean over five sequential seeds, with pruning after each seed.
 
     python recipes/tune.py mars_vmas loss=maspo env.scenario=balance --trials 20
     python recipes/tune.py marpo_vmas epochs=4 "optimizer.lr=tag(log, interval(1e-4, 1e-2))"
     python recipes/tune.py mars_vmas loss=mappo --wandb > sweep.yaml
 
-The overrides are those of the recipe's own command. They fix, widen or add to what config/spaces.yaml searches for the
-method that loss= names, in its words. Ctrl-C or a kill ends the study; the same command goes on with it, bit for bit.
+The overrides are those of the recipe. They fix, widen or extend the search space of config/spaces.yaml for the
+method of loss=, in the same syntax. After Ctrl-C or a kill, the same command continues the study, bit for bit.
 """
 
 import argparse
@@ -46,13 +46,15 @@ def main() -> None:
     """Read the command line; tune, or print a W&B sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=sorted(path.stem for path in FOLDER.glob("*_vmas.py")))
-    parser.add_argument("overrides", nargs="*", help="of the recipe; what is searched is written as in spaces.yaml")
-    parser.add_argument("--trials", type=int, help="in all, with those of before; default: what spaces.yaml says")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SPACES["seeds"], help="of every trial")
+    parser.add_argument(
+        "overrides", nargs="*", help="overrides of the recipe; search spaces are written as in spaces.yaml"
+    )
+    parser.add_argument("--trials", type=int, help="total number of trials; default: that of spaces.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SPACES["seeds"], help="seeds of every trial")
     parser.add_argument("--study", type=Path, help="SQLite file; default FOLDER/tuning/NAME.db, a NAME for each search")
     parser.add_argument("--wandb", action="store_true", help="print a W&B sweep over the same space instead")
     arguments = parser.parse_intermixed_args()
-    logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notices would break the progress bars
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # notices would break the progress bars
     recipe = import_module(arguments.recipe).main
     try:
         tune(recipe, arguments)
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    """Run trials until there are enough; print all of them and the command that runs the best on other seeds."""
+    """Run the remaining trials; print all trials and the command that runs the best on other seeds."""
     name, seeds, asked = arguments.recipe, arguments.seeds, _parsed(arguments.overrides)
     for key in asked.keys() & {"seed", "resume"}:
         raise SystemExit(f"{asked[key].input_line} has no effect: trials begin anew, each with all of --seeds.")
@@ -97,7 +99,7 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
                 *_assignments(params),
                 f"seed={seed}",
                 "hydra.mode=MULTIRUN",
-            ]  # Ctrl-C ends more than a run
+            ]  # Ctrl-C ends the whole study
             trial_cfg = recipe.compose(words)
             trial_cfg.folder = str(Path(cfg.folder) / "tuning" / path.stem / f"trial{num_finished(study)}")
             return recipe.train(trial_cfg)
@@ -132,7 +134,7 @@ def _first(distribution: BaseDistribution) -> Any:
 
 
 def distribution(override: Override) -> BaseDistribution:
-    """Return what an override that chooses says, as Optuna's distribution."""
+    """Return the Optuna distribution of an override that defines a search space."""
     if override.is_discrete_sweep():
         choices: Any = [*override.sweep_iterator(Transformer.encode)]
         return CategoricalDistribution(choices)
@@ -144,7 +146,7 @@ def distribution(override: Override) -> BaseDistribution:
 def wandb_sweep(
     recipe: str, fixed: Sequence[str], space: Mapping[str, BaseDistribution], num_trials: int
 ) -> dict[str, Any]:
-    """Return the configuration of a W&B sweep, whose trials are of one seed: `wandb sweep FILE`."""
+    """Return the configuration of a W&B sweep with one seed per trial: `wandb sweep FILE`."""
     parameters: dict[str, Any] = {}
     for key, each in space.items():
         if isinstance(each, CategoricalDistribution):
@@ -168,21 +170,21 @@ class StudyInUseError(RuntimeError):
 
 @contextmanager
 def open_study(path: Path) -> Iterator[Study]:
-    """Open a study that maximises, new or begun, for this process alone.
+    """Open or create a maximising study for exclusive use by this process.
 
-    A trial that a killed process left behind is queued again with the returns of the seeds that it had finished.
+    A trial interrupted by a kill is queued again, with the returns of its finished seeds.
 
     Args:
-        path: SQLite file of the study; made if need be.
+        path: SQLite file of the study, created if missing.
 
     Yields:
-        The study, which stores every result at once. It prunes by the median of earlier trials.
+        The study, which stores every result immediately and prunes by the median of earlier trials.
 
     Raises:
-        StudyInUseError: if another process has it open.
+        StudyInUseError: if another process has opened the study.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_suffix(".lock"))  # the system frees it when the process dies
+    lock = FileLock(path.with_suffix(".lock"))  # the system releases the lock when the process ends
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -209,19 +211,19 @@ def run_trial(
     seeds: Sequence[int],
     sampler_seed: int = 0,
 ) -> FrozenTrial:
-    """Propose parameters by TPE and run them with one seed after another, as long as they are promising.
+    """Propose parameters by TPE and run them with one seed after another, until the trial is finished or pruned.
 
-    The objective is the mean over seeds. After each seed but the last, the mean so far decides whether the trial is
-    pruned. Proposals depend on nothing but the trials before and ``sampler_seed``, so that a study which was killed
-    and goes on equals one that was not.
+    The objective is the mean over seeds. After each seed except the last, the current mean decides on pruning.
+    Proposals depend only on earlier trials and ``sampler_seed``, so a killed and continued study equals an
+    uninterrupted one.
 
     Args:
-        study: as :func:`open_study` gives it.
-        run: ``run(parameters, seed)`` trains and returns what to maximise; ``FloatingPointError`` says that training
-            diverged and ends the trial like a pruned one.
+        study: study of :func:`open_study`.
+        run: ``run(parameters, seed)`` trains and returns the objective; ``FloatingPointError`` means that training
+            diverged, and ends the trial like a pruned one.
         space: distribution of each parameter.
-        seeds: the same for every trial, and none of those that results are reported on.
-        sampler_seed: of the proposals.
+        seeds: seeds of every trial, distinct from those of reported results.
+        sampler_seed: seed of the proposals.
 
     Returns:
         The finished trial.
@@ -247,12 +249,12 @@ def run_trial(
 
 
 def num_finished(study: Study) -> int:
-    """Return the number of trials that ran to their end or were pruned; one that was killed does not count."""
+    """Return the number of completed and pruned trials, without killed ones."""
     return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
 
 
 def study_record(study: Study) -> list[dict[str, Any]]:
-    """Return of every finished trial the parameters, the return of each seed, the state and the objective."""
+    """Return the parameters, the return of each seed, the state and the objective of every finished trial."""
     trials = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
     return [
         {"params": trial.params, "state": trial.state.name.lower(), "objective": trial.value, **trial.user_attrs}
@@ -261,7 +263,7 @@ def study_record(study: Study) -> list[dict[str, Any]]:
 
 
 def table(study: Study) -> str:
-    """Return the finished trials as a Markdown table, the best first."""
+    """Return the finished trials as a Markdown table, with the best trial first."""
     trials = study_record(study)
     names = dict.fromkeys(name for trial in trials for name in trial["params"])
     rows = [["return", "seeds", "state", *names], ["---"] * (3 + len(names))]

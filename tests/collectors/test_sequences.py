@@ -102,5 +102,5 @@ def test_steps_of_a_batch_are_rounded_up():
 
 def test_a_minibatch_without_a_sequence_is_refused():
     batch = TensorDict({"id": torch.zeros(7, 5, 1)}, batch_size=(7, 5))
-    with pytest.raises(ValueError, match="at least one sequence, 5 steps"):
+    with pytest.raises(ValueError, match="at least one sequence of 5 steps"):
         next(iter(sequence_minibatches(batch, 0)))

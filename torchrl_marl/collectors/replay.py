@@ -47,7 +47,7 @@ class ChunkReplayBuffer:
     ) -> None:
         length = chunk_length or 1
         if states and chunk_length is None:
-            raise ValueError("chunk_length must be an integer: a recurrent policy learns steps in a row; got null.")
+            raise ValueError("chunk_length must be an integer: a recurrent policy needs consecutive steps; got null.")
         if capacity < max(batch_size, length):
             raise ValueError(
                 f"capacity must be at least the {max(batch_size, length)} steps of a sample; got {capacity}."

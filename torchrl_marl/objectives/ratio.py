@@ -370,7 +370,7 @@ class RatioLoss(LossModule):
         check_chunks(num_steps, chunk_length)
         if chunk_length is None and "is_init" in [*self.actor_network.in_keys, *self.critic_network.in_keys]:
             raise ValueError(
-                "chunk_length must be an integer: recurrent policies train on consecutive steps; got null."
+                "chunk_length must be an integer: a recurrent policy needs consecutive steps; got null."
             )
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:

@@ -1,16 +1,15 @@
-"""Joint policies whose agents act one after the other, each knowing the actions before its own, as TensorDict modules.
+"""Autoregressive joint policies, where each agent acts given the actions of earlier agents, as TensorDict modules.
 
-A network is an encoder of what all agents observe and a decoder of their actions. The decoder works in two ways that
-give the same probabilities: agent after agent, when actions are to be sampled, and all agents at once, when they are
-known.
+A network consists of an encoder of all agents' observations and a decoder of their actions. The decoder has two modes
+with the same probabilities: agent by agent, to sample actions, and all agents at once, for given actions.
 
-TorchRL's probabilistic modules have a place for each. ``forward`` is what a collector calls, and here it samples agent
-after agent; ``get_dist`` is what a loss calls, and here it is the parallel pass given the actions in the data ("teacher
-forcing"). What ``get_dist`` returns is an ordinary distribution, of each agent's action given those before it, so that
-log-probabilities ``[B, N]``, entropies and divergences are what they are for decentralised actors, and every ratio loss
-takes an autoregressive one. The alternative, a distribution that holds the decoder, loops in ``sample`` and runs the
-parallel pass in ``log_prob``, would hide parameters from the module that owns them, decode twice to score a sample, and
-have no entropy before it knows the actions.
+The modes correspond to the two methods of TorchRL's probabilistic modules. ``forward``, called by a collector, samples
+agent by agent; ``get_dist``, called by a loss, is the parallel pass given the actions in the data ("teacher forcing").
+``get_dist`` returns an ordinary distribution of each agent's action given the earlier actions. Log-probabilities
+``[B, N]``, entropies and divergences therefore have the same form as for decentralised actors, and every ratio loss
+supports autoregressive actors. The alternative, a distribution that holds the decoder, loops in ``sample`` and runs the
+parallel pass in ``log_prob``, would hide parameters from their module, decode twice to evaluate a sample, and have no
+entropy without actions.
 
 Shape suffixes: B steps (environments), N agents, E embedding, K outputs of the decoder, A entries of an action.
 """
@@ -38,14 +37,14 @@ from torchrl_marl.modules.value_norm import Denormalize
 __all__ = ["AutoregressiveActor", "AutoregressiveCritic", "CategoricalActions", "Observes", "TanhNormalActions"]
 
 Observes = Literal["observation", "observation_and_state"]
-"""What is known of each agent: its own observation, or the global ``"state"`` behind it, too."""
+"""Encoder input of each agent: its own observation, optionally followed by the global ``"state"``."""
 State = Mapping[str, Tensor]
 Choose = Callable[[int, Tensor], Tensor]
 """``choose(agent, output_BK)`` samples that agent's action and returns it as the next agent's decoder input."""
 
 
 class Encoder(nn.Module):
-    """Encodes what all agents observe for each of them; abstract."""
+    """Abstract encoder of the observations of all agents."""
 
     state_shapes: Mapping[str, tuple[int, ...]]
     """What it remembers from step to step, if anything."""
@@ -59,12 +58,12 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def bootstrap(self, observation: Tensor, next_observation: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Encode what is observed at each step of a batch, and what is observed after each; without gradient."""
+        """Encode the observations and the next observations of a batch, without gradient."""
         raise NotImplementedError
 
 
 class Decoder(nn.Module):
-    """Gives what each agent's distribution is made of, given the actions before its own; abstract."""
+    """Abstract decoder of the parameters of each agent's distribution, given the actions of earlier agents."""
 
     state_shapes: Mapping[str, tuple[int, ...]]
     """What it remembers from step to step, if anything."""
@@ -74,7 +73,7 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def act(self, encoding_BNE: Tensor, start: Tensor, choose: Choose, state: State) -> tuple[Tensor, State]:
-        """Decode one step agent after agent; return outputs ``[B, N, K]`` and the next state; without gradient."""
+        """Decode one step agent by agent; return outputs ``[B, N, K]`` and the next state, without gradient."""
         raise NotImplementedError
 
 
@@ -83,7 +82,7 @@ class CategoricalActions(nn.Module):
 
     Args:
         num_actions: number of actions.
-        masked: whether the data says which of them are legal.
+        masked: whether the data has an action mask.
     """
 
     parameter_names = ("logits",)
@@ -111,7 +110,7 @@ class CategoricalActions(nn.Module):
         return torch.zeros(len(encoding_BNE), dtype=torch.long, device=encoding_BNE.device)
 
     def noise(self, encoding_BNE: Tensor) -> Tensor:
-        """Draw what a step's samples need: the largest of logits plus Gumbel noise is a sample."""
+        """Draw Gumbel noise for a step: the argmax of logits plus noise is a sample."""
         return -encoding_BNE.new_empty(*encoding_BNE.shape[:-1], self.num_outputs).exponential_().log()
 
     def choose(self, output_BK: Tensor, noise_BK: Tensor | None, mask_BK: Tensor | None) -> Tensor:
@@ -123,13 +122,13 @@ class CategoricalActions(nn.Module):
 class TanhNormalActions(nn.Module):
     """Continuous actions within bounds: outputs of the decoder are means of a squashed Gaussian.
 
-    Its scale before squashing is a parameter of its own, 0.694 at first and the same in all states, as in the authors'
-    code of Sable. Inputs of the decoder are actions scaled to [-1, 1], zeros before the first agent.
+    The scale before squashing is a state-independent parameter, initially 0.694, as in the code of Sable's authors.
+    Inputs of the decoder are actions scaled to [-1, 1], zeros before the first agent.
 
     Args:
         low: lower bound of each entry of an action.
-        high: upper bound of each.
-        device: where they live.
+        high: upper bound of each entry.
+        device: device of the parameters.
     """
 
     parameter_names = ("loc", "scale")
@@ -164,7 +163,7 @@ class TanhNormalActions(nn.Module):
         return encoding_BNE.new_zeros(len(encoding_BNE), self.num_outputs)
 
     def noise(self, encoding_BNE: Tensor) -> Tensor:
-        """Draw what a step's samples need."""
+        """Draw the noise of a step's samples."""
         return self._scale() * encoding_BNE.new_empty(*encoding_BNE.shape[:-1], self.num_outputs).normal_()
 
     def choose(self, output_BA: Tensor, noise_BA: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -180,10 +179,10 @@ ActionSpace = CategoricalActions | TanhNormalActions
 
 
 def input_size(shape: GroupSpec, observes: Observes) -> int:
-    """Return the length of what the encoder reads of each agent: what is known of it, and its one-hot id.
+    """Return the length of each agent's encoder input, including its one-hot id.
 
     Raises:
-        ValueError: if there is no such choice, or no state.
+        ValueError: if the choice is unknown, or the state is missing.
     """
     if observes not in get_args(Observes):
         raise ValueError(f"observes must be one of {', '.join(get_args(Observes))}; got {observes!r}.")
@@ -195,44 +194,44 @@ def input_size(shape: GroupSpec, observes: Observes) -> int:
 
 
 def action_space(shape: GroupSpec, device: torch.device | str | None) -> ActionSpace:
-    """Return what a group's decoder reads and writes."""
+    """Return the action space of a group, which converts decoder inputs and outputs."""
     if shape.num_actions is None:
         return TanhNormalActions(shape.action_low, shape.action_high, device=device)
     return CategoricalActions(shape.num_actions, masked=shape.masked)
 
 
 def output_head(embed_dim: int, outputs: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
-    """Return the layers that turn encodings into outputs, whose initial values are small."""
+    """Return the layers from encodings to outputs, with small initial outputs."""
     hidden = orthogonal(nn.Linear(embed_dim, embed_dim), math.sqrt(2))
     return nn.Sequential(hidden, nn.GELU("tanh"), norm(embed_dim), orthogonal(nn.Linear(embed_dim, outputs), 0.01))
 
 
 def orthogonal(layer: nn.Module, gain: float) -> nn.Module:
-    """Give a layer an orthogonal weight and, if it has one, a zero bias."""
+    """Initialise a layer with an orthogonal weight and a zero bias, if any."""
     for name, parameter in layer.named_parameters():
         nn.init.zeros_(parameter) if name == "bias" else nn.init.orthogonal_(parameter, gain)
     return layer
 
 
 class AutoregressiveActor(ProbabilisticActor):
-    """Joint policy of a group: each agent acts knowing all observations and the actions of the agents before it.
+    """Joint policy of a group: each agent acts given all observations and the actions of earlier agents.
 
-    Called on a batch of single steps it samples actions in the order of agents, or takes the most probable ones under
+    A call on a batch of single steps samples actions in the order of agents, or takes the most probable actions under
     deterministic exploration. It writes ``action``, ``action_log_prob``, the parameters of the distributions and, if
-    the networks have a state, the next one under ``"next"``. No gradient flows. The loop is over agents only, and what
-    earlier agents contributed is kept, not computed again. :meth:`get_dist` reads ``action``, too, and gives the
-    distributions of all agents in one pass, with gradient.
+    the networks have a state, the next state under ``"next"``, all without gradient. The loop runs over agents only and
+    reuses the computations of earlier agents. :meth:`get_dist` also reads ``action`` and returns the distributions of
+    all agents from one pass, with gradient.
 
-    If the data holds ``(group, "order")``, ``[*batch, N]``, :meth:`get_dist` decodes agents in that order, a
-    permutation of ``0 .. N - 1``. The authors of Sable and MAGPO draw one for each epoch but act in the fixed order;
-    the first ratios are then not 1.
+    If the data holds ``(group, "order")``, ``[*batch, N]``, :meth:`get_dist` decodes agents in this order, a
+    permutation of ``0 .. N - 1``. The authors of Sable and MAGPO draw an order in each epoch but act in the fixed
+    order, so the first ratios differ from 1.
 
     Args:
-        encoder: of observations, which have one-hot agent ids behind them.
-        decoder: of actions.
-        space: what the decoder reads and writes.
-        shape: the group.
-        observes: what the encoder reads besides the ids.
+        encoder: encoder of observations with appended one-hot agent ids.
+        decoder: decoder of actions.
+        space: action space, which converts decoder inputs and outputs.
+        shape: shape of the group.
+        observes: inputs of the encoder besides the ids.
     """
 
     def __init__(
@@ -260,7 +259,7 @@ class AutoregressiveActor(ProbabilisticActor):
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Sample one agent after the other.
+        """Sample actions agent by agent.
 
         Args:
             tensordict: single steps of any batch shape; it is changed.
@@ -300,16 +299,16 @@ class AutoregressiveActor(ProbabilisticActor):
 
     @property
     def memory_keys(self) -> list[NestedKey]:
-        """Entries of the state that are large; training needs the first of each sequence only."""
+        """Large entries of the state, which training needs only at the start of each sequence."""
         networks = cast("_ParallelPass", self[0])
         keys = [*_state_keys(networks.encoder, networks.group), *_state_keys(networks.decoder, networks.group)]
         return [key for key in dict.fromkeys(keys) if key != f"{networks.group}_step"]
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """Return the transform with which an environment carries the state from step to step and clears it at resets.
+        """Return the transform that carries the state in an environment from step to step and clears it at resets.
 
-        :func:`~torchrl_marl.modules.with_recurrent_state` adds it to an environment, and TorchRL's
-        :func:`~torchrl.modules.utils.get_primers_from_module` finds it. Without a state it does nothing.
+        :func:`~torchrl_marl.modules.with_recurrent_state` adds the transform to an environment, and TorchRL's
+        :func:`~torchrl.modules.utils.get_primers_from_module` finds it. Without a state, the transform is a no-op.
         """
         networks = cast("_ParallelPass", self[0])
         shapes = {**networks.encoder.state_shapes, **networks.decoder.state_shapes}
@@ -322,14 +321,14 @@ class AutoregressiveActor(ProbabilisticActor):
 
 
 class AutoregressiveCritic(TensorDictModuleBase):
-    """Value of each agent, from the encoder that the actor decodes from.
+    """Value of each agent, from the encoder shared with the actor.
 
     Args:
-        encoder: of observations, shared with the actor.
-        head: from encodings ``[*batch, N, E]`` to values ``[*batch, N, 1]``.
-        shape: the group.
+        encoder: encoder of observations, shared with the actor.
+        head: network from encodings ``[*batch, N, E]`` to values ``[*batch, N, 1]``.
+        shape: shape of the group.
         value_norm: running statistics of values; the head then predicts normalised values.
-        observes: what the encoder reads besides agents' ids.
+        observes: inputs of the encoder besides agents' ids.
     """
 
     def __init__(
@@ -350,7 +349,7 @@ class AutoregressiveCritic(TensorDictModuleBase):
         self.out_keys = [(self.group, "state_value")]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``state_value``, ``[*batch, N, 1]``; from ``encoding`` where the actor's pass has left it."""
+        """Write ``state_value``, ``[*batch, N, 1]``, from the actor's ``encoding`` if present."""
         encoding = tensordict.get((self.group, "encoding"), None)
         if encoding is None:
             encoding = self.encoder(
@@ -360,10 +359,10 @@ class AutoregressiveCritic(TensorDictModuleBase):
 
     @torch.no_grad()
     def bootstrap(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``state_value`` of each step and of what is observed next, for a value estimator without a network.
+        """Write ``state_value`` of each step and of its next observation, for a value estimator without a network.
 
-        With a memory the value of an observation depends on what came before it. Where an episode ends, what is
-        observed next is not what the data goes on with, so that an estimator cannot call the critic on ``"next"``.
+        With a memory, the value of an observation depends on earlier steps. At the end of an episode, the next
+        observation is not the following row of the data, so an estimator cannot call the critic on ``"next"``.
 
         Args:
             tensordict: whole sequences, ``[B, T]``; it is changed.
@@ -418,7 +417,7 @@ def _observed_keys(shape: GroupSpec, observes: Observes) -> list[NestedKey]:
 
 
 def _observed(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> Tensor:
-    """Each agent's observation, the state if it is among the keys, and a one-hot agent id, ``[*batch, N, O]``."""
+    """Each agent's observation, the state if among the keys, and a one-hot agent id, ``[*batch, N, O]``."""
     observation, *states = (tensordict[key] for key in keys)
     ids = torch.eye(observation.shape[-2], dtype=observation.dtype, device=observation.device)
     common = [*(state.unsqueeze(-2) for state in states), ids]
@@ -426,7 +425,7 @@ def _observed(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> Tensor:
 
 
 def _take(values: Tensor, order: Tensor, dim: int) -> Tensor:
-    """Bring agents along ``dim`` into an order ``[*batch, N]``."""
+    """Reorder agents along ``dim`` by an order ``[*batch, N]``."""
     order = order.reshape(*order.shape, *[1] * (values.ndim - order.ndim))
     return values.gather(dim, order.expand_as(values))
 

@@ -55,21 +55,21 @@ def make_mat(
 
     Args:
         env: the environment, or the shape of a group.
-        group: which group of the environment; may be left out if it has just one.
-        observes: ``"observation"``, the agents' own ones, or ``"observation_and_state"``: the global ``"state"`` behind
-            each, as a guider may see what no agent does.
+        group: name of the group; optional if the environment has one group.
+        observes: ``"observation"``, each agent's own observation, or ``"observation_and_state"``, followed by the
+            global ``"state"``, as a guider may see more than the agents.
         embed_dim: width E of all layers.
         num_heads: heads H of each attention layer; must divide E.
         num_blocks: blocks of the encoder, and of the decoder.
         value_norm: running statistics of values; the critic then predicts normalised values, see
             :class:`~torchrl_marl.modules.Denormalize`.
-        device: where parameters live.
+        device: device of the parameters.
 
     Returns:
-        The actor and the critic. Train the parameters of both; those of the encoder are the same.
+        The actor and the critic, which share the encoder. Train the parameters of both.
 
     Raises:
-        ValueError: if the group or its spaces do not fit, or an option is out of its range.
+        ValueError: if the group or its spaces are not supported, or an option is out of its range.
 
     Example:
         >>> from tensordict import TensorDict
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, query: Tensor, key: Tensor, *, causal: bool) -> Tensor:
-        """Attend ``[..., N, E]`` to ``[..., N, E]``; if causal, to agents up to one's own."""
+        """Attend ``[..., N, E]`` to ``[..., N, E]``; if causal, only to the own and earlier agents."""
         queries, keys, values = (
             self._heads(x).transpose(-2, -3) for x in (self.to_query(query), self.to_key(key), self.to_value(key))
         )
@@ -115,7 +115,7 @@ class Attention(nn.Module):
 
 
 class _AgentAfterAgent:
-    """A causal attention layer during one step: keys and values of the agents so far."""
+    """A causal attention layer during one step, with keys and values of the agents decoded so far."""
 
     def __init__(self, layer: Attention, query_BNE: Tensor) -> None:
         self.layer = layer
@@ -158,7 +158,7 @@ class _DecoderBlock(nn.Module):
 
 
 class MATEncoder(Encoder):
-    """MAT's encoder: attention of all agents to all."""
+    """MAT's encoder: full attention between agents."""
 
     state_shapes: Mapping[str, tuple[int, ...]] = {}
 
@@ -177,12 +177,12 @@ class MATEncoder(Encoder):
         return self(observation_BNO, state), {}
 
     def bootstrap(self, observation: Tensor, next_observation: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Encode what is observed at each step, and what is observed next."""
+        """Encode observations and next observations."""
         return self(observation, state), self(next_observation, state)
 
 
 class MATDecoder(Decoder):
-    """MAT's decoder: attention to actions, causal among agents, and with it to encodings."""
+    """MAT's decoder: causal attention over agents, to actions and then to encodings."""
 
     state_shapes: Mapping[str, tuple[int, ...]] = {}
 

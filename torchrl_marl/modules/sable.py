@@ -36,7 +36,7 @@ __all__ = ["RetentionWeights", "make_sable", "positional_encoding", "retention",
 
 
 def retention_decay(num_heads: int, *, scaling: float = 1.0) -> Tensor:
-    """How much of its state each head retains from one step to the next, ``[H]``.
+    """Decay factor of each head's state per step, ``[H]``.
 
         kappa = (1 - exp(linspace(log 1/32, log 1/512, H))) scaling
 
@@ -70,9 +70,9 @@ def positional_encoding(step: Tensor, size: int) -> Tensor:
 
 
 class RetentionWeights(NamedTuple):
-    """What retention multiplies with, for sequences cut into chunks: powers of the decay, or 0 across resets.
+    """Weights of retention for sequences split into chunks: powers of the decay, or 0 across resets.
 
-    They depend on the decay and the resets alone, so that all layers of a network share them.
+    The weights depend only on the decay and the resets, so all layers of a network share them.
     """
 
     within: Tensor
@@ -90,7 +90,7 @@ def retention_weights(
 ) -> RetentionWeights:
     """Compute the weights of :func:`retention`.
 
-    The state decays once for each step, not for each agent. A reset empties it before the step that has the flag.
+    The state decays once per step, not per agent. A reset clears the state before the flagged step.
 
     Args:
         reset_BT: True at the first step of each episode.
@@ -101,7 +101,7 @@ def retention_weights(
         chunk_size: steps that are computed in parallel; must divide the length of the sequences.
 
     Raises:
-        ValueError: if the chunks do not fill the sequences.
+        ValueError: if ``chunk_size`` does not divide the length of the sequences.
     """
     steps = reset_BT.shape[1]
     if chunk_size < 1 or steps % chunk_size:
@@ -137,9 +137,9 @@ def retention(
         S_t = decay S_(t-1) + sum_i k_(t,i)^T v_(t,i),   y_(t,i) = q_(t,i) S_t                      (all see all)
         S_(t,i) = S_(t,i-1) + k_(t,i)^T v_(t,i),   S_(t,0) = decay S_(t-1,N),   y_(t,i) = q_(t,i) S_(t,i)     (causal)
 
-    and ``S_(t-1) = 0`` where an episode begins. The weights say which of the two, and how many steps one chunk computes
-    in parallel: within a chunk as ``((q k^T) * decay^lag) v``, between chunks through the state. One chunk is the
-    parallel form, chunks of one step are the recurrent form; values and gradients are the same.
+    and ``S_(t-1) = 0`` at the start of an episode. The weights select one of the two forms and the number of steps that
+    are computed in parallel: within a chunk as ``((q k^T) * decay^lag) v``, between chunks through the state. One chunk
+    is the parallel form, chunks of one step are the recurrent form; values and gradients are the same.
 
     Reference: Sable, https://arxiv.org/abs/2410.01706, its retention for agents and for sequences of episodes.
 
@@ -201,7 +201,7 @@ class Retention(nn.Module):
         return self._gated(output_BHTND.movedim(1, -2), gate), states
 
     def act(self, x_BNE: Tensor, memory: _StepMemory) -> Tensor:
-        """Mix one step of agents that all see all: ``[B, N, E]`` to ``[B, N, E]``."""
+        """Mix one step with full retention between agents, ``[B, N, E]`` to ``[B, N, E]``."""
         query = self.recall(x_BNE, memory)
         key, value, gate = self.to_key_value_gate(x_BNE).chunk(3, -1)
         memory.keys.copy_(self._heads(key).transpose(1, 2))
@@ -218,7 +218,7 @@ class Retention(nn.Module):
         return self._gated(query.recalled + (score * values).sum(2), gate)
 
     def recall(self, query_BNE: Tensor, memory: _StepMemory) -> _Query:
-        """Ask for what queries recall of earlier steps."""
+        """Return queries with their recall of earlier steps."""
         heads_BHND = self._heads(self.to_query(query_BNE)).transpose(1, 2)
         return _Query(heads_BHND, heads_BHND @ memory.state)
 
@@ -245,8 +245,8 @@ class _Query(NamedTuple):
 class _StepMemory(NamedTuple):
     """One layer's memory during one step: the decayed state, and the keys and values of this step's agents.
 
-    What agent i recalls is ``q_i (S + sum_j k_j^T v_j) = q_i S + sum_j (q_i . k_j) v_j``. The right side needs no state
-    for each agent, so that a step writes the state once.
+    Agent i recalls ``q_i (S + sum_j k_j^T v_j) = q_i S + sum_j (q_i . k_j) v_j``. The right-hand side needs no state
+    per agent, so a step writes the state once.
     """
 
     state: Tensor
@@ -298,7 +298,7 @@ class SwiGLU(nn.Module):
 
 
 class _Sizes(NamedTuple):
-    """What encoder and decoder are built of; see :func:`make_sable`."""
+    """Sizes of encoder and decoder; see :func:`make_sable`."""
 
     embed_dim: int
     num_heads: int
@@ -342,10 +342,10 @@ class _DecoderBlock(nn.Module):
 
 
 class SableEncoder(Encoder):
-    """Sable's encoder: full retention over the agents of a step and everything before it.
+    """Sable's encoder: full retention over the agents of a step and all earlier steps.
 
     Its state is ``encoder_memory``, ``[B, L, H, D, D]``, and ``step``, ``[B, 1]``, the position in the episode, which
-    is encoded; where it is 0 the memory counts as empty. For sequences ``step`` is ``[B, T, 1]``, and the memory is
+    is encoded; at step 0 the memory is treated as empty. For sequences ``step`` is ``[B, T, 1]``, and the memory is
     that before the first step, or ``[B, T, ...]``, of which that before the first step is taken.
 
     Args:
@@ -414,7 +414,7 @@ class SableEncoder(Encoder):
 
 
 class SableDecoder(Decoder):
-    """Sable's decoder: retention over actions, causal among the agents of a step, and with it over encodings.
+    """Sable's decoder: retention over actions and then over encodings, causal between the agents of a step.
 
     Its state is ``decoder_memory``, ``[B, 2, L, H, D, D]``, that of actions and that across to encodings, and ``step``,
     both as for :class:`SableEncoder`.
@@ -501,25 +501,25 @@ def make_sable(
 
     Args:
         env: the environment, or the shape of a group.
-        group: which group of the environment; may be left out if it has just one.
-        observes: ``"observation"``, the agents' own ones, or ``"observation_and_state"``: the global ``"state"`` behind
-            each, as a guider may see what no agent does.
+        group: name of the group; optional if the environment has one group.
+        observes: ``"observation"``, each agent's own observation, or ``"observation_and_state"``, followed by the
+            global ``"state"``, as a guider may see more than the agents.
         embed_dim: width E of all layers.
         num_heads: heads H of each retention layer; H * H must divide E.
         num_blocks: blocks of the encoder, and of the decoder.
         decay_scaling: factor on every head's decay, in (0, 1].
-        feed_forward: give each block a SwiGLU layer. The authors' code has them, but starts them with zeros only, where
-            their gradient is zero for good: leaving them out is the same function.
-        chunk_size: steps of a sequence computed in parallel, at most (its nearest divisor is taken): a matter of speed.
+        feed_forward: add a SwiGLU layer to each block. The authors' code has these layers, but initialises them with
+            zeros, where their gradient is always zero: omitting them is equivalent.
+        chunk_size: maximum number of steps computed in parallel (rounded to a divisor); only affects speed.
         value_norm: running statistics of values; the critic then predicts normalised values, see
             :class:`~torchrl_marl.modules.Denormalize`.
-        device: where parameters live.
+        device: device of the parameters.
 
     Returns:
-        The actor and the critic. Train the parameters of both; those of the encoder are the same.
+        The actor and the critic, which share the encoder. Train the parameters of both.
 
     Raises:
-        ValueError: if the group or its spaces do not fit, or an option is out of its range.
+        ValueError: if the group or its spaces are not supported, or an option is out of its range.
 
     Example:
         >>> from torchrl_marl.envs import make_env

@@ -369,9 +369,7 @@ class RatioLoss(LossModule):
         chunk_length = self._chunk_length(chunk_length, num_steps)
         check_chunks(num_steps, chunk_length)
         if chunk_length is None and "is_init" in [*self.actor_network.in_keys, *self.critic_network.in_keys]:
-            raise ValueError(
-                "chunk_length must be an integer: a recurrent policy needs consecutive steps; got null."
-            )
+            raise ValueError("chunk_length must be an integer: a recurrent policy needs consecutive steps; got null.")
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters whose gradients are clipped by a joint norm, by the name under which the norm is logged."""

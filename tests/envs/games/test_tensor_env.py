@@ -11,7 +11,6 @@ from torchrl.envs import Compose, RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_marl.envs import (
-    ButtonsEnv,
     CoordSumEnv,
     check_env,
     make_aerocombat,
@@ -24,7 +23,6 @@ from torchrl_marl.envs.games.streams import random_streams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ENVS = {
-    "Buttons-2x5": ButtonsEnv,
     "CoordSum-3x10": lambda **options: make_coordsum("CoordSum-3x10", **options),
     "CoordSum-5x20-80": lambda **options: make_coordsum("CoordSum-5x20-80", **options),
     "black_red": lambda **options: make_maze("black_red", **options),

@@ -32,7 +32,6 @@ from tests.objectives.loss_factories import (
 from torchrl_marl.objectives import (
     HAPPOLoss,
     IPPOLoss,
-    MAPPOKLLoss,
     MAPPOLoss,
     MARPOLoss,
     MARSLoss,
@@ -81,8 +80,6 @@ METHODS = {
     "IPPO": Method(IPPOLoss, _clipped(0.8, 1.2), observes="observation"),
     "MASPO": Method(MASPOLoss, _quadratic(0.8, 1.2)),
     "MARS": Method(MARSLoss, _barrier(0.8, 1.25)),
-    # Without its penalty, which has its test in test_reductions.py, and with a gain that has bounds.
-    "MAPPO-KL": Method(MAPPOKLLoss, _clipped(0.8, 1.2), {"kl_coeff": 0.0, "gain": clip_gain}),
     # Without reflection: the next step has its tests in test_marpo.py. The target stays, so that two calls are alike.
     # Outside of any turn, where agents update at once on their own data; turns have their tests in test_sequential.py.
     "HAPPO": Method(HAPPOLoss, _clipped(0.8, 1.2), own_networks=True),

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 from tests.objectives.loss_factories import SPACES, add_transition, gradients, make_batch, make_networks, total
-from torchrl_marl.objectives import IPPOLoss, MAPPOKLLoss, MAPPOLoss, MARSLoss, MASPOLoss
+from torchrl_marl.objectives import IPPOLoss, MAPPOLoss, MARSLoss, MASPOLoss
 from torchrl_marl.objectives.mars import additive_target_ratios, multiplicative_target_ratios
 from torchrl_marl.objectives.ratio import clip_bounds
 from torchrl_marl.objectives.surrogates import barrier_gain, clip_gain, quadratic_gain
@@ -134,27 +134,6 @@ def test_ippo_equals_mappo_on_the_same_networks():
     data = make_batch(networks[0], "categorical", live=0.7)
     mappo, ippo = (losses_and_gradients(loss(*networks), data, *networks) for loss in (MAPPOLoss, IPPOLoss))
     assert_close(ippo, mappo, rtol=0, atol=0)
-
-
-@every_space
-def test_the_kl_penalty_is_what_mappo_kl_adds_to_mappo(space):
-    networks = make_networks(space)
-    data = make_batch(networks[0], space, live=0.7)
-    mappo = losses_and_gradients(MAPPOLoss(*networks), data, *networks)
-    without = MAPPOKLLoss(*networks, kl_coeff=0.0, gain=clip_gain)
-    assert_close(losses_and_gradients(without, data, *networks), mappo, rtol=0, atol=0)
-    data["agents", "loc" if space == "continuous" else "logits"] += 0.5 * torch.randn(data["advantage"].shape)
-    output = MAPPOKLLoss(*networks, kl_coeff=3.0, gain=clip_gain)(data)
-    assert_close(output["loss_objective"], mappo[0]["loss_objective"] + 3 * output["kl"])
-
-
-@pytest.mark.parametrize(("measured", "factor"), [(0.016, 2.0), (0.014, 1.0), (0.007, 1.0), (0.006, 0.5)])
-def test_the_kl_coefficient_doubles_or_halves_where_the_divergence_left_its_band(measured, factor):
-    networks = make_networks("categorical")  # PPO, section 4: above 1.5 times the target, below its 1 / 1.5
-    loss = MAPPOKLLoss(*networks, kl_coeff=3.0, kl_target=0.01)
-    loss.last_kl.fill_(measured)
-    loss.prepare(add_transition(make_batch(networks[0], "categorical", (4, 6))))
-    assert loss.kl_coeff.item() == 3 * factor
 
 
 # --- the ratio methods among each other

@@ -2,7 +2,6 @@
 
 from torchrl_marl.objectives.ctds import CTDSLoss
 from torchrl_marl.objectives.happo import HAPPOLoss, HATRPOLoss
-from torchrl_marl.objectives.kl_penalty import MAPPOKLLoss
 from torchrl_marl.objectives.magpo import MAGPOLoss
 from torchrl_marl.objectives.marpo import MARPOLoss
 from torchrl_marl.objectives.mars import MARSLoss
@@ -22,7 +21,6 @@ __all__ = [
     "IPPOLoss",
     "LDSALoss",
     "MAGPOLoss",
-    "MAPPOKLLoss",
     "MAPPOLoss",
     "MARPOLoss",
     "MARSLoss",

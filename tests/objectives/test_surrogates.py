@@ -1,6 +1,5 @@
 """The gains against their papers: vectors, closed forms, signs of gradients, limits."""
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -16,16 +15,9 @@ from torchrl_marl.objectives.surrogates import (
     quadratic_gain,
     ratio_gain,
     reflective_clip_gain,
-    rollback_gain,
 )
 
-GAINS = {
-    "clip": clip_gain,
-    "quadratic": quadratic_gain,
-    "barrier": barrier_gain,
-    "ratio": ratio_gain,
-    "rollback": rollback_gain,
-}
+GAINS = {"clip": clip_gain, "quadratic": quadratic_gain, "barrier": barrier_gain, "ratio": ratio_gain}
 SOFT_GAINS = {"quadratic": quadratic_gain, "barrier": barrier_gain}  # those with a target ratio
 LOW, HIGH = 0.75, 1.3  # neither reciprocal nor equally far from 1
 MARS_VECTORS = json.loads(Path(__file__).with_name("mars_vectors.json").read_text())
@@ -196,24 +188,6 @@ def test_zero_dimensional_tensor_bounds_equal_floats(gain):
 def test_different_shapes_raise_instead_of_broadcasting(gain, shapes):
     with pytest.raises(ValueError, match="the same shape"):
         gain(torch.zeros(shapes[0]), torch.zeros(shapes[1]), low=LOW, high=HIGH)
-
-
-# --- PPO-RB
-
-
-@pytest.mark.parametrize("advantage", [1.5, -1.5])
-def test_without_rollback_the_rollback_gain_is_the_clip(advantage):
-    log_ratio = torch.linspace(-2, 2, 41, dtype=torch.float64)
-    of_rollback = functools.partial(rollback_gain, rollback=0.0)
-    batch = log_ratio, torch.full_like(log_ratio, advantage)
-    assert_close(value_and_gradient(of_rollback, *batch), value_and_gradient(clip_gain, *batch), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(("ratio", "advantage"), [(1.5, 2.0), (0.5, -2.0)])
-def test_beyond_its_bound_the_rollback_gain_falls_with_the_reversed_slope(ratio, advantage):
-    # d gain / d r = -rollback A, and d r / d log r = r
-    _, gradient = value_and_gradient(rollback_gain, float64([ratio]).log(), float64([advantage]))
-    assert_close(gradient, float64([-0.3 * advantage * ratio]))
 
 
 # --- clip

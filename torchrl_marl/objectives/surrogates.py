@@ -25,7 +25,6 @@ __all__ = [
     "quadratic_gain",
     "ratio_gain",
     "reflective_clip_gain",
-    "rollback_gain",
 ]
 
 
@@ -221,40 +220,6 @@ def reflective_clip_gain(
     next_clipped = _ratio(next_log_ratio).clamp(min=next_low).clamp(max=next_high)
     product = _ratio(log_ratio + next_log_ratio)
     return torch.minimum(product * next_advantage, clipped * next_clipped * next_advantage)
-
-
-def rollback_gain(
-    log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor, rollback: float = 0.3
-) -> Tensor:
-    """PPO-RB's gain: a clip whose slope beyond the bounds is not zero but reversed, which draws the ratio back.
-
-        gain = min(r A, (c - rollback (r - c)) A),   c = clip(r, low, high)
-
-    ``rollback = 0`` gives :func:`clip_gain`.
-
-    Reference: Wang et al., Truly Proximal Policy Optimization, 2019, https://arxiv.org/abs/1903.07940 (PPO-RB).
-
-    Args:
-        log_ratio: ``log pi(a|o) - log pi_old(a|o)`` of each agent, any shape.
-        advantage: same shape.
-        low: lower bound of the ratio, below 1; float or 0-dim tensor.
-        high: upper bound of the ratio, above 1; float or 0-dim tensor.
-        rollback: slope beyond the bounds, reversed; at least 0 (the paper's alpha).
-
-    Returns:
-        The gain to maximise, elementwise, same shape.
-
-    Raises:
-        ValueError: if the shapes differ.
-
-    Example:
-        >>> rollback_gain(torch.tensor([0.5]).log1p(), torch.tensor([1.0]), low=0.8, high=1.2)  # 1.2 - 0.3 * 0.3
-        tensor([1.1100])
-    """
-    _check_same_shape(log_ratio, advantage)
-    ratio = _ratio(log_ratio)
-    clipped = ratio.clamp(min=low).clamp(max=high)
-    return torch.minimum(ratio * advantage, (clipped - rollback * (ratio - clipped)) * advantage)
 
 
 def double_clip_gain(

@@ -97,6 +97,33 @@ def mazes(frames: int) -> list[Part]:
             baseline="mappo reuse_matrix=None",
             split=("loss.reuse_matrix",),
         ),
+        Part(  # SEAC with the best of three learning rates; SEPS with every way to pair agents, of which seps.py finds one
+            "mazes_sharing",
+            [
+                *(
+                    grid(
+                        [f"mars_vmas.py experiment=mappo_maze loss=seac env.scenario={maze}"],
+                        ["frames_per_batch=1280 minibatch_size=1280 epochs=1"],
+                        [f"optimizer.lr={lr}" for lr in (3e-4, 1e-3, 3e-3)],
+                        [MAZES.format(frames, 64_000)],
+                    )
+                    for maze in ("black_red", "black_blue_red")
+                ),
+                *grid(
+                    ["mars_vmas.py experiment=mappo_maze"],
+                    [
+                        f"env.scenario={maze} method=seps-{clusters} actor.share_parameters=[{','.join(clusters)}]"
+                        for maze, clusters in (
+                            ("black_red", "01"),
+                            *(("black_blue_red", clusters) for clusters in ("011", "010", "001")),
+                        )
+                    ],
+                    [MAZES.format(frames, 64_000)],
+                ),
+            ],
+            num_seeds=10,
+            baseline="seac",
+        ),
     ]
 
 

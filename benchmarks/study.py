@@ -97,7 +97,7 @@ def mazes(frames: int) -> list[Part]:
             baseline="mappo reuse_matrix=None",
             split=("loss.reuse_matrix",),
         ),
-        Part(  # SEAC with the best of three learning rates; SEPS with every way to pair agents, of which seps.py finds one
+        Part(  # SEAC with the best of three learning rates; SEPS with each pairing of agents (seps.py finds one)
             "mazes_sharing",
             [
                 *(

@@ -33,7 +33,8 @@ class Learner:
         self.loss = instantiate(cfg.loss, self.actor, self.critic)
         self.loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
         self.loss.check_loop(cfg.frames_per_batch, cfg.env.num_envs, cfg.minibatch_size, cfg.chunk_length)
-        self.optimizer = instantiate(cfg.optimizer, self.loss.parameters())
+        self.optimizer = instantiate(cfg.optimizer, self.loss.parameter_groups(critic_lr=cfg.critic_lr))
+        self.scheduler = instantiate(cfg.scheduler, self.optimizer)
         self.update = make_update(self.loss, self.optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     def learn(self, batch: TensorDictBase) -> Iterator[dict[str, Tensor]]:
@@ -45,6 +46,7 @@ class Learner:
                 yield {f"{self.name}/{name}": value for name, value in self.update(minibatch).items()}
         if metrics := self.loss.metrics():
             yield {f"{self.name}/{name}": value for name, value in metrics.items()}
+        self.scheduler.step()
 
 
 @recipe(Path(__file__).parent / "config", "groups_vmas")
@@ -66,6 +68,7 @@ def main(cfg: DictConfig) -> float:
     actor = TensorDictSequential([learner.actor for learner in learners])
     own = {f"loss_{learner.name}": learner.loss for learner in learners}
     own |= {f"optimizer_{learner.name}": learner.optimizer for learner in learners}
+    own |= {f"scheduler_{learner.name}": learner.scheduler for learner in learners}
     run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shapes, **own)
     for batch in run.batches(collector):
         for learner in learners:

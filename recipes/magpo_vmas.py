@@ -41,19 +41,22 @@ def main(cfg: DictConfig) -> float:
     loss = instantiate(cfg.loss, guider, critic, learner)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     loss.check_loop(cfg.frames_per_batch, cfg.env.num_envs, cfg.minibatch_size)
-    optimizer = instantiate(cfg.optimizer, loss.parameters())
+    optimizer = instantiate(cfg.optimizer, loss.parameter_groups(critic_lr=cfg.critic_lr))
+    scheduler = instantiate(cfg.scheduler, optimizer)
     update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     policy = collection_policy(guider, learner)  # only the guider acts; a recurrent learner updates its memory
     env = with_recurrent_state(env, policy)
     collector = make_collector(cfg, env, policy, loss)
 
-    run = Run(cfg, env=env, make_env=make_env, actor=learner, shape=shape, loss=loss, optimizer=optimizer)
+    learning = {"loss": loss, "optimizer": optimizer, "scheduler": scheduler}
+    run = Run(cfg, env=env, make_env=make_env, actor=learner, shape=shape, **learning)
     for batch in run.batches(collector):
         loss.prepare(batch)
         for phase in loss.phases(batch):  # guider and learner together, or one after the other
             for minibatch in phase.minibatches(cfg.minibatch_size, epochs=cfg.epochs):
                 run.record(update(minibatch))
+        scheduler.step()
     return run.finish()
 
 

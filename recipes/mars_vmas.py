@@ -35,20 +35,23 @@ def train(cfg: DictConfig) -> float:
     loss = instantiate(cfg.loss, actor, critic)
     loss.make_value_estimator(gamma=cfg.gamma, lmbda=cfg.lmbda)
     loss.check_loop(cfg.frames_per_batch, cfg.env.num_envs, cfg.minibatch_size, cfg.chunk_length)
-    optimizer = instantiate(cfg.optimizer, loss.parameters())
+    optimizer = instantiate(cfg.optimizer, loss.parameter_groups(critic_lr=cfg.critic_lr))
+    scheduler = instantiate(cfg.scheduler, optimizer)
     update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
 
     policy = collection_policy(actor, critic)
     env = with_recurrent_state(env, policy)
     collector = make_collector(cfg, env, policy, loss)
 
-    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
+    learning = {"loss": loss, "optimizer": optimizer, "scheduler": scheduler}
+    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, **learning)
     for batch in run.batches(collector):
         loss.prepare(batch)  # advantages, value targets, and entries of the method
         for phase in loss.phases(batch, chunk_length=cfg.chunk_length):  # one, or one per agent
             for minibatch in phase.minibatches(cfg.minibatch_size, epochs=cfg.epochs):
                 run.record(update(minibatch))
         run.record(loss.metrics())
+        scheduler.step()
     return run.finish()
 
 

@@ -26,10 +26,12 @@ _UNREAD = (
     "gamma",
     "lmbda",
     "max_grad_norm",
+    "critic_lr",
+    "scheduler",
     "loss",
     "critic",
 )
-_UNREAD += ("collector", "optimizer", "evaluation", "logger", "resume", "compile")
+_UNREAD += ("collector", "optimizer", "evaluation", "logger", "resume", "init_from", "compile")
 
 
 @recipe(Path(__file__).parent / "config", "seps", unread=_UNREAD)

@@ -70,12 +70,18 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
     name, seeds, asked = arguments.recipe, arguments.seeds, _parsed(arguments.overrides)
     for key in asked.keys() & {"seed", "resume"}:
         raise SystemExit(f"{asked[key].input_line} has no effect: trials begin anew, each with all of --seeds.")
-    recipe.compose(_lines(asked[key] for key in ("experiment", "loss") if key in asked))
-    method = HydraConfig.get().runtime.choices["loss"]
+    recipe.compose(_lines(asked[key] for key in ("experiment", "loss", *SPACES["networks"]) if key in asked))
+    choices = HydraConfig.get().runtime.choices
+    method = choices["loss"]
     if method not in SPACES["methods"]:
         raise SystemExit(f"config/spaces.yaml has no loss={method}; it has {', '.join(SPACES['methods'])}.")
     own = SPACES["methods"][method]
-    overrides = _parsed(_assignments({**SPACES["shared"], **own})) | asked
+    networks = {
+        key.format(group): text
+        for group, spaces in SPACES["networks"].items()
+        for key, text in spaces.get(choices.get(group), {}).items()
+    }
+    overrides = _parsed(_assignments({**SPACES["shared"], **networks, **own})) | asked
     space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
     fixed = _lines(override for key, override in overrides.items() if key not in space)
     cfg = recipe.compose([*fixed, *_assignments({key: _first(each) for key, each in space.items()})])

@@ -18,6 +18,7 @@ _TARGETS = {
     r"loss\.target_ratios": r"torchrl_marl\.objectives\.mars\.\w+_target_ratios",
     r"loss\.adapt_ratio": r"torchrl_marl\.objectives\.magpo\.follow_imitation_gap",
     r"optimizer": r"torch\.optim\.[A-Z]\w+",
+    r"scheduler": r"torch\.optim\.lr_scheduler\.\w+LR",
     r"collector": r"torchrl\.collectors\.Collector|torchrl_marl\.collectors\.\w*[cC]ollector",
     r"collector\.make_env": r"hydra\.utils\.instantiate",
     r"exploration": r"torchrl\.modules\.EGreedyModule",

@@ -30,7 +30,8 @@ def composed(method: str, *overrides: str) -> DictConfig:
 
 
 def space_of(method: str) -> list[Override]:
-    params = {**SPACES["shared"], **SPACES["methods"][method]}
+    networks = SPACES["networks"]["guider"]["sable"] if RECIPE_OF.get(method) == "magpo_vmas" else {}
+    params = {**SPACES["shared"], **{k.format("guider"): v for k, v in networks.items()}, **SPACES["methods"][method]}
     return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
 
 
@@ -113,3 +114,27 @@ def test_a_run_logs_the_metric_that_sweeps_maximise(tmp_path: Path, monkeypatch:
     (row,) = (folder / "scalars" / f"{LAST_FIFTH}.csv").read_text().split()
     summary = json.loads((folder / "summary.json").read_text())
     assert [float(value) for value in row.split(",")] == pytest.approx([240, summary["last_fifth"]])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "searched"),
+    [
+        (["actor=mat"], {"actor.embed_dim", "actor.num_heads", "actor.num_blocks"}),
+        (["actor=sable"], {"actor.embed_dim", "actor.num_heads", "actor.num_blocks", "actor.decay_scaling"}),
+        (["actor=gru", "critic=gru"], {"chunk_length"}),
+    ],
+    ids=["mat", "sable", "gru"],
+)
+def test_widths_of_networks_are_searched_where_there_are_such_networks(
+    overrides: list[str],
+    searched: set[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tune.py", "mars_vmas", "loss=mappo", *overrides, "--wandb"])
+    monkeypatch.syspath_prepend(str(RECIPES))
+    main()
+    sweep = yaml.safe_load(capsys.readouterr().out)
+    plain = {override.key_or_group for override in space_of("mappo") if override.is_sweep_override()}
+    assert set(sweep["parameters"]) == plain | searched
+    assert sweep["run_cap"] == 40  # as without them: equal budgets

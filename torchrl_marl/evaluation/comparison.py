@@ -86,7 +86,7 @@ def _check_seeds(which: str, runs: DataFrame) -> None:
 
 def _is_shared(key: str) -> bool:
     """Whether a setting must be equal on a task; the number of parallel environments belongs to the method."""
-    shared = ("total_frames", "evaluation.interval", "evaluation.episodes")
+    shared = ("total_frames", "evaluation.interval", "evaluation.episodes", "evaluation.sampled")
     return key in shared or (key.startswith("env.") and key not in ("env.num_envs", "env.compile"))
 
 

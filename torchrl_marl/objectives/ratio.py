@@ -375,11 +375,27 @@ class RatioLoss(LossModule):
         """Parameters whose gradients are clipped by a joint norm, by the name under which the norm is logged."""
         if self.clipped_apart is None:
             return {"grad_norm": list(self.parameters())}
-        apart = set(getattr(self, f"{self.clipped_apart}_network").parameters())
-        return {
-            "grad_norm": [parameter for parameter in self.parameters() if parameter not in apart],
-            f"{self.clipped_apart}_grad_norm": [parameter for parameter in self.parameters() if parameter in apart],
-        }
+        others, apart = self._parted(self.clipped_apart)
+        return {"grad_norm": others, f"{self.clipped_apart}_grad_norm": apart}
+
+    def parameter_groups(self, *, critic_lr: float | None = None) -> list[dict[str, Any]]:
+        """Parameters as optimisers take them, those of the critic alone with a learning rate of their own.
+
+        Args:
+            critic_lr: that of the critic; ``None`` for one learning rate. What the critic shares with an actor, such as
+                MAT's encoder, learns as the actor does.
+        """
+        if critic_lr is None:
+            return [{"params": list(self.parameters())}]
+        others, critic = self._parted("critic")
+        return [{"params": others}, {"params": critic, "lr": critic_lr}]
+
+    def _parted(self, network: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """All other parameters, and those of one network alone."""
+        parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for name, parameter in self.named_parameters():  # each once, under the first network that has it
+            parts[name.startswith(f"{network}_network")].append(parameter)
+        return parts
 
     @property
     def takes_steps(self) -> bool:

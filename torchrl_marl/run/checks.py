@@ -242,11 +242,17 @@ def check_values(cfg: DictConfig, unread: tuple[str, ...]) -> None:
         ("num_threads", f"an integer from 1 to this machine's processors, {cores}", is_up_to(cores)),
         *((key, *fraction) for key in ("gamma", "lmbda")),
         ("max_grad_norm", "a number above 0 (inf: no limit)", lambda value: _is_number(value) and value > 0),
+        (
+            "critic_lr",
+            "null or a number of at least 0",
+            lambda value: value is None or (_is_number(value) and value >= 0),
+        ),
         ("chunk_length", "null or an integer of at least 1", lambda value: value is None or count[1](value)),
         *((key, *name) for key in ("method", "environment")),
         ("seed", highest, lambda value: _is_integer(value) and 0 <= value <= _LARGEST_SEED),
         ("env.scenario", "a name", _text),
         ("folder", "the path of a folder", _text),
+        ("init_from", "null, a checkpoint or the folder of a run", is_text_or_null),
     ]
     for key, allowed, is_allowed in ranges:
         if key.partition(".")[0] not in unread:

@@ -41,6 +41,15 @@ _GONE = {
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
+def _iterations(_root_: DictConfig) -> int:
+    """How many batches training takes."""
+    steps = -(-_root_.frames_per_batch // _root_.env.num_envs)
+    return -(-_root_.total_frames // (steps * _root_.env.num_envs * _root_.processes))
+
+
+OmegaConf.register_new_resolver("iterations", _iterations, replace=True)
+
+
 def recipe(
     config_folder: Path,
     name: str,

@@ -34,7 +34,7 @@ from torchrl_marl.evaluation import Episodes, evaluate, plot_learning_curve, plo
 from torchrl_marl.evaluation.episodes import ended_episode_returns
 from torchrl_marl.files import replacing
 from torchrl_marl.modules import GroupSpec, ObservationNorm
-from torchrl_marl.run.checkpoints import CheckpointFolder, actor_record, load_policy
+from torchrl_marl.run.checkpoints import CheckpointFolder, actor_record, best_checkpoint, load_policy
 from torchrl_marl.run.logger import ABSOLUTE, LAST_FIFTH, MetricLog, git_commit, run_group
 from torchrl_marl.run.records import EvaluationRecord, metric_files, read_metric
 
@@ -66,8 +66,9 @@ class Run:
 
     Args:
         cfg: resolved configuration with ``seed``, ``total_frames``, ``evaluation``, ``logger``, ``env``, ``actor``,
-            ``folder``, ``method``, ``recipe``, ``environment`` (its name), ``processes`` and ``resume`` (``None`` or a
-            checkpoint file to go on from).
+            ``folder``, ``method``, ``recipe``, ``environment`` (its name), ``processes``, ``resume`` (``None`` or a
+            checkpoint file to go on from) and ``init_from`` (``None`` or a run; ``actor`` starts with the parameters of
+            its policy, and nothing of that run is executed).
         env: the training environment; checkpoints include its random streams, if any.
         make_env: ``make_env(num_envs=..., seed=...)``, for evaluation.
         actor: the policy.
@@ -76,8 +77,9 @@ class Run:
         **components: further components of checkpoints: the loss, the optimiser, ...
 
     Raises:
-        ValueError: if the checkpoint to resume from is damaged or outside a run's folder, evaluations are so frequent
-            that no training episode can reach its time limit, or the number of processes differs from ``processes``.
+        ValueError: if the checkpoint to resume from is damaged or outside a run's folder, the policy to start from does
+            not fit, evaluations are so frequent that no training episode can reach its time limit, or the number of
+            processes differs from ``processes``.
     """
 
     def __init__(
@@ -109,6 +111,8 @@ class Run:
         self._progress: dict[str, Any] = {"frames": 0, "iteration": 0, "seconds": 0.0, "evaluations": []}
         resumed = None if cfg.resume is None else Path(cfg.resume)
         if resumed is None:
+            if cfg.init_from is not None:
+                _start_from(cfg, actor)
             self.folder = broadcast_from_main(lambda: _new_folder(cfg))
             self._progress["run_id"] = secrets.token_hex(4)
         elif resumed.resolve().parent.name == "checkpoints":
@@ -264,6 +268,7 @@ class Run:
             "frames_per_second": self._progress["frames"] / max(self._progress["seconds"], 1e-9),
             "seconds": self._progress["seconds"],
             "git_commit": git_commit(),
+            "init_from": self.cfg.init_from,
             "sessions": self._progress["sessions"],
         }
         metrics = {LAST_FIFTH: objective, **_statistics(ABSOLUTE, returns)}
@@ -341,8 +346,7 @@ class Run:
         start = time.perf_counter()
         if episodes is None:
             with preserve_random_state():
-                seed, horizon = self.seed(1), self.cfg.env.max_steps
-                episodes = evaluate(self._evaluation_env, self._actor, seed=seed, max_steps=horizon)
+                episodes = self._play(self._evaluation_env, self._actor, self.seed(1))
         metrics = _statistics("eval/reward/episode_reward", episodes.returns)
         if len(episodes.groups) > 1:
             for group, returns in episodes.groups.items():
@@ -364,9 +368,13 @@ class Run:
         """Returns of the best parameters in ten times as many episodes, on unused initial states."""
         with preserve_random_state():
             env = self._make_env(num_envs=10 * self.cfg.evaluation.episodes, seed=self.seed(2))
-            episodes = evaluate(env, self._best_policy(), seed=self.seed(2), max_steps=self.cfg.env.max_steps)
+            episodes = self._play(env, self._best_policy(), self.seed(2))
         self._evaluations.add_absolute(episodes.metrics())
         return episodes.returns
+
+    def _play(self, env: EnvBase, policy: TensorDictModuleBase, seed: int) -> Episodes:
+        options = {"max_steps": self.cfg.env.max_steps, "sampled": self.cfg.evaluation.sampled}
+        return evaluate(env, policy, seed=seed, **options)
 
     def _best_policy(self) -> TensorDictModuleBase:
         return load_policy(self.folder, actor=copy.deepcopy(self._actor))
@@ -454,6 +462,16 @@ def reduce_records(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]
     stacked = {name: torch.stack([record[name] for record in records if name in record]) for name in names}
     reduce = {"min": torch.amin, "max": torch.amax}
     return {name: reduce.get(name.rpartition("/")[2][:3], torch.mean)(values, 0) for name, values in stacked.items()}
+
+
+def _start_from(cfg: DictConfig, actor: TensorDictModuleBase) -> None:
+    """Give the actor the policy of another run, and have the configuration name its checkpoint."""
+    asked = cfg.init_from
+    try:
+        cfg.init_from = str(best_checkpoint(asked).resolve())
+        load_policy(cfg.init_from, actor=actor)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init_from={asked}: no policy for this run: {error}") from error
 
 
 def _new_folder(cfg: DictConfig) -> Path:

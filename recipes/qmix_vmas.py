@@ -24,7 +24,7 @@ from torchrl_marl.run import Run, make_collector, make_update, recipe
     Path(__file__).parent / "config",
     "qmix_vmas",
     networks=("local_value_network", "group_spec"),
-    unread=("critic", "lmbda"),
+    unread=("critic", "lmbda", "scheduler"),
 )
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""

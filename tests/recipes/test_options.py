@@ -51,9 +51,9 @@ def test_a_critics_learning_rate_is_its_own_and_equal_ones_change_nothing(
 def test_the_learning_rate_falls_to_zero_over_the_iterations_of_the_run(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = rates(monkeypatch, tmp_path, "optimizer.lr=0.3", "critic_lr=0.6", "scheduler=linear", recipe=recipe)
+    found = rates(monkeypatch, tmp_path, "optimizer.lr=3e-3", "critic_lr=6e-3", "scheduler=linear", recipe=recipe)
     thirds = torch.tensor(found).view(3, -1, 2)  # 240 frames of 80 an iteration
-    assert thirds == pytest.approx(torch.tensor([[0.3, 0.6], [0.2, 0.4], [0.1, 0.2]])[:, None].expand_as(thirds))
+    assert thirds == pytest.approx(torch.tensor([[3e-3, 6e-3], [2e-3, 4e-3], [1e-3, 2e-3]])[:, None].expand_as(thirds))
 
 
 def test_the_schedule_counts_whole_steps_of_all_environments(tmp_path: Path) -> None:

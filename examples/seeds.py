@@ -58,7 +58,7 @@ def train(overrides: Sequence[str]) -> float:
     """Train the seeds together; return the mean over them of the mean of the last fifth of the evaluations."""
     seeds = []
     for words in words_of_seeds(overrides):
-        cfg = recipe.compose(words)
+        cfg = recipe.compose(["compile=false", *words])
         torch.set_num_threads(cfg.num_threads)
         make_env = partial(instantiate, cfg.env, device=cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         seeds.append(build_seed(cfg, make_env))

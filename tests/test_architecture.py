@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "torchrl_marl"
 LEVELS = [
-    {"keys", "files", "extras", "shelf", "signatures", "distributed", "trust"},
+    {"compilation", "keys", "files", "extras", "shelf", "signatures", "distributed", "trust"},
     {"modules", "envs"},
     {"objectives", "evaluation"},
     {"collectors"},

@@ -46,7 +46,7 @@ def test_a_loss_refuses_networks_that_agents_share(loss: str, tmp_path: Path, mo
         ("minibatch_size=81", "minibatch_size must be an integer from 1 to frames_per_batch, 80; got 81"),
         ("minibatch_size=0", "minibatch_size must be an integer from 1 to frames_per_batch, 80; got 0"),
         ("chunk_length=0", "chunk_length must be null or an integer of at least 1; got 0"),
-        ("compile=maybe", "compile must be true or false; got maybe"),
+        ("compile=maybe", "compile must be auto, true or false; got maybe"),
         ("seed=abc", "seed must be an integer of at least 0, .*; got abc"),
         ("device=gpu", "device=gpu is not a valid torch device: "),
         ("resume=nowhere", "resume=nowhere: No checkpoint at nowhere"),

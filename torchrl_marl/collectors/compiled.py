@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,15 +15,12 @@ from torchrl.envs import EnvBase, ExplorationType, VmasEnv, set_exploration_type
 from torchrl.envs.transforms import Compose, InitTracker, RewardSum, StepCounter, TensorDictPrimer, TransformedEnv
 
 from torchrl_marl.collectors.sequences import memory_keys
+from torchrl_marl.compilation import INDUCTOR_OPTIONS, compile_whole
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.vmas_graph import VmasGraphs
 
 __all__ = ["CompiledCollector"]
 
-INDUCTOR_OPTIONS = {
-    "fallback_random": True,  # draw from Torch's generators, as without compilation
-    "cpp.use_decompose_tanh": True,  # tanh by exp, exact to 1e-7: tanh took a third of a CPU rollout
-}
 _FLAGS = {"done", "terminated", "truncated"}
 _INIT = "is_init"
 _Entries = dict[NestedKey, Tensor]  # of one step of all environments
@@ -330,16 +326,14 @@ def _game(env: EnvBase) -> tuple[TensorEnv | VmasEnv, int | None]:
 def _compiled(method: Callable[..., Any], compile: bool | str) -> Callable[..., Any]:
     """Compile a method for arguments of constant shapes.
 
-    Dynamo's guards would take longer than a small step, so they are skipped. The compiled code is a copy of the
-    method's: Dynamo caches graphs by code, and collectors must not share graphs without guards.
+    Dynamo's guards would take longer than a small step, so they are skipped.
     """
     if not compile:
         return method
-    own = FunctionType(method.__func__.__code__.replace(), method.__func__.__globals__)
     options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
     if compile is True:
         options |= INDUCTOR_OPTIONS | {"cpp_wrapper": not torch.cuda.is_available()}
-    compiled = torch.compile(own, fullgraph=True, backend="inductor" if compile is True else compile, options=options)
+    compiled = compile_whole(method.__func__, backend=compile, **options)
     return lambda *arguments: compiled(method.__self__, *arguments)
 
 

@@ -253,6 +253,7 @@ def check_values(cfg: DictConfig, unread: tuple[str, ...]) -> None:
         ("env.scenario", "a name", _text),
         ("folder", "the path of a folder", _text),
         ("init_from", "null, a checkpoint or the folder of a run", is_text_or_null),
+        ("compile", "auto, true or false", lambda value: value == "auto" or isinstance(value, bool)),
     ]
     for key, allowed, is_allowed in ranges:
         if key.partition(".")[0] not in unread:

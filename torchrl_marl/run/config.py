@@ -21,8 +21,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from torchrl_marl.compilation import keep_compiled_code
 from torchrl_marl.run import checks
 from torchrl_marl.run.checkpoints import check_resumable, find_checkpoint, read_metadata
+from torchrl_marl.run.compiling import choose_compilation
 from torchrl_marl.run.logger import MetricLog
 from torchrl_marl.run.settings import check_setting, read_settings, store_settings
 from torchrl_marl.trust import foreign_code
@@ -104,13 +106,17 @@ class Recipe:
         @functools.wraps(self.train)
         def run(cfg: DictConfig) -> float:
             try:
-                return self.train(self._checked(cfg))
+                checked = self._checked(cfg)
+                if checked.resume is None and cfg.compile == "auto" and "compile" not in self._unread:
+                    print(choose_compilation(checked)[1])
+                return self.train(checked)
             except Exception as error:
                 if not full_error and HydraConfig.get().mode == RunMode.RUN:
                     # handled here, as Hydra prints another line about a failed job
                     end_if_refused(error, self.train.__module__)
                 raise
 
+        keep_compiled_code()
         sys.argv[1:] = map(self._checked_override, sys.argv[1:])
         logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notices would break the progress bar
         start = hydra.main(version_base=None, config_path=str(self._folder), config_name=self._name)(run)
@@ -170,6 +176,8 @@ class Recipe:
             check_setting(resolved, HydraConfig.get().runtime.choices, self._folder)
         checks.check_keys(resolved, known)
         checks.check_types(resolved.logger, MetricLog, "logger.")
+        if resolved.compile == "auto" and "compile" not in self._unread:
+            resolved.compile, _ = choose_compilation(resolved)
         return resolved
 
     def _checked_override(self, argument: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.optim import Optimizer
 
-from torchrl_marl.collectors.compiled import INDUCTOR_OPTIONS
+from torchrl_marl.compilation import INDUCTOR_OPTIONS, compile_whole, or_uncompiled
 from torchrl_marl.distributed import average_gradients, broadcast_state, world_size
 from torchrl_marl.objectives import RatioLoss
 
@@ -72,9 +72,10 @@ def make_update(
     broadcast_state(loss)
     objective = _Objective(loss)
     at_once = compile and _replaceable(objective)
-    differentiate = (_compiled_at_once if at_once else _backward)(objective, loss.gradient_groups(), max_grad_norm)
-    if compile and not at_once:
-        objective.compile(options=_OPTIONS)
+    if at_once:
+        differentiate = _compiled_at_once(objective, loss.gradient_groups(), max_grad_norm)
+    else:
+        differentiate = _backward(objective, loss.gradient_groups(), max_grad_norm, compile=compile)
 
     def update(minibatch: TensorDictBase) -> dict[str, Tensor]:
         if loss.takes_steps:
@@ -87,12 +88,13 @@ def make_update(
     return update
 
 
-def _backward(objective: _Objective, groups: _Groups, max_grad_norm: float) -> _Differentiate:
+def _backward(objective: _Objective, groups: _Groups, max_grad_norm: float, *, compile: bool) -> _Differentiate:
     """Back-propagate; parameters that do not affect the loss have no gradient."""
     parameters = list(objective.parameters())
+    evaluate = or_uncompiled(torch.compile(objective, options=_OPTIONS), objective) if compile else objective
 
     def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
-        total, measured = objective(minibatch)
+        total, measured = evaluate(minibatch)
         total.backward()
         average_gradients(parameters)
         for name, group in groups.items():
@@ -122,7 +124,7 @@ def _compiled_at_once(objective: _Objective, groups: _Groups, max_grad_norm: flo
             clipped |= {name: scale * found[name] for name in names}
         return clipped, {**measured, **norms}
 
-    compiled = torch.compile(gradients, fullgraph=True, options=_OPTIONS)
+    compiled = compile_whole(gradients, **_OPTIONS)
 
     def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
         found, measured = compiled(minibatch)

@@ -1,0 +1,40 @@
+"""What compile=auto chooses, from the configuration alone."""
+
+import runpy
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.recipes.runs import RECIPES, run_folders, run_recipe
+
+
+def compile_of(*overrides: str, recipe: str = "mars_vmas") -> bool:
+    return runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"].compose(overrides).compile
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], True),  # 360 000 frames of VMAS: 6 000 steps and 1 800 updates save 30 + 9 s
+        (["total_frames=60_000"], False),
+        (["env.num_envs=600", "minibatch_size=6000"], False),  # a tenth of the steps, a sixth of the updates
+        (["env=coordsum"], False),  # 6 000 steps save 8 s, updates 9
+        (["env=coordsum", "total_frames=1_000_000"], True),
+        (["actor=gru", "critic=gru"], False),
+        (["actor=gru", "critic=gru", "total_frames=3_000_000"], True),
+        (["collector=multiprocess"], False),  # updates alone save 9 s
+        (["total_frames=80", "compile=true"], True),
+        (["compile=false"], False),
+    ],
+)
+def test_long_runs_are_compiled(overrides: list[str], expected: bool) -> None:
+    assert compile_of(*overrides) is expected
+
+
+def test_a_run_says_what_it_chose_and_goes_on_with_it(tmp_path, monkeypatch, capsys) -> None:
+    run_recipe(monkeypatch, tmp_path, "total_frames=80")
+    assert "compile=auto does not compile: 10 steps and 4 updates save some 0 s" in capsys.readouterr().out
+    (folder,) = run_folders(tmp_path)
+    assert OmegaConf.load(folder / "config.yaml").compile is False
+    assert compile_of("total_frames=10_000_000") is True
+    assert compile_of(f"resume={folder}", "total_frames=10_000_000") is False

@@ -1,0 +1,39 @@
+"""Whether a run is long enough to be compiled, told from its configuration alone."""
+
+from __future__ import annotations
+
+from hydra.utils import get_object
+from omegaconf import DictConfig
+
+__all__ = ["choose_compilation"]
+
+# Seconds of one core, benchmarks/results/speed.md and profile.md; the least that was found.
+_SAVED_IN_A_STEP = {"torchrl_marl.envs.vmas": 5e-3, "torchrl_marl.envs.games": 1.3e-3}  # of all environments
+_SAVED_IN_AN_UPDATE = 3e-3
+_SAVED_IN_A_ROW = 2e-6  # of a minibatch
+_COMPILING_MLPS, _COMPILING_OTHERS = 30, 120
+
+
+def choose_compilation(cfg: DictConfig) -> tuple[bool, str]:
+    """Return whether a run gains by compiling, and why in one line.
+
+    It compares the steps and updates of the whole run with the compiler's time without code of earlier runs. The
+    choice is a function of the configuration, so that a run repeats and goes on as it began.
+
+    Args:
+        cfg: resolved configuration of a run.
+    """
+    steps = cfg.total_frames / (cfg.env.num_envs * cfg.processes)
+    minibatches = -(-cfg.frames_per_batch // cfg.minibatch_size)
+    updates = cfg.total_frames / (cfg.frames_per_batch * cfg.processes) * cfg.epochs * minibatches
+    is_mlp = cfg.actor.get("_target_") == "torchrl_marl.modules.make_actor" and cfg.chunk_length is None
+    saved = updates * (_SAVED_IN_AN_UPDATE + cfg.minibatch_size * _SAVED_IN_A_ROW)
+    if "_target_" not in cfg.collector:
+        module = get_object(cfg.env._target_).__module__
+        saved += steps * sum(seconds for name, seconds in _SAVED_IN_A_STEP.items() if module.startswith(name))
+    needed = _COMPILING_MLPS if is_mlp else _COMPILING_OTHERS
+    verb, relation = ("compiles", "more") if saved > needed else ("does not compile", "no more")
+    return saved > needed, (
+        f"compile=auto {verb}: {round(steps):,} steps and {round(updates):,} updates save some {saved:.0f} s, "
+        f"{relation} than the {needed} s that compiling takes the first time."
+    )

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
 
-from torchrl_marl.evaluation import evaluate
+from torchrl_marl.evaluation import Episodes, evaluate
 
 GROUPS = {"hunters": 2, "prey": 1}
 
@@ -93,6 +93,18 @@ def test_the_first_episode_of_every_copy_counts_with_its_return_and_length():
         "return_prey": [6.0, 36.0, 168.0, 18.0],
         "episode_length": [1, 3, 7, 2],
     }
+
+
+def test_nothing_is_played_after_the_last_episode(monkeypatch):
+    steps, step = [], ScriptedEnv._step
+    monkeypatch.setattr(ScriptedEnv, "_step", lambda env, tensordict: steps.append(1) or step(env, tensordict))
+    assert play(1, 3, 2, max_steps=100).lengths.tolist() == [1, 3, 2]
+    assert len(steps) == 3
+
+
+def test_batches_of_episodes_are_joined_in_order():
+    episodes = play(1, 3, 7, 2, max_steps=7, env_class=ReportingEnv)
+    assert Episodes.joined(episodes.chunk(2)).metrics() == episodes.metrics()
 
 
 def test_an_episode_that_does_not_end_is_refused():

@@ -118,6 +118,22 @@ def test_an_action_inside_has_torchrls_density_and_one_at_a_bound_the_probabilit
         assert policy.log_prob(low).item() == pytest.approx(2 * below, rel=1e-5)
 
 
+def test_where_torch_compiles_entries_are_scored_one_by_one_to_the_same_scores_entropies_and_gradients(monkeypatch):
+    torch.manual_seed(0)
+    loc, scale = (3 * torch.randn(50, 4, 2)).requires_grad_(), torch.rand(50, 4, 2).add(0.1).requires_grad_()
+    action = CensoredTanhNormal(loc, scale, low=LOW, high=HIGH).sample()
+    action[:10] = HIGH
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        policy = CensoredTanhNormal(loc, scale, low=LOW, high=HIGH)
+        assert (policy._entries() is not None) is compiling
+        torch.manual_seed(1)  # the entropy is that of a sample
+        values = policy.log_prob(action), policy.entropy()
+        found.append([*values, *(torch.autograd.grad(value.sum(), (loc, scale)) for value in values)])
+    assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("loc", [3.0, 5.0, 6.0, 8.0])
 def test_ratios_have_a_mean_of_one_and_scores_of_zero_however_far_a_policy_saturates(loc):
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe, start_r
 from tests.run.test_checkpoints import rewrite
 from torchrl_marl.__main__ import main as evaluate_command
 from torchrl_marl.collectors import CompiledCollector
-from torchrl_marl.envs import make_env
+from torchrl_marl.envs import make_coordsum, make_env
 from torchrl_marl.evaluation import Episodes, evaluate
 from torchrl_marl.objectives import IPPOLoss
 from torchrl_marl.run.checkpoints import best_checkpoint, find_checkpoint, load_policy, read_metadata
@@ -560,6 +560,19 @@ def test_the_absolute_metric_is_of_the_best_parameters_on_ten_times_as_many_othe
     summary = json.loads((ruined / "summary.json").read_text())
     assert summary["absolute"] == pytest.approx(sum(absolute) / 40, abs=1e-6)
     assert last_value(ruined, "eval/absolute/episode_reward_mean") == summary["absolute"]
+
+
+def test_more_copies_than_can_play_at_once_play_the_absolute_metric_in_the_batches_of_evaluations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchrl_marl.run.run._MAX_COPIES", 39)
+    run_recipe(monkeypatch, tmp_path, "env=coordsum", "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    stored = json.loads((folder / "evaluations.json").read_text())["coordsum"]["CoordSum-3x10"]["mars"]["seed_0"]
+    env, policy = make_coordsum(num_envs=4, max_steps=10), load_policy(folder)
+    batches = [evaluate(env, policy, seed=seed, max_steps=10).returns for seed in range(2_000_006, 2_000_046, 4)]
+    assert stored["absolute_metrics"]["return"] == torch.cat(batches).tolist()
+    assert len({tuple(batch.tolist()) for batch in batches}) > 1  # not the same starts again
 
 
 def test_the_last_fifth_is_the_mean_over_the_last_fifth_of_evaluations(ruined: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,16 @@ class Episodes(NamedTuple):
         named = {"return": self.returns, **{f"return_{group}": returns for group, returns in groups.items()}}
         named |= {"episode_length": self.lengths}
         return {name: values.tolist() for name, values in (self.info | named).items()}
+
+    @staticmethod
+    def joined(parts: Sequence[Episodes]) -> Episodes:
+        """Return the episodes of several batches, in order."""
+
+        def join(values: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.cat([own[name] for own in values]) for name in values[0]}
+
+        returns, lengths, groups, info = zip(*parts, strict=True)
+        return Episodes(torch.cat(returns), torch.cat(lengths), join(groups), join(info))
 
     def chunk(self, parts: int) -> list[Episodes]:
         """Split the episodes into ``parts`` equal parts, in order."""
@@ -75,15 +86,19 @@ def evaluate(
     if seed is not None:
         env.set_seed(seed)
     following, steps = env.reset(), []
+    ended = torch.zeros(env.batch_size, dtype=torch.bool, device=following.device)
     with set_exploration_type(ExplorationType.RANDOM if sampled else ExplorationType.DETERMINISTIC):
         for _ in range(max_steps):  # env.rollout would store a policy's memory at every step
             data, following = env.step_and_maybe_reset(policy(following))
             own = {"returns": episode_returns(data), "groups": group_returns(data), "info": episode_info(data)}
             steps.append(TensorDict({"done": data["next", "done"].squeeze(-1), **own}, data.batch_size))
+            ended |= steps[-1]["done"]
+            if ended.all():
+                break
+    if not ended.all():
+        raise ValueError(f"{int((~ended).sum())} of {len(ended)} episodes did not end within {max_steps} steps.")
     played: Any = torch.stack(steps, -1)
     done = played["done"]
-    if not done.any(-1).all():
-        raise ValueError(f"{int((~done.any(-1)).sum())} of {len(done)} episodes did not end within {max_steps} steps.")
     first = done.int().argmax(-1)  # environments restart after their first episode
     ends = played[torch.arange(len(first), device=first.device), first]
     return Episodes(ends["returns"], first + 1, ends["groups"].to_dict(), ends["info"].to_dict())

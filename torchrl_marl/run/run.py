@@ -40,6 +40,7 @@ from torchrl_marl.run.records import EvaluationRecord, metric_files, read_metric
 
 __all__ = ["Run", "progress_bar", "reduce_records", "stop_signals"]
 
+_MAX_COPIES = 1_024  # of an environment for the absolute metric
 _Collector = Collector | CompiledCollector | SequenceCollector | WorkerCollector
 
 
@@ -365,10 +366,19 @@ class Run:
         self._checkpoints.save(frames=frames, score=score, metadata=metadata)
 
     def _absolute_returns(self) -> Tensor:
-        """Returns of the best parameters in ten times as many episodes, on unused initial states."""
+        """Returns of the best parameters in ten times as many episodes, on unused initial states.
+
+        Environments in Torch play them at once, in up to 1,024 copies; others, of which each copy may be a process, in
+        the copies of evaluations, batch by batch, on the seeds that follow each other.
+        """
+        copies, seed = self.cfg.evaluation.episodes, self.seed(2)
+        seeds = range(seed, seed + 10 * copies, copies)
         with preserve_random_state():
-            env = self._make_env(num_envs=10 * self.cfg.evaluation.episodes, seed=self.seed(2))
-            episodes = self._play(env, self._best_policy(), self.seed(2))
+            env = self._evaluation_env
+            if CompiledCollector.takes(env) and 10 * copies <= _MAX_COPIES:
+                env, seeds = self._make_env(num_envs=10 * copies, seed=seed), [seed]
+            policy = self._best_policy()
+            episodes = Episodes.joined([self._play(env, policy, own) for own in seeds])
         self._evaluations.add_absolute(episodes.metrics())
         return episodes.returns
 

@@ -57,16 +57,17 @@ def or_uncompiled(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Ca
         try:
             return compiled(*arguments)
         except TorchDynamoException as error:  # before anything has run
+            result = plain(*arguments)  # which raises what is the function's own mistake
             chosen = plain
-            _warn(str(error).strip())
-            return plain(*arguments)
+            _warn(str(error))
+            return result
 
     return run
 
 
 def _warn(reason: str) -> None:
     hint = f"what failed: {' '.join(reason.split())[:300]}"
-    if any(sign in reason for sign in ("InvalidCxxCompiler", "Python.h", "compiler")):
+    if any(sign in reason for sign in ("InvalidCxxCompiler", "Python.h")):
         hint = "it needs a C++ compiler and Python's headers (Debian, Ubuntu: apt install g++ python3-dev)"
     text = f"Compiling failed, so this goes on uncompiled, slower but right: {hint}. compile=false leaves it out."
     if text not in _warned:

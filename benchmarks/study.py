@@ -309,13 +309,16 @@ STUDIES = {
         Part(
             "magpo_ablations",
             grid(
-                [f"{MAGPO_COORDSUM} loss=magpo"],
+                [MAGPO_COORDSUM],
                 [
-                    f"loss.guider_learner_ratio={delta} loss.rl_coeff={coefficient} guider={guider}"
-                    for delta, coefficient, guider in (
-                        *((1.3, 2, "sable"), (1.3, 0, "sable"), (1.3, 2, "mat")),
-                        *((1.1, 2, "sable"), (2, 2, "sable")),
-                    )
+                    *(
+                        f"loss=magpo loss.guider_learner_ratio={delta} loss.rl_coeff={coefficient} guider={guider}"
+                        for delta, coefficient, guider in (
+                            *((1.3, 2, "sable"), (1.3, 0, "sable"), (1.3, 2, "mat")),
+                            *((1.1, 2, "sable"), (2, 2, "sable")),
+                        )
+                    ),
+                    *(f"loss=ctds loss.rl_coeff={coefficient} guider=sable" for coefficient in (0, 1, 2, 4)),  # Fig. 5b
                 ],
                 [coordsum_setting("CoordSum-3x10", 512_000)],
             ),

@@ -70,7 +70,8 @@ def mazes(frames: int) -> list[Part]:
                     *grid(
                         ["oappo_vmas.py experiment=oappo_maze"],
                         [f"loss.kl_threshold={sigma}" for sigma in (0.01, 0.1, 1, 10)]
-                        + [f"loss.kl_threshold=0.1 loss.own_weight={weight}" for weight in (0.2, 0.4)],
+                        + [f"loss.kl_threshold=0.1 loss.own_weight={weight}" for weight in (0.2, 0.4)]
+                        + [f"loss=oappo_fading loss.kl_threshold={sigma}" for sigma in (0.1, 1)],
                     ),
                 ],
                 [MAZES.format(frames, 64_000)],

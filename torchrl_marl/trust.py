@@ -17,6 +17,7 @@ _TARGETS = {
     r"loss": r"torchrl_marl\.objectives\.\w+Loss",
     r"loss\.target_ratios": r"torchrl_marl\.objectives\.mars\.\w+_target_ratios",
     r"loss\.adapt_ratio": r"torchrl_marl\.objectives\.magpo\.follow_imitation_gap",
+    r"loss\.gate": r"torchrl_marl\.objectives\.reuse\.fading_reuse_matrix",
     r"optimizer": r"torch\.optim\.[A-Z]\w+",
     r"scheduler": r"torch\.optim\.lr_scheduler\.\w+LR",
     r"collector": r"torchrl\.collectors\.Collector|torchrl_marl\.collectors\.\w*[cC]ollector",

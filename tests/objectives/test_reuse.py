@@ -1,6 +1,7 @@
 """Reuse mappings: divergences on the sources' data, Eq. (9), named schemes, draws."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.objectives.loss_factories import AGENTS, SPACES, make_batch, make_net
 from torchrl_marl.collectors import ReuseMappingSampler
 from torchrl_marl.modules import agent_policy
 from torchrl_marl.objectives.divergences import pairwise_kl, policy_kl
-from torchrl_marl.objectives.reuse import fixed_reuse_matrix, gated_reuse_matrix
+from torchrl_marl.objectives.reuse import fading_reuse_matrix, fixed_reuse_matrix, gated_reuse_matrix
 
 VECTORS = json.loads((Path(__file__).parents[1] / "objectives" / "off_agent_vectors.json").read_text())
 
@@ -91,6 +92,28 @@ def test_identical_agents_share_by_index():
 def test_a_source_at_the_threshold_itself_is_close():
     matrix = gated_reuse_matrix(torch.tensor([[0.0, 0.25], [0.2500001, 0.0]]), kl_threshold=0.25)
     assert_close(matrix, torch.tensor([[0.7, 0.3], [0.0, 1.0]]))
+
+
+def test_shares_fade_from_those_of_like_agents_to_none():
+    """Halfway to the threshold a source has half of its share; who has no source left learns from itself alone."""
+    kl = torch.tensor([[0.0, 0.0, 0.0], [0.05, 0.0, 0.1], [math.inf, 0.2, 0.0]])
+    expected = [[0.7, 0.15, 0.15], [0.075, 0.925, 0.0], [0.0, 0.0, 1.0]]
+    assert_close(fading_reuse_matrix(kl, own_weight=0.7, kl_threshold=0.1), torch.tensor(expected))
+    alike = torch.zeros(4, 4)
+    assert_close(fading_reuse_matrix(alike, own_weight=0.4), gated_reuse_matrix(alike, own_weight=0.4))
+    with pytest.raises(ValueError, match="kl_threshold must be above 0"):
+        fading_reuse_matrix(kl, kl_threshold=0.0)
+
+
+def test_the_sampler_asks_its_gate():
+    actor, _ = make_networks("categorical", share_parameters=False)
+    batch = make_batch(actor, "categorical", (20,), live=1.0)
+    sampler = ReuseMappingSampler(AGENTS, own_weight=0.5, kl_threshold=50.0, gate=fading_reuse_matrix)
+    sampler.update(actor, batch)
+    plain = ReuseMappingSampler(AGENTS, own_weight=0.5, kl_threshold=50.0)
+    plain.update(actor, batch)
+    assert (sampler.matrix.diagonal() > plain.matrix.diagonal()).all()  # policies are close, but not alike
+    assert_close(sampler.matrix.sum(-1), torch.ones(AGENTS))
 
 
 def test_named_schemes_are_those_of_the_maze():

@@ -46,7 +46,7 @@ GAMES = sorted(
 RECIPE_OF = {  # the others are mars_vmas.py's
     **dict.fromkeys(("marpo", "rpo"), "marpo_vmas"),
     **dict.fromkeys(("magpo", "magpo_adaptive", "ctds"), "magpo_vmas"),
-    **dict.fromkeys(("happo", "oappo", "hatrpo", "oatrpo"), "oappo_vmas"),
+    **dict.fromkeys(("happo", "oappo", "oappo_fading", "hatrpo", "oatrpo"), "oappo_vmas"),
 }
 
 

@@ -55,6 +55,8 @@ class OAPPOLoss(SequentialLoss):
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
         kl_reduction: ``"mean"`` over rows, or ``"max"`` as in Eq. (9).
+        gate: :func:`~torchrl_marl.objectives.reuse.gated_reuse_matrix`, Eq. (9), or
+            :func:`~torchrl_marl.objectives.reuse.fading_reuse_matrix`, whose lambda adapts to each pair of agents.
         **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`.
 
     Raises:
@@ -97,6 +99,8 @@ class OATRPOLoss(NaturalGradientLoss):
         reuse: ``"weighted"``, all sources in every minibatch, for the expectation over mappings; or ``"sampled"``, one
             source drawn for each learner and row, at the cost of HAPPO.
         kl_reduction: ``"mean"`` over rows, or ``"max"`` as in Eq. (9).
+        gate: :func:`~torchrl_marl.objectives.reuse.gated_reuse_matrix`, Eq. (9), or
+            :func:`~torchrl_marl.objectives.reuse.fading_reuse_matrix`, whose lambda adapts to each pair of agents.
         **options: :class:`~torchrl_marl.objectives.natural_gradient.NaturalGradientOptions`.
 
     Raises:

@@ -10,7 +10,7 @@ Reference: Chen et al., Off-Agent Trust Region Policy Optimization, IJCAI 2024, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypedDict, get_args
 
 import torch
@@ -23,10 +23,20 @@ from torchrl_marl.modules import agent_policy
 from torchrl_marl.modules.recurrent import recurrent_state_keys
 from torchrl_marl.objectives.divergences import pairwise_kl
 
-__all__ = ["ReuseMappingSampler", "ReuseOptions", "ReuseScheme", "fixed_reuse_matrix", "gated_reuse_matrix"]
+__all__ = [
+    "ReuseGate",
+    "ReuseMappingSampler",
+    "ReuseOptions",
+    "ReuseScheme",
+    "fading_reuse_matrix",
+    "fixed_reuse_matrix",
+    "gated_reuse_matrix",
+]
 
 ReuseScheme = Literal["NR", "AR", "UR", "RR"]
 ReuseMatrix = ReuseScheme | Tensor | Sequence[Sequence[float]]
+ReuseGate = Callable[..., Tensor]
+"""Distribution of reuse mappings ``[N, N]`` from divergences: ``gate(kl, own_weight=..., kl_threshold=...)``."""
 
 
 class ReuseOptions(TypedDict, total=False):
@@ -36,6 +46,7 @@ class ReuseOptions(TypedDict, total=False):
     kl_threshold: float
     reuse_matrix: ReuseMatrix | None
     kl_reduction: Literal["mean", "max"]
+    gate: ReuseGate
 
 
 def gated_reuse_matrix(kl: Tensor, *, own_weight: float = 0.7, kl_threshold: float = 0.1) -> Tensor:
@@ -74,6 +85,41 @@ def gated_reuse_matrix(kl: Tensor, *, own_weight: float = 0.7, kl_threshold: flo
     count = close.sum(-1, keepdim=True)
     shared = close.to(kl.dtype) * (1 - own_weight) / count.clamp(min=1)
     return torch.where(own, torch.where(count > 0, kl.new_tensor(own_weight), 1.0), shared)
+
+
+def fading_reuse_matrix(kl: Tensor, *, own_weight: float = 0.7, kl_threshold: float = 0.1) -> Tensor:
+    """Distribution of reuse mappings in which the share of each source fades as its policy departs.
+
+        M[i, j] = (1 - own_weight) / (N - 1) max(0, 1 - K[i, j] / kl_threshold),   M[i, i] = 1 - sum_j M[i, j]
+
+    Agents that are alike share as behind :func:`gated_reuse_matrix`; as they take on roles of their own, each pair's
+    lambda rises to 1 without a step. The paper names lambda and sigma that adapt as future work; the rule is ours.
+
+    Args:
+        kl: :func:`pairwise_kl`, ``[N, N]``.
+        own_weight: probability of an agent's own experience while all are alike, in (0, 1].
+        kl_threshold: divergence from which on a source is not used, in nats, above 0.
+
+    Returns:
+        ``[N, N]``, rows sum to one.
+
+    Raises:
+        ValueError: if an argument is out of its range or ``kl`` is not square.
+
+    Example:
+        >>> fading_reuse_matrix(torch.tensor([[0.0, 0.05, 0.025], [0.05, 0.0, 0.3], [0.2, 0.3, 0.0]]))
+        tensor([[0.8125, 0.0750, 0.1125],
+                [0.0750, 0.9250, 0.0000],
+                [0.0000, 0.0000, 1.0000]])
+    """
+    _check_gate(own_weight, kl_threshold)
+    if not kl_threshold > 0:
+        raise ValueError(f"kl_threshold must be above 0 for shares that fade, got {kl_threshold!r}.")
+    if kl.ndim != 2 or kl.shape[0] != kl.shape[1]:
+        raise ValueError(f"kl must be [agents, agents], got {tuple(kl.shape)}.")
+    shares = (1 - own_weight) / max(1, len(kl) - 1) * (1 - kl / kl_threshold).clamp(min=0)
+    shares = shares.fill_diagonal_(0)
+    return shares + torch.diag(1 - shares.sum(-1))
 
 
 def fixed_reuse_matrix(scheme: ReuseMatrix, num_agents: int, *, own_weight: float = 0.7) -> Tensor:
@@ -128,6 +174,7 @@ class ReuseMappingSampler(nn.Module):
         kl_threshold: largest divergence of a source, sigma, in nats.
         reuse_matrix: a fixed mapping, see :func:`fixed_reuse_matrix`; ``None`` to follow the policies.
         kl_reduction: see :func:`pairwise_kl`.
+        gate: how the mapping follows divergences, :func:`gated_reuse_matrix` or :func:`fading_reuse_matrix`.
         num_rows: number of randomly drawn rows that the divergences are measured on.
 
     Raises:
@@ -158,6 +205,7 @@ class ReuseMappingSampler(nn.Module):
         kl_threshold: float = 0.1,
         reuse_matrix: ReuseMatrix | None = None,
         kl_reduction: Literal["mean", "max"] = "mean",
+        gate: ReuseGate = gated_reuse_matrix,
         num_rows: int = 2048,
     ) -> None:
         super().__init__()
@@ -168,7 +216,7 @@ class ReuseMappingSampler(nn.Module):
             raise ValueError(f"num_rows must be at least 1, got {num_rows}.")
         self.own_weight, self.kl_threshold = own_weight, kl_threshold
         self.kl_reduction: Literal["mean", "max"] = kl_reduction
-        self.num_rows = num_rows
+        self.gate, self.num_rows = gate, num_rows
         self.fixed = reuse_matrix is not None or own_weight == 1  # then no divergence can change the matrix
         matrix = fixed_reuse_matrix("NR" if reuse_matrix is None else reuse_matrix, num_agents, own_weight=own_weight)
         if matrix.shape != (num_agents, num_agents):
@@ -201,7 +249,7 @@ class ReuseMappingSampler(nn.Module):
             rows, mask = rows[chosen], None if mask is None else mask[chosen]
         others = [agent_policy(actor, agent).get_dist(rows.copy()) for agent in range(len(self.matrix))]
         kl = pairwise_kl(actor.get_dist(rows.copy()), others, mask, reduction=self.kl_reduction)
-        self.matrix.copy_(gated_reuse_matrix(kl, own_weight=self.own_weight, kl_threshold=self.kl_threshold))
+        self.matrix.copy_(self.gate(kl, own_weight=self.own_weight, kl_threshold=self.kl_threshold))
 
     def sources(self, agent: int) -> tuple[int, ...]:
         """Agents whose experience ``agent`` uses, always including ``agent``. The call synchronises with the device."""

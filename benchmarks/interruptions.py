@@ -20,11 +20,13 @@ from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt  # noqa: F401  (once, not in every run)
+import numpy as np
 import torch
 import vmas  # noqa: F401
 
 import torchrl_marl.run.run  # noqa: F401
 from torchrl_marl.run.checkpoints import find_checkpoint, load_policy
+from torchrl_marl.run.records import read_metrics
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 LOOP = [
@@ -99,9 +101,10 @@ def traces(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for run in folder.glob("*/*/*/*"):
         name = run.name.partition("-")[0]
-        scalars = [path for path in (run / "scalars").rglob("*.csv") if "timers" not in path.parts]
-        for path in (*scalars, run / "evaluations.json"):
-            found[f"{name}/{path.relative_to(run)}"] = path.read_text()
+        found[f"{name}/evaluations.json"] = (run / "evaluations.json").read_text()
+        for metric, measured in read_metrics(run).items():
+            if not metric.startswith("timers/"):
+                found[f"{name}/{metric}"] = np.stack(measured).tobytes()
         for key, value in load_policy(find_checkpoint(run)).state_dict().items():
             found[f"{name}/{key}"] = value.numpy().tobytes() if torch.is_tensor(value) else value
     return found

@@ -19,7 +19,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 
 from torchrl_marl.modules import with_recurrent_state
 from torchrl_marl.run.checkpoints import find_checkpoint, load_policy
-from torchrl_marl.run.records import metric_files, read_metric, read_runs
+from torchrl_marl.run.records import read_metrics, read_runs
 
 CURVES = {
     "evaluations": "eval/reward/episode_reward_mean",
@@ -63,9 +63,10 @@ def curves_of(folder: Path) -> list[dict]:
             "git_commit": run.sessions[-1]["git_commit"],
             "command": run.sessions[-1]["command"],
         }
+        metrics = read_metrics(run.folder)
         for name, metric in CURVES.items():
-            if metric in metric_files(run.folder):
-                rows = zip(*read_metric(run.folder, metric), strict=True)
+            if metric in metrics:
+                rows = zip(*metrics[metric], strict=True)
                 entry[name] = [[int(frames), round(float(value), 5)] for frames, value in rows]
         runs.append(entry)
     return sorted(runs, key=lambda run: (run["task"], run["option"], run["seed"]))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_marl.evaluation.figures import Band, draw_curves
-from torchrl_marl.run.records import RETURN, metric_files, read_metric, read_runs
+from torchrl_marl.run.records import RETURN, read_metric, read_metrics, read_runs
 
 BEST = {"black_red": 0.8, "black_blue_red": 0.78667}
 
@@ -47,7 +47,7 @@ def curves_of(folder: Path) -> list[dict]:
             "returns": curve(run.folder, "collection/reward/episode_reward_mean"),
             "reuse": {
                 name.rpartition("/")[2]: [value for _, value in curve(run.folder, name)]
-                for name in metric_files(run.folder)
+                for name in read_metrics(run.folder)
                 if name.startswith("train/agents/reuse_")
             },
         }

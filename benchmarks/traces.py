@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from torchrl_marl.run.records import read_metrics
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SMALL = (
     "env.num_envs=8 env.max_steps=10 frames_per_batch=160 minibatch_size=80 epochs=2 total_frames=1600 "
@@ -50,20 +52,18 @@ COMMANDS = {
 
 
 def trace(command: str) -> dict[str, list[str]]:
-    """Run a recipe; return every metric but times, as the files have them."""
+    """Run a recipe; return every metric but times, as rows ``frames,value``."""
     recipe, *overrides = shlex.split(command)
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable, str(RECIPES / recipe), *overrides, *SMALL.split(), f"folder={folder}"]
         done = subprocess.run(line, capture_output=True, text=True)
         if done.returncode:
             return {"error": [done.stderr.strip().splitlines()[-1]]}
-        files = sorted(Path(folder).rglob("*.csv"))
+        (config,) = Path(folder).rglob("config.yaml")
         return {
-            "/".join(
-                path.relative_to(next(p for p in path.parents if p.name == "scalars")).parts
-            ): path.read_text().split()
-            for path in files
-            if "timers" not in path.parts
+            name: [f"{frames:.0f},{value}" for frames, value in zip(*measured, strict=True)]
+            for name, measured in read_metrics(config.parent).items()
+            if not name.startswith("timers/")
         }
 
 

@@ -4,7 +4,8 @@
 
 reads every finished run below the folders and writes README.md (with figures), page.html (self-contained) and
 evaluations.json (every episode, in marl-eval's layout). Runs of a task must share environment, time limit, budget and
-evaluation, and runs of a method must differ only in the seed; otherwise an error lists the differences.
+evaluation, and runs of a method must differ only in the seed; otherwise an error lists the differences. A task with
+continuous and with discrete actions counts as two tasks.
 """
 
 import argparse
@@ -33,12 +34,14 @@ def compare(
 ) -> None:
     """Read the runs at or below ``roots``, check that they are comparable, and write the page."""
     runs, unfinished = read_runs(roots, split=split, metric=metric)
+    for folder in unfinished:
+        print(f"{folder} is left out: it is not finished, go on with 'resume=\"{folder}\"'.", file=sys.stderr)
     check_comparable(runs)
     curves = {name: [read_metric(folder, name) for folder in runs.folder] for name in metrics}
     options = {"baseline": baseline, "metric": metric, "score": score, "spread": spread, "command": command}
     write_comparison(runs, output, metrics=curves, unfinished=unfinished, **options)
-    records = [(folder / "evaluations.json", method) for folder, method in zip(runs.folder, runs.method, strict=True)]
-    if all(record.exists() for record, _ in records):
+    records = [(run.folder / "evaluations.json", run.task, run.method) for run in runs.itertuples()]
+    if all(path.exists() for path, *_ in records):
         with replacing(output / "evaluations.json") as path:
             path.write_text(json.dumps(merge_records(records)) + "\n")
 

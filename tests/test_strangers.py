@@ -280,9 +280,7 @@ def linked(kind: str, run: Path, outside: Path) -> Path:
     if kind == "a checkpoint elsewhere":
         (outside / "mine.torchrl").symlink_to(find_checkpoint(run))
         return outside / "mine.torchrl"
-    part = {"its checkpoints": "checkpoints", "its curves": "scalars/counters", "a file": "config.yaml"}.get(
-        kind, "new"
-    )
+    part = {"its checkpoints": "checkpoints", "its curves": "metrics.csv", "a file": "config.yaml"}.get(kind, "new")
     if part != "new":
         (run / part).rename(outside / "part")
     (run / part).symlink_to(outside / "part")
@@ -316,10 +314,11 @@ def test_seeds_do_not_go_on_together_through_a_link(run: Path, tmp_path: Path) -
         words_of_seeds(again)
 
 
-@pytest.mark.parametrize("row", ["frames,1.0\n", "<b>\n"])
-def test_a_curve_of_anything_else_is_named(row: str, run: Path) -> None:
-    (run / "scalars/counters/iter.csv").write_text(row)
-    with pytest.raises(ValueError, match=r"iter\.csv does not hold rows of frames and value"):
+@pytest.mark.parametrize("row", ["frames,1.0\n", "<b>\n", "\n80,1.0\n", "80\n"])
+@pytest.mark.parametrize("header", ["counters/total_frames,x\n", ""])
+def test_a_curve_of_anything_else_is_named(header: str, row: str, run: Path) -> None:
+    (run / "metrics.csv").write_text(header + row)
+    with pytest.raises(ValueError, match=r"metrics\.csv does not hold rows of frames and value"):
         MetricLog(run, config={}, name="", group="", tags=(), run_id="a", resumed_at=80, wandb_project=None)
 
 

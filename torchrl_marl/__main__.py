@@ -21,7 +21,7 @@ from torchrl_marl.export import export_policy
 from torchrl_marl.extras import find_callable
 from torchrl_marl.run.checkpoints import best_checkpoint, load_policy, read_metadata
 from torchrl_marl.run.checks import check_device
-from torchrl_marl.shelf import copy_recipe, print_recipes, run_recipe
+from torchrl_marl.shelf import copy_recipe, print_recipes, run_recipe, zoo_policies
 from torchrl_marl.trust import foreign_code, reason
 
 _SCRIPTS = {"train": "mars_vmas", "compare": "compare", "tune": "tune"}  # commands that run a recipe
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"torchrl_marl {torchrl_marl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("ls", help="list recipes, methods, environments and experiments")
+    commands.add_parser("zoo", help="list trained policies that come with the package, RUN of evaluate and export")
     copied = commands.add_parser("cp", help="copy a recipe with its configuration, to edit it")
     copied.add_argument("recipe")
     copied.add_argument("folder", type=Path, nargs="?", default=Path())
@@ -109,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     for command, recipe in _SCRIPTS.items():
         commands.add_parser(command, help=f"short for run {recipe}")
     run = argparse.ArgumentParser(add_help=False)
-    run.add_argument("run", metavar="RUN", type=Path, help="folder of a run (its best checkpoint), or a checkpoint")
+    run.add_argument(
+        "run", metavar="RUN", type=Path, help="folder of a run (its best checkpoint), a checkpoint, zoo:NAME"
+    )
     run.add_argument("--actor", metavar="MODULE:CALLABLE", help="builds an actor that is not this library's")
     played = commands.add_parser("evaluate", parents=[run], help="play episodes, print the return, film one")
     played.add_argument("--episodes", type=int, default=100)
@@ -130,6 +133,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def print_zoo() -> None:
+    """Print the trained policies that come with the package: name, frames, mean return with its interval, command."""
+    for name, path in zoo_policies().items():
+        recorded = read_metadata(path)
+        made = recorded["zoo"]
+        low, high = made["interval"]
+        print(
+            f"zoo:{name:24}{recorded['frames']:>9,} frames, return {made['return']:.2f} [{low:.2f}, {high:.2f}] over "
+            f"{made['episodes']:,} episodes\n    {made['command']}  # commit {made['git_commit'][:12]}"
+        )
+
+
 def _builder(name: str | None) -> Callable[..., Any] | None:
     return None if name is None else find_callable(name, "actor")
 
@@ -138,6 +153,8 @@ def _follow(args: argparse.Namespace) -> None:
     """Execute a command on existing runs, recipes or environments."""
     if args.command == "ls":
         print_recipes()
+    elif args.command == "zoo":
+        print_zoo()
     elif args.command == "cp":
         print(*copy_recipe(args.recipe, args.folder), sep="\n")
     elif args.command == "evaluate":

@@ -67,7 +67,7 @@ def export_policy(
         run: folder of a run (uses its best checkpoint) or a checkpoint file.
         format: ``"onnx"`` for ONNX runtimes, ``"torch_export"`` for ``torch.export.load(path).module()``.
         path: file to write, or to replace after the comparison; ``None`` for ``policy[_group][_agent].onnx`` or
-            ``.pt2`` in the run's folder, or beside the checkpoint.
+            ``.pt2`` in the run's folder, or beside the checkpoint; of the zoo, in the current folder.
         group: name of the group, if the run has several.
         agent: index of one agent; ``None`` for the whole group.
         num_observations: number of random inputs for the comparison of the written file with the original.
@@ -95,6 +95,7 @@ def export_policy(
     for package in _FORMATS[format].packages:
         import_extra(package, "export")
     folder = Path(run).expanduser() if Path(run).expanduser().is_dir() else checkpoint.parent
+    folder = Path() if str(run).startswith("zoo:") else folder
     name = "_".join(str(part) for part in ("policy", group, agent) if part is not None)
     path = folder / f"{name}{_FORMATS[format].suffix}" if path is None else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

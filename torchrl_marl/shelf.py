@@ -1,4 +1,4 @@
-"""List, copy and run the recipes that are part of the package."""
+"""What is part of the package, listed and used from anywhere: recipes and trained policies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["copy_recipe", "print_recipes", "recipes_folder", "run_recipe"]
+__all__ = ["copy_recipe", "print_recipes", "recipes_folder", "run_recipe", "zoo_policies", "zoo_policy"]
+
+_ZOO = Path(__file__).parent / "zoo"
 
 
 def recipes_folder() -> Path:
@@ -72,6 +74,24 @@ def run_recipe(name: str, arguments: Sequence[str]) -> None:
     sys.path[:0] = [str(script.parent), str(Path.cwd())]
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
+
+
+def zoo_policies() -> dict[str, Path]:
+    """Return the checkpoints of trained policies that come with the package, by name: ``TASK/METHOD``."""
+    return {path.relative_to(_ZOO).with_suffix("").as_posix(): path for path in sorted(_ZOO.rglob("*.torchrl"))}
+
+
+def zoo_policy(name: str) -> Path:
+    """Return the checkpoint of one of them.
+
+    Raises:
+        ValueError: if there is none of that name, with the nearest.
+    """
+    known = zoo_policies()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        raise ValueError(f"The zoo has no {name}; nearest: {', '.join(nearest)}. torchrl-marl zoo lists them.")
+    return known[name]
 
 
 def _scripts() -> list[Path]:

@@ -28,7 +28,7 @@ from torchrl_marl.evaluation import (
 from torchrl_marl.evaluation.comparison import check_comparable
 from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves
 from torchrl_marl.evaluation.page import Page
-from torchrl_marl.run.records import read_metric, read_runs
+from torchrl_marl.run.records import EvaluationRecord, read_metric, read_runs
 
 compare = runpy.run_path(str(RECIPES / "compare.py"))["compare"]
 TASKS = ("balance", "navigation")
@@ -171,6 +171,24 @@ def test_two_seeds_with_one_curve_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path, "seed=1")
     with pytest.raises(ValueError, match="Seeds 0 and 1 of mars on balance have the same curve"):
         check_comparable(read_runs([tmp_path])[0])
+
+
+def test_one_task_with_two_kinds_of_actions_is_two_tasks_of_the_page(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        for kind, final in (([], 1.0), (["env.continuous_actions=false"], 5.0)):
+            run = write_run(tmp_path / "runs", f"seed={seed}", *kind, final=final + seed)
+            record = EvaluationRecord(
+                run / "evaluations.json", environment="vmas", task="balance", method="mars", seed=seed
+            )
+            record.add(0, {"return": [final]})
+    text = page(tmp_path / "runs")
+    for kind, final in (("(default)", 2.0), ("False", 6.0)):
+        task = f"balance continuous_actions={kind}"
+        assert cells(text, task, "mars", "0 to 2")[3].startswith(f"{final:.2f} ")
+    merged = json.loads((tmp_path / "page/evaluations.json").read_text())["vmas"]
+    assert {task: list(methods["mars"]) for task, methods in merged.items()} == {
+        f"balance continuous_actions={kind}": ["seed_0", "seed_1", "seed_2"] for kind in ("(default)", "False")
+    }
 
 
 def test_seeds_may_have_the_same_evaluations_in_a_game_without_chance(tmp_path: Path) -> None:

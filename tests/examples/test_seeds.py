@@ -15,7 +15,7 @@ from tests.recipes.test_mars_vmas import GRU, assert_same_traces
 from torchrl_marl.evaluation.comparison import check_comparable
 from torchrl_marl.run.checkpoints import find_checkpoint, load_policy, read_metadata
 from torchrl_marl.run.logger import MetricLog
-from torchrl_marl.run.records import read_runs
+from torchrl_marl.run.records import read_metrics, read_runs
 
 UNEQUAL = ["minibatch_size=30", "total_frames=320", "evaluation.interval=160"]  # the last minibatch is smaller
 
@@ -30,23 +30,15 @@ def seeds_of(folder: Path) -> dict[int, Path]:
     return {OmegaConf.load(run / "config.yaml").seed: run for run in run_folders(folder)}
 
 
-def values(file: Path) -> dict[int, float]:
-    return {int(frames): float(value) for frames, value in (row.split(",") for row in file.read_text().split())}
-
-
 def assert_same_run(one: Path, other: Path, tolerance: float = 2e-4) -> None:
     """All that the other run has measured, what was played in evaluations and the parameters are the same."""
-    files = [
-        {
-            file.relative_to(run / "scalars"): file
-            for file in (run / "scalars").rglob("*.csv")
-            if "timers" not in str(file)
-        }
+    metrics = [
+        {name: dict(zip(*rows, strict=True)) for name, rows in read_metrics(run).items() if "timers" not in name}
         for run in (one, other)
     ]
-    assert set(files[0]) == set(files[1])
-    for name, file in files[0].items():
-        own, others = values(file), values(files[1][name])
+    assert set(metrics[0]) == set(metrics[1])
+    for name, own in metrics[0].items():
+        others = metrics[1][name]
         assert {frames: own[frames] for frames in others} == pytest.approx(others, rel=tolerance, abs=tolerance), name
     assert (one / "evaluations.json").read_text() == (other / "evaluations.json").read_text()
     parameters = [load_policy(find_checkpoint(run)).state_dict() for run in (one, other)]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from torchrl_marl.run.records import read_metrics
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = [
     "env.num_envs=8",
@@ -62,6 +64,9 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def curves(folder: Path) -> dict[str, str]:
-    """Every logged metric of a run but the timers, as the text of its file."""
-    files = (folder / "scalars").rglob("*.csv")
-    return {str(path.relative_to(folder)): path.read_text() for path in files if "timers" not in str(path)}
+    """Every logged metric of a run but the timers, as rows ``frames,value``."""
+    return {
+        name: "".join(f"{frames:.0f},{value}\n" for frames, value in zip(*measured, strict=True))
+        for name, measured in read_metrics(folder).items()
+        if "timers" not in name
+    }

@@ -20,7 +20,7 @@ SMALL = [override for override in TINY if "hidden_sizes" not in override]
 
 
 def last_value(folder: Path, metric: str) -> float:
-    return float((folder / "scalars" / f"{metric}.csv").read_text().split()[-1].split(",")[1])
+    return float(curves(folder)[metric].split()[-1].split(",")[1])
 
 
 @pytest.mark.parametrize("network", ["mat", "sable"])
@@ -55,7 +55,7 @@ def test_the_learner_alone_is_evaluated_and_stored_and_acts_on_local_observation
             for seen in (observation, others_moved)
         ]
     torch.testing.assert_close(actions[0][:, 0], actions[1][:, 0])
-    rows = (folder / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
+    rows = curves(folder)["eval/reward/episode_reward_mean"].split()
     best = max(float(row.split(",")[1]) for row in rows)
     env = make_env("navigation", num_envs=4, max_steps=10, seed=0)
     episodes = evaluate(env, policy, seed=1_000_003, max_steps=10)
@@ -84,7 +84,7 @@ def test_sable_goes_on_bit_for_bit_from_a_checkpoint(tmp_path: Path, monkeypatch
     resumed, straight = (
         {k: v for k, v in curves(f).items() if not any(name in k for name in at_the_end)} for f in (half, whole)
     )
-    assert "scalars/train/agents/loss_objective.csv" in resumed
+    assert "train/agents/loss_objective" in resumed
     assert resumed == straight
 
 

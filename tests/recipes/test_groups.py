@@ -23,7 +23,7 @@ GRU = ["actor=gru", "critic=gru", "chunk_length=5", "actor.recurrent_size=8", "c
 
 
 def last_value(folder: Path, metric: str) -> float:
-    return float((folder / "scalars" / f"{metric}.csv").read_text().split()[-1].split(",")[1])
+    return float(curves(folder)[metric].split()[-1].split(",")[1])
 
 
 def test_with_one_group_it_is_the_mars_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from torchrl_marl.evaluation import Episodes, evaluate
 from torchrl_marl.objectives import IPPOLoss
 from torchrl_marl.run.checkpoints import best_checkpoint, find_checkpoint, load_policy, read_metadata
 from torchrl_marl.run.config import _stored_config
-from torchrl_marl.run.records import EvaluationRecord
+from torchrl_marl.run.records import FRAMES, EvaluationRecord, read_metrics
 from torchrl_marl.run.run import Run
 
 GRU = [
@@ -54,15 +54,14 @@ def wait_for_frames(folder: Path, frames: int) -> Path:
     """Wait until the one run below ``folder`` has logged ``frames`` frames; return the run's folder."""
     for _ in range(6000):
         for run in folder.glob("*/*/*/*"):
-            logged = run / "scalars/train/agents/kl_approx.csv"
-            if logged.exists() and any(int(row.split(",")[0]) >= frames for row in logged.read_text().split("\n")[:-1]):
+            if (run / "metrics.csv").exists() and read_metrics(run)[FRAMES][0].max(initial=0) >= frames:
                 return run
         time.sleep(0.02)
     raise TimeoutError(f"no run below {folder} reached {frames} frames")
 
 
 def last_value(folder: Path, metric: str) -> float:
-    return float((folder / "scalars" / f"{metric}.csv").read_text().split()[-1].split(",")[1])
+    return float(curves(folder)[metric].split()[-1].split(",")[1])
 
 
 def assert_same_traces(one: Path, other: Path) -> None:
@@ -97,7 +96,7 @@ def test_every_method_trains_and_leaves_a_complete_folder(
     # every method logs the ratio diagnostics of the MARS paper, and a real update moves ratios to both sides of 1
     assert last_value(folder, "train/agents/min_ratio") < 1 < last_value(folder, "train/agents/max_ratio")
     assert last_value(folder, "counters/total_frames") == 240
-    evaluations = (folder / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
+    evaluations = curves(folder)["eval/reward/episode_reward_mean"].split()
     assert [int(row.split(",")[0]) for row in evaluations] == [0, 80, 160, 240]
 
 
@@ -157,7 +156,7 @@ def test_the_same_seed_gives_the_same_curves_and_another_seed_others(
         run_recipe(monkeypatch, tmp_path / name, f"seed={seed}")
     a, b, c = (curves(run_folders(tmp_path / name)[0]) for name in "abc")
     assert a == b
-    loss = "scalars/train/agents/loss_objective.csv"
+    loss = "train/agents/loss_objective"
     assert a[loss] != c[loss]
 
 
@@ -277,7 +276,7 @@ def test_an_interruption_soon_after_the_start_leaves_something_to_go_on_from(
     (folder,) = run_folders(tmp_path)
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
     run_recipe(monkeypatch, tmp_path, f"resume={folder}")
-    assert (folder / "scalars/counters/iter.csv").read_text() == "80,1.0\n160,2.0\n"
+    assert curves(folder)["counters/iter"] == "80,1.0\n160,2.0\n"
     assert (folder / "summary.json").exists()
 
 
@@ -288,9 +287,13 @@ def test_interruption_in_the_last_iteration_says_what_resuming_still_does(
         patch.setattr(Run, "record", lambda run, _: run.interrupt())
         run_recipe(patch, tmp_path, "total_frames=80")
     (folder,) = run_folders(tmp_path)
-    rest = "without absolute metric, pictures and summary"
-    assert f"Stopped after 80 of 80 frames, {rest}. Go on with 'resume=\"{folder}\"'" in capsys.readouterr().out
+    rest = "without absolute metric, film and summary"
+    printed = capsys.readouterr()
+    assert f"Stopped after 80 of 80 frames, {rest}. Go on with 'resume=\"{folder}\"'" in printed.out
     assert not (folder / "summary.json").exists()
+    assert (folder / "learning_curve.png").exists()
+    evaluated, _ = curves(folder)["eval/reward/episode_reward_mean"].split()  # the second after the iteration's line
+    assert f"evaluation {float(evaluated.split(',')[1]):.2f}]" in printed.err
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
     run_recipe(monkeypatch, tmp_path, f"resume={folder}")
     summary = json.loads((folder / "summary.json").read_text())
@@ -361,7 +364,7 @@ def test_a_run_of_before_compile_was_one_door_is_evaluated_and_goes_on(
     assert "mars on navigation after 80 frames" in capsys.readouterr().out
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
     run_recipe(monkeypatch, tmp_path, f"resume={folder}", "total_frames=160")
-    assert (folder / "scalars/counters/iter.csv").read_text() == "80,1.0\n160,2.0\n"
+    assert curves(folder)["counters/iter"] == "80,1.0\n160,2.0\n"
     assert _stored_config(str(folder), ["compile=true"]).compile
 
 
@@ -375,7 +378,7 @@ def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(
     run_recipe(monkeypatch, tmp_path, f"resume={older}", "total_frames=200")
     assert read_metadata(find_checkpoint(folder))["frames"] == 240  # written again by the run that went on
     assert (folder / "abandoned/checkpoint-000000000240.torchrl").exists()
-    frames = [int(row.split(",")[0]) for row in (folder / "scalars/counters/iter.csv").read_text().split()]
+    frames = [int(row.split(",")[0]) for row in curves(folder)["counters/iter"].split()]
     assert frames == [80, 160, 240]
 
 
@@ -528,7 +531,7 @@ def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def scores_of(folder: Path) -> dict[int, float]:
     """Mean return of each evaluation of a run, by frames."""
-    rows = (folder / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
+    rows = curves(folder)["eval/reward/episode_reward_mean"].split()
     return {int(row.split(",")[0]): float(row.split(",")[1]) for row in rows}
 
 
@@ -654,6 +657,6 @@ def test_mars_learns_navigation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     sizes = ["env.num_envs=60", "env.max_steps=100", "frames_per_batch=6000", "minibatch_size=1000", "epochs=10"]
     networks = ["actor.hidden_sizes=[64,64]", "critic.hidden_sizes=[64,64]", "optimizer.lr=1e-3"]
     run_recipe(monkeypatch, tmp_path, *sizes, *networks, "total_frames=36000", "evaluation.interval=36000")
-    rows = (run_folders(tmp_path)[0] / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
+    rows = curves(run_folders(tmp_path)[0])["eval/reward/episode_reward_mean"].split()
     before, after = (float(row.split(",")[1]) for row in (rows[0], rows[-1]))
     assert after > before + 0.8  # of at most 4.3; a policy that learns nothing stays within 0.2

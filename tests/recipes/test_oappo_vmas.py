@@ -12,7 +12,7 @@ GRU = ["actor=gru", "actor.recurrent_size=8", "actor.head_sizes=[]", "chunk_leng
 
 
 def series(folder: Path, metric: str) -> list[float]:
-    rows = (folder / "scalars/train/agents" / f"{metric}.csv").read_text().split()
+    rows = curves(folder)[f"train/agents/{metric}"].split()
     return [float(row.split(",")[1]) for row in rows]
 
 
@@ -34,7 +34,7 @@ def test_without_reuse_a_whole_run_is_happos_bit_for_bit(
     run_recipe(monkeypatch, tmp_path / "own", "loss=happo", "total_frames=160", *memory, recipe="oappo_vmas")
     off, own = (curves(run_folders(tmp_path / name)[0]) for name in ("off", "own"))
     assert off == own
-    assert len(off["scalars/train/agents/loss_objective.csv"].split()) == 2
+    assert len(off["train/agents/loss_objective"].split()) == 2
 
 
 @pytest.mark.parametrize("method", ["hatrpo", "oatrpo"])
@@ -42,7 +42,7 @@ def test_one_loop_serves_clips_and_natural_gradients(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_recipe(monkeypatch, tmp_path, f"loss={method}", "total_frames=80", recipe="oappo_vmas")
-    assert "scalars/train/agents/step_fraction.csv" in curves(run_folders(tmp_path)[0])
+    assert "train/agents/step_fraction" in curves(run_folders(tmp_path)[0])
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_experiments_play_in_the_mazes_and_resume_without_being_named_again(
     assert config.actor.get("share_parameters", True) == (method == "mappo")
     monkeypatch.setattr("tests.recipes.runs.TINY", [])
     run_recipe(monkeypatch, tmp_path, f"resume={folder}", "total_frames=160", recipe=recipe)
-    assert len((folder / "scalars/train/agents/loss_objective.csv").read_text().split()) == 2
+    assert len(curves(folder)["train/agents/loss_objective"].split()) == 2
 
 
 def test_the_command_line_decides_over_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_every_method_trains_and_leaves_a_complete_folder(
     assert {"absolute", "frames_per_second", "git_commit"} < set(summary)
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "episode.gif").read_bytes().startswith(b"GIF")
-    epsilons = [row.split(",") for row in (folder / "scalars/train/agents/epsilon.csv").read_text().split()]
+    epsilons = [row.split(",") for row in curves(folder)["train/agents/epsilon"].split()]
     assert [(frame, round(float(value), 3)) for frame, value in epsilons] == [
         ("80", 0.525),  # from 1 to 0.05 in 160 frames
         ("160", 0.05),
@@ -46,7 +46,7 @@ def test_every_method_trains_and_leaves_a_complete_folder(
     ]
     assert last_value(folder, "train/agents/loss_value") > 0
     assert last_value(folder, "train/agents/grad_norm") > 0
-    evaluations = (folder / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
+    evaluations = curves(folder)["eval/reward/episode_reward_mean"].split()
     assert [int(row.split(",")[0]) for row in evaluations] == [0, 80, 160, 240]
 
 

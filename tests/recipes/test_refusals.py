@@ -1,11 +1,15 @@
 """What recipes refuse before they build anything: losses of another loop, values out of range."""
 
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import DictConfig
 
-from tests.recipes.runs import run_folders, run_recipe
+from tests.recipes import runs
+from tests.recipes.runs import RECIPES, run_folders, run_recipe
 
 
 @pytest.mark.parametrize(
@@ -88,3 +92,84 @@ def test_a_recipe_with_a_scenario_of_its_own_takes_other_environments(
     (folder,) = run_folders(tmp_path)
     assert (folder / "summary.json").exists()
     assert folder.parts[-3:-1] == ("CoordSum-3x10", "oappo")
+
+
+def composed(monkeypatch: pytest.MonkeyPatch, *overrides: str, recipe: str = "mars_vmas") -> DictConfig:
+    """What a recipe would train."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"].compose(overrides)
+
+
+def test_more_environments_move_the_default_evaluations_apart_and_explicit_ones_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert composed(monkeypatch).evaluation.interval == 30_000
+    assert composed(monkeypatch, "env.num_envs=600").evaluation.interval == 60_000  # an episode of 100 steps of each
+    assert composed(monkeypatch, "evaluation.interval=7").evaluation.interval == 7
+    with pytest.raises(SystemExit, match=r"^evaluation\.interval is 80, but .* = 160"):
+        run_recipe(monkeypatch, tmp_path, "env.num_envs=16", "evaluation.interval=80")
+
+
+def test_a_run_of_another_recipe_is_resumed_by_that_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_recipe(monkeypatch, tmp_path, "total_frames=80")
+    (folder,) = run_folders(tmp_path)
+    monkeypatch.setattr(runs, "TINY", [])
+    with pytest.raises(SystemExit, match=rf"is of a run of mars_vmas: python recipes/mars_vmas\.py resume={folder}$"):
+        run_recipe(monkeypatch, tmp_path, f"resume={folder}", recipe="marpo_vmas")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fitting", "others"),
+    [
+        ("mars_vmas", ["actor: gru, mat, mlp, sable", "experiment: mappo_maze, oappo_maze"], ["guider:", "magpo"]),
+        ("magpo_vmas", ["actor: gru, mlp", "loss: ctds, magpo, magpo_adaptive", "setting: ctds, magpo, "], ["critic:"]),
+        ("oappo_vmas", ["actor: gru, mlp", "critic: gru, mlp"], ["guider:", "sable"]),
+        ("qmix_vmas", ["setting: none", "loss: ldsa, qmix, qplex, vdn"], ["guider:", "critic:"]),
+    ],
+)
+def test_help_lists_the_choices_that_a_recipe_trains(recipe, fitting, others, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(runs, "TINY", [])
+    monkeypatch.setattr(sys, "argv", [recipe, "--help"])
+    monkeypatch.syspath_prepend(str(RECIPES))
+    runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
+    choices = capsys.readouterr().out.partition("Choices")[2].partition("Values")[0]
+    assert all(f"  {line}" in choices for line in fitting)
+    assert not [word for word in others if word in choices]
+
+
+def test_help_shows_what_the_chosen_classes_take_beyond_the_file(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["mars_vmas", "loss=maspo", "--help"])
+    runpy.run_path(str(RECIPES / "mars_vmas.py"), run_name="__main__")
+    values = yaml.safe_load(capsys.readouterr().out.partition("among them:\n")[2])
+    assert values["loss"]["_target_"] == "torchrl_marl.objectives.MASPOLoss"
+    assert values["loss"]["entropy_coeff"] == 0.01  # of RatioLoss
+    assert values["actor"]["hidden_sizes"] == [256, 256]  # of make_actor
+    assert values["optimizer"]["lr"] == 0.001  # of the file
+    assert values["optimizer"]["betas"] == [0.9, 0.999]  # of torch.optim.Adam
+
+
+def test_folders_of_runs_tell_configurations_apart_and_seeds_together(tmp_path, monkeypatch) -> None:
+    for words in (["seed=0"], ["seed=1"], ["seed=1", "optimizer.lr=0.1"]):
+        run_recipe(monkeypatch, tmp_path, "total_frames=80", *words)
+    (one, first), (same, second), (other, third) = (
+        (folder.name.split("-")[1], folder.name.split("-")[0]) for folder in run_folders(tmp_path)
+    )
+    assert (first, second, third) == ("seed0", "seed1", "seed1")
+    assert one == same != other
+
+
+def test_an_actor_of_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_networks_here.py").write_text("from torchrl_marl.modules import make_actor as make_mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    cfg = composed(monkeypatch, "actor._target_=my_networks_here.make_mine")
+    assert cfg.actor._target_ == "my_networks_here.make_mine"
+
+
+def test_what_hydra_refuses_is_one_line_of_what_was_typed(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(runs, "TINY", [])
+    with pytest.raises(SystemExit, match=r"^Ambiguous value for argument 'actor\.hidden_sizes=64,64' [^\n]*$"):
+        run_recipe(monkeypatch, tmp_path, "actor.hidden_sizes=64,64")
+    with pytest.raises(SystemExit, match=r"^optimizer\._target_ must name a function or a class[^\n]*$"):
+        run_recipe(monkeypatch, tmp_path, "optimizer._target_=torch.optim.Adamm")
+    assert capfd.readouterr() == ("", "")

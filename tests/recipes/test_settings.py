@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_the_authors_table_has_all_tasks_and_one_learning_rate_a_row() -> None:
 def test_every_row_is_a_setting_and_every_setting_a_row() -> None:
     names = {name_of(row) for row in AUTHORS}
     imitating = {name.replace("magpo/", "ctds/") for name in names if name.startswith("magpo/")}
-    assert set(read_settings(CONFIG)) == names | imitating
+    assert {name for name in read_settings(CONFIG) if not name.startswith("tuned/")} == names | imitating
 
 
 def said(name: str) -> DictConfig:
@@ -206,3 +207,12 @@ def test_a_setting_whose_extra_is_missing_names_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "jumanji", None)
     with pytest.raises(SystemExit, match=r'^env: .*pip install "torchrl_marl\[jax\]"'):
         run_recipe(monkeypatch, tmp_path, "setting=happo/lbf-10x10-3p-3f", "device=cpu")
+
+
+@pytest.mark.parametrize("task", ["balance", "navigation"])
+def test_a_tuned_setting_is_what_tuning_has_chosen(task: str, recipes: dict[str, Recipe]) -> None:
+    tried = json.loads((RECIPES.parent / "results/tuning.json").read_text())[task]["last_fifth"]
+    of_mars = [command for command in tried if "loss=mars " in command]
+    _, *chosen = max(of_mars, key=lambda command: tried[command]).split()
+    words = recipes["mappo"].compose([*chosen, "method=mars"]), recipes["mappo"].compose([f"setting=tuned/{task}"])
+    assert words[0] == words[1]

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from tests.recipes.runs import RECIPES, run_folders, run_recipe
+from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe
 from tests.recipes.test_mars_vmas import METHODS, RECIPE_OF
 from torchrl_marl.modules import GroupSpec
 from torchrl_marl.run.checks import check_keys
@@ -111,7 +111,7 @@ def test_the_sweep_of_wandb_searches_the_same_space_for_a_metric_that_runs_log(
 def test_a_run_logs_the_metric_that_sweeps_maximise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(monkeypatch, tmp_path)
     (folder,) = run_folders(tmp_path)
-    (row,) = (folder / "scalars" / f"{LAST_FIFTH}.csv").read_text().split()
+    (row,) = curves(folder)[LAST_FIFTH].split()
     summary = json.loads((folder / "summary.json").read_text())
     assert [float(value) for value in row.split(",")] == pytest.approx([240, summary["last_fifth"]])
 

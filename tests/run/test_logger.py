@@ -1,14 +1,17 @@
 """Metrics end up where a user looks for them."""
 
 import json
+import math
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from torchrl_marl.run.logger import MetricLog, git_commit, run_group
+from torchrl_marl.run.records import read_metrics
 
 
 def new_log(folder: Path, **options: object) -> MetricLog:
@@ -20,12 +23,13 @@ def test_a_resumed_curve_holds_every_frame_once(tmp_path: Path) -> None:
     log = new_log(tmp_path)
     for frames in (10, 20, 30):
         log.log({"eval/x": frames / 10}, frames)
-    with (tmp_path / "scalars/eval/x.csv").open("a") as file:
+    with (tmp_path / "metrics.csv").open("a") as file:
         file.write("40,4.")  # killed in the middle of a line
     resumed = new_log(tmp_path, resumed_at=20)
     for frames in (30, 40):
         resumed.log({"eval/x": frames}, frames)
-    assert (tmp_path / "scalars/eval/x.csv").read_text() == "10,1.0\n20,2.0\n30,30.0\n40,40.0\n"
+    rows = ["counters/total_frames,eval/x", "10,1.0", "20,2.0", "30,30.0", "40,40.0"]
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == rows
 
 
 def test_a_resumed_run_measures_its_end_once(tmp_path: Path) -> None:
@@ -41,12 +45,67 @@ def test_a_resumed_run_measures_its_end_once(tmp_path: Path) -> None:
     assert not (tmp_path / "summary.json").exists()  # the run is unfinished again
     assert json.loads((tmp_path / "abandoned/summary.json").read_text()) == {"frames": 20}
     longer.log({"eval/reward/episode_reward_mean": 4.0, **end}, 30)
-    scalars = tmp_path / "scalars/eval"
-    assert {path.relative_to(scalars).as_posix(): path.read_text() for path in scalars.rglob("*.csv")} == {
-        "reward/last_fifth.csv": "30,1.0\n",
-        "absolute/episode_reward_mean.csv": "30,2.0\n",
-        "reward/episode_reward_mean.csv": "20,3.0\n30,4.0\n",
+    measured = {name: dict(zip(*columns, strict=True)) for name, columns in read_metrics(tmp_path).items()}
+    assert measured == {
+        "counters/total_frames": {20: 20, 30: 30},
+        "eval/reward/last_fifth": {30: 1.0},
+        "eval/absolute/episode_reward_mean": {30: 2.0},
+        "eval/reward/episode_reward_mean": {20: 3.0, 30: 4.0},
     }
+
+
+def test_pandas_reads_the_table_of_metrics_in_one_line(tmp_path: Path) -> None:
+    """Columns that come later are empty before; what is measured at the same frames stands in one row."""
+    pandas = pytest.importorskip("pandas")
+    log = new_log(tmp_path)
+    log.log({"eval/return": -1.5}, 0)
+    log.log({"counters/iter": 1, "loss, of two": 1 / 3}, 10)
+    log.log({"counters/iter": 2, "loss, of two": math.nan}, 20)
+    log.log({"eval/return": 2.5, "won": 1}, 20)
+    log.log({"counters/iter": 3, "loss, of two": 0.25}, 30)
+    table = pandas.read_csv(tmp_path / "metrics.csv")
+    assert list(table) == ["counters/total_frames", "eval/return", "counters/iter", "loss, of two", "won"]
+    assert table["counters/total_frames"].tolist() == [0, 10, 20, 30]
+    assert table["loss, of two"].dropna().tolist() == [1 / 3, 0.25]
+    assert table["eval/return"].dropna().tolist() == [-1.5, 2.5]
+    assert table["won"].dropna().index.tolist() == [2]
+    np.testing.assert_array_equal(read_metrics(tmp_path)["loss, of two"], ([10, 20, 30], [1 / 3, math.nan, 0.25]))
+
+
+def test_a_resumed_table_is_that_of_an_uninterrupted_run_byte_for_byte(tmp_path: Path) -> None:
+    rows = [
+        (0, {"eval": 1.0}),
+        (10, {"x": 0.1}),
+        (20, {"x": 0.2, "ended": 1.0}),
+        (20, {"eval": 2.0}),
+        (30, {"late": 3}),
+    ]
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    for folder in (whole, half):
+        folder.mkdir()
+        log = new_log(folder)
+        for frames, metrics in rows:
+            log.log(metrics, frames)
+    resumed = new_log(half, resumed_at=10)
+    assert (half / "metrics.csv").read_text() == "counters/total_frames,eval,x\n0,1.0,\n10,,0.1\n"
+    for frames, metrics in rows[2:]:
+        resumed.log(metrics, frames)
+    assert (half / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+def test_a_run_of_before_the_table_is_read_and_goes_on(tmp_path: Path) -> None:
+    """It had a file for each metric."""
+    for name, text in {"eval/x": "0,1.0\n20,2.0\n40,3.0\n", "train/a/loss": "20,0.5\n40,0.25\n"}.items():
+        (path := tmp_path / f"scalars/{name}.csv").parent.mkdir(parents=True)
+        path.write_text(text)
+    assert {name: values.tolist() for name, (_, values) in read_metrics(tmp_path).items()} == {
+        "eval/x": [1.0, 2.0, 3.0],
+        "train/a/loss": [0.5, 0.25],
+    }
+    new_log(tmp_path, resumed_at=20).log({"eval/x": 9.0}, 40)
+    assert not (tmp_path / "scalars").exists()
+    rows = ["counters/total_frames,eval/x,train/a/loss", "0,1.0,", "20,2.0,0.5", "40,9.0,"]
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == rows
 
 
 def test_runs_share_a_group_if_only_seed_and_place_differ() -> None:

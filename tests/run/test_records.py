@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.recipes.runs import run_folders, run_recipe
+from tests.recipes.runs import curves, run_folders, run_recipe
 from torchrl_marl.run.records import EvaluationRecord, merge_records
 
 
@@ -32,7 +32,7 @@ def test_a_run_stores_every_episode_as_marl_eval_reads_it(tmp_path: Path, monkey
             "return": episodes,
             "episode_length": episodes,
         }
-    rows = (folder / "scalars/eval/reward/episode_reward_mean.csv").read_text().split()
+    rows = curves(folder)["eval/reward/episode_reward_mean"].split()
     means = [np.mean(steps[f"step_{index}"]["return"]) for index in range(4)]
     assert means == pytest.approx([float(row.split(",")[1]) for row in rows], rel=1e-6)
     absolute = json.loads((folder / "summary.json").read_text())["absolute"]
@@ -55,8 +55,8 @@ def test_a_resumed_record_holds_every_evaluation_once(tmp_path: Path) -> None:
 
 def test_merging_keeps_every_run_and_refuses_one_that_is_there_twice(tmp_path: Path) -> None:
     names = [("t", "m", 0), ("t", "m", 1), ("t", "other", 0), ("u", "m", 0)]
-    paths = [(tmp_path / f"{index}.json", method) for index, (_, method, _) in enumerate(names)]
-    for (path, method), (task, _, seed) in zip(paths, names, strict=True):
+    paths = [(tmp_path / f"{index}.json", task, method) for index, (task, method, _) in enumerate(names)]
+    for (path, _, method), (task, _, seed) in zip(paths, names, strict=True):
         new_record(path, task=task, method=method, seed=seed).add(0, {"return": [1.0]})
     merged = merge_records(paths)["vmas"]
     assert {(t, m, s) for t in merged for m in merged[t] for s in merged[t][m]} == {
@@ -70,5 +70,5 @@ def test_variants_of_a_method_merge_under_their_own_names(tmp_path: Path) -> Non
     names = ["mars lr=0.1", "mars lr=0.2"]
     for value, name in enumerate(names):
         new_record(tmp_path / name, task="t", method="mars", seed=0).add(0, {"return": [float(value)]})
-    merged = merge_records([(tmp_path / name, name) for name in names])["vmas"]["t"]
+    merged = merge_records([(tmp_path / name, "t", name) for name in names])["vmas"]["t"]
     assert [merged[name]["seed_0"]["step_0"]["return"] for name in names] == [[0.0], [1.0]]

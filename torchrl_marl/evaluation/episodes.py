@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,7 @@ def evaluate(
     seed: int | None,
     max_steps: int,
     sampled: bool = False,
+    after_step: Callable[[], object] = lambda: None,
 ) -> Episodes:
     """Play one episode in every copy of an environment.
 
@@ -75,6 +76,7 @@ def evaluate(
         seed: seed of the environments; the same seed gives the same initial states. ``None`` keeps the random streams.
         max_steps: maximum length of an episode.
         sampled: sample the policy's actions instead of taking the most likely ones.
+        after_step: is called after each of the ``max_steps`` steps, as ``tqdm.update``.
 
     Returns:
         The first episode of every copy.
@@ -92,6 +94,7 @@ def evaluate(
             data, following = env.step_and_maybe_reset(policy(following))
             own = {"returns": episode_returns(data), "groups": group_returns(data), "info": episode_info(data)}
             steps.append(TensorDict({"done": data["next", "done"].squeeze(-1), **own}, data.batch_size))
+            after_step()
             ended |= steps[-1]["done"]
             if ended.all():
                 break

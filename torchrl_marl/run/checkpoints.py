@@ -31,6 +31,7 @@ from torchrl_marl.modules import (
     make_recurrent_actor,
     make_sable,
 )
+from torchrl_marl.shelf import zoo_policy
 from torchrl_marl.trust import reason
 
 __all__ = [
@@ -182,7 +183,8 @@ def load_policy(
     :func:`~torchrl_marl.modules.make_mat` and :func:`~torchrl_marl.modules.make_sable` act on those of the whole group.
 
     Args:
-        path: a checkpoint file, or a run's folder (uses its best checkpoint).
+        path: a checkpoint file, a run's folder (uses its best checkpoint), or ``"zoo:TASK/METHOD"``, a policy that is
+            part of the package (``torchrl-marl zoo`` lists them).
         actor: actor to load the parameters into; only needed for a custom actor.
         build: builder of a custom actor, called as ``build(shape, **options, device=device)`` with a
             :class:`~torchrl_marl.modules.GroupSpec` and the run's options, as in its recipe.
@@ -252,7 +254,8 @@ def _bind(components: Mapping[str, Any]) -> Checkpoint:
 
 
 def _choose(path: str | Path, choose: Callable[[Mapping[Path, Mapping[str, Any]]], Path]) -> Path:
-    path = Path(path).expanduser()
+    zoo, _, name = str(path).partition("zoo:")
+    path = zoo_policy(name) if name and not zoo else Path(path).expanduser()
     if path.is_file():
         return path
     for folder in (path / "checkpoints", path):

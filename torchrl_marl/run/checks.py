@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,6 +21,7 @@ from typing_extensions import get_type_hints
 __all__ = ["check_device", "check_keys", "check_types", "check_values"]
 
 _LARGEST_SEED = 2**32 - 1 - 3_000_009  # evaluation seeds add up to 3_000_009, and NumPy takes 32 bits
+_PASSED = ("device", "group", "seed")  # by recipes, to what they instantiate
 _Test = Callable[[Any], object]
 
 
@@ -41,7 +44,7 @@ def fail(key: str, what: str, known: Iterable[str]) -> NoReturn:
 
 def in_one_line(error: Exception) -> str:
     """The text of an error without Hydra's search path."""
-    return " ".join(str(error).partition("\nConfig search path")[0].split())
+    return " ".join(str(error).partition("\nConfig search path")[0].split()).replace("'++", "'")  # which nobody typed
 
 
 def check_choices(cfg: DictConfig, overrides: Iterable[str], groups: Mapping[str, Iterable[str]], folder: Path) -> None:
@@ -157,6 +160,8 @@ def _in_yaml(kind: Any) -> tuple[str, _Test]:
 
 def _located(target: object, path: str) -> Callable[..., object]:
     try:
+        if importlib.util.find_spec(str(target).partition(".")[0]) is None:
+            sys.path.append(str(Path.cwd()))  # modules of the current folder, as env.factory finds them
         found = get_object(str(target))
         inspect.signature(found)
     except Exception as error:
@@ -186,6 +191,24 @@ def arguments_of(target: Callable[..., Any]) -> dict[str, Any]:
         else:
             kinds[parameter.name] = kind
     return kinds
+
+
+def with_defaults(value: Any) -> Any:
+    """A value of a configuration with what the classes in it take beyond what it says, where YAML can say that."""
+    if not isinstance(value, DictConfig):
+        return value
+    shown = {str(key): with_defaults(child) for key, child in value.items()}
+    if "_target_" in value:
+        target = _located(value._target_, "")
+        scopes = (
+            [target.__init__, *(base.__init__ for base in target.__mro__)] if isinstance(target, type) else [target]
+        )
+        for name in arguments_of(target):
+            signatures = (inspect.signature(scope).parameters for scope in scopes)
+            default = next((own[name].default for own in signatures if name in own), inspect.Parameter.empty)
+            if isinstance(default, (*_YAML, tuple)) and name not in _PASSED:
+                shown.setdefault(name, list(default) if isinstance(default, tuple) else default)
+    return shown
 
 
 def check_loss(cfg: DictConfig, networks: tuple[str, ...], folder: Path) -> None:
@@ -231,13 +254,15 @@ def check_values(cfg: DictConfig, unread: tuple[str, ...]) -> None:
 
     cores, frames = os.cpu_count() or 1, cfg.frames_per_batch
     count = "an integer of at least 1", is_up_to(2**63 - 1)
+    count_or_null = "null or an integer of at least 1", lambda value: value is None or count[1](value)
     share = f"an integer from 1 to frames_per_batch, {frames}", is_up_to(frames)
     fraction = "between 0 and 1", lambda value: _is_number(value) and 0 <= value <= 1
     name = "a name that a folder can have", lambda value: re.fullmatch(r"[\w+-][\w.+-]*", _text(value))
     highest = f"an integer of at least 0, at most {_LARGEST_SEED} (several, one after the other: -m seed=0,1)"
     ranges: list[tuple[str, str, _Test]] = [
         *((key, *count) for key in ("total_frames", "frames_per_batch", "epochs", "processes", "env.num_envs")),
-        *((key, *count) for key in ("env.max_steps", "evaluation.interval", "evaluation.episodes")),
+        *((key, *count) for key in ("env.max_steps", "evaluation.episodes")),
+        *((key, *count_or_null) for key in ("evaluation.interval", "chunk_length")),
         *((key, *share) for key in ("env.num_envs", "minibatch_size")),
         ("num_threads", f"an integer from 1 to this machine's processors, {cores}", is_up_to(cores)),
         *((key, *fraction) for key in ("gamma", "lmbda")),
@@ -247,7 +272,6 @@ def check_values(cfg: DictConfig, unread: tuple[str, ...]) -> None:
             "null or a number of at least 0",
             lambda value: value is None or (_is_number(value) and value >= 0),
         ),
-        ("chunk_length", "null or an integer of at least 1", lambda value: value is None or count[1](value)),
         *((key, *name) for key in ("method", "environment")),
         ("seed", highest, lambda value: _is_integer(value) and 0 <= value <= _LARGEST_SEED),
         ("env.scenario", "a name", _text),

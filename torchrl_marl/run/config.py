@@ -18,6 +18,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,6 +36,7 @@ __all__ = ["Recipe", "end_if_refused", "recipe"]
 # other overrides would be recorded without effect.
 _RESUMABLE = {"total_frames", "evaluation", "logger", "device", "num_threads", "compile", "folder"}
 
+_INTERVAL = 30_000  # frames between evaluations, or one episode of all environments where that is more
 _ADAPTIVE = "the default collector adapts to the loss and the environment"
 _GONE = {
     "collector=compiled": f"compile=true compiles collection, too: {_ADAPTIVE}",
@@ -101,6 +103,9 @@ class Recipe:
 
     def __call__(self) -> None:
         """Train with the overrides in ``sys.argv``."""
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(self._help([word for word in sys.argv[1:] if not word.startswith("-")]))
+            return None
         full_error = os.environ.get(_FULL_ERROR) == "1"
 
         @functools.wraps(self.train)
@@ -119,6 +124,7 @@ class Recipe:
         keep_compiled_code()
         sys.argv[1:] = map(self._checked_override, sys.argv[1:])
         logging.getLogger("torchrl").setLevel(logging.WARNING)  # its notices would break the progress bar
+        logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # errors are said once, in one line
         start = hydra.main(version_base=None, config_path=str(self._folder), config_name=self._name)(run)
         if full_error:
             return start()
@@ -165,12 +171,20 @@ class Recipe:
                     f"{stored.resume} says nothing of {missing}: it is older than that, or another recipe's, and "
                     "cannot go on here. Its policy can be used: load_policy, python -m torchrl_marl evaluate."
                 )
+            if stored.recipe != own.recipe and (self._folder / f"{stored.recipe}.yaml").exists():
+                raise SystemExit(
+                    f"{stored.resume} is of a run of {stored.recipe}: python recipes/{stored.recipe}.py "
+                    f"resume={resolved.resume}"
+                )
             resolved = stored
         known = DictConfig({**{group: {} for group in groups}, **own})
         checks.check_nodes(
             resolved, DictConfig({key: known[key] for key in known if key not in groups or resolved.get(key)})
         )
         checks.check_values(resolved, self._unread)
+        if "evaluation" not in self._unread and resolved.evaluation.interval is None:
+            episode = resolved.processes * resolved.env.num_envs * resolved.env.max_steps
+            resolved.evaluation.interval = max(_INTERVAL, episode)
         checks.check_loss(resolved, self._networks, self._folder)
         if resolved.resume is None:
             check_setting(resolved, HydraConfig.get().runtime.choices, self._folder)
@@ -211,6 +225,39 @@ class Recipe:
                 _check_choice(root, choice, choices)
         listed = root in ("experiment", "setting")  # by recipes, without a choice
         return argument.lstrip("+") if listed else argument
+
+    def _help(self, overrides: Sequence[str]) -> str:
+        """What can be chosen here, and all that these overrides come to, with what the classes take beyond it."""
+        cfg, own = self.compose(overrides), _load(self._folder, self._name)
+        keys = {*map(str, own), *(group for group in _groups(self._folder) if group in cfg), "experiment", "setting"}
+        keys -= {"defaults", *self._unread}
+        lines = [sys.modules["__main__"].__doc__ or "", "Choices (GROUP=CHOICE):"]
+        for group, choices in sorted(_groups(self._folder).items()):
+            if group not in keys:
+                continue
+            fitting = [choice for choice in sorted(choices) if self._fits(group, choice, keys)]
+            if group == "setting":
+                fitting += dict.fromkeys(f"{name.partition('/')[0]}/TASK" for name in read_settings(self._folder))
+                fitting = [name for name in fitting if name.partition("/")[0] in fitting]
+            lines.append(f"  {group}: {', '.join(fitting) or 'none'}")
+        shown = {str(key): checks.with_defaults(value) for key, value in cfg.items() if key in keys}
+        lines += ["\nValues (KEY.KEY=VALUE), those of classes among them:", OmegaConf.to_yaml(shown)]
+        return "\n".join(lines)
+
+    def _fits(self, group: str, choice: str, keys: set[str]) -> bool:
+        """Whether this loop can train what a choice names, by what it sets and by its own choices of other groups."""
+        node = DictConfig(OmegaConf.load(self._folder / group / f"{choice}.yaml"))
+        defaults, own = node.get("defaults", []), _load(self._folder, self._name).get(group, {})
+        for entry in defaults:
+            if str(entry).endswith(f"@{group}"):  # the file of another group, put in this place
+                node[group] = OmegaConf.load(self._folder / f"{str(entry).strip('/').partition('@')[0]}.yaml")
+        target = node.get(group, node).get("_target_")
+        taken = set(map(str, own)) if target is None else {*checks.arguments_of(get_object(target)), "_target_"}
+        groups = set() if "_target_" in node else set(map(str, node)) & set(_groups(self._folder))
+        fits = self._takes_setting(choice) if group == "loss" else set(map(str, own)) <= taken and groups <= keys
+        overrides = [entry for entry in defaults if isinstance(entry, DictConfig)]
+        chosen = [(str(key).rpartition("/")[2], value) for entry in overrides for key, value in entry.items()]
+        return fits and all(self._fits(other, value, keys) for other, value in chosen if other in keys)
 
     def _takes_setting(self, loss: str) -> bool:
         node = _load(self._folder / "loss", loss)

@@ -1,4 +1,4 @@
-"""Logging of metrics: CSV files always, Weights & Biases if installed, TensorBoard on request."""
+"""Logging of metrics: a CSV table always, Weights & Biases if installed, TensorBoard on request."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from torchrl.record import CSVLogger, TensorboardLogger
+from torchrl.record import TensorboardLogger
 
 import torchrl_marl
 from torchrl_marl.files import replacing
-from torchrl_marl.run.records import metric_files, read_metric, without_seed
+from torchrl_marl.run.records import FRAMES, MetricTable, read_metrics, without_seed
 
 __all__ = ["ABSOLUTE", "LAST_FIFTH", "MetricLog", "git_commit", "run_group"]
 
@@ -24,13 +24,12 @@ ABSOLUTE = "eval/absolute/episode_reward"
 """Metrics that a finished run logs, with the endings ``_mean``, ``_std``, ...: returns of its best parameters."""
 LAST_FIFTH = "eval/reward/last_fifth"
 """Metric that a finished run logs and a sweep maximises: mean evaluation return over the last fifth of evaluations."""
-_FRAMES = "counters/total_frames"
 
 
 class MetricLog:
     """Write the metrics of one run.
 
-    CSV: one file per metric, ``folder/scalars/<metric>.csv``, rows ``frames,value``. W&B: all metrics over
+    CSV: ``folder/metrics.csv``, see :class:`~torchrl_marl.run.records.MetricTable`. W&B: all metrics over
     ``counters/total_frames``; online if the user is logged in, else offline in ``folder/wandb`` (upload with
     ``wandb sync``). W&B never prompts; if the server cannot be reached, the run logs offline with a warning. A run
     resumed offline writes its whole curve again, so only the newest folder needs to be uploaded; older folders move to
@@ -66,11 +65,11 @@ class MetricLog:
         wandb_mode: Literal["online", "offline", "disabled"] | None = None,
         tensorboard: bool = False,
     ) -> None:
-        if resumed_at is not None:
-            _drop_rows_beyond(resumed_at, folder)
-            _set_aside(folder, folder.glob("summary.json"))
+        earlier = [] if resumed_at is None else _rows_until(resumed_at, folder)
         self._folder = folder
-        self._csv = CSVLogger(exp_name="", log_dir=str(folder))
+        self._table = MetricTable(folder / "metrics.csv", earlier)
+        if resumed_at is not None:
+            _set_aside(folder, [*folder.glob("summary.json"), *folder.glob("scalars")])  # those: of before metrics.csv
         self._tensorboard = TensorboardLogger("tensorboard", log_dir=str(folder)) if tensorboard else None
         self._wandb = None
         if wandb_project is not None and importlib.util.find_spec("wandb") is not None:
@@ -78,23 +77,26 @@ class MetricLog:
             tags = (*tags, *wandb_tags)
             identity = {"project": wandb_project, "name": name, "group": group, "tags": tags, "id": run_id}
             self._wandb = _start_wandb(wandb_mode, dir=str(folder), config=dict(config), **identity)
-            self._wandb.define_metric("*", step_metric=_FRAMES)
+            self._wandb.define_metric("*", step_metric=FRAMES)
             if resumed_at is not None and self._wandb.offline:
-                self._repeat(older)
+                for row in earlier:  # the newest folder is all there is to send
+                    self._wandb.log(row)
+                _set_aside(folder, older)
 
     def log(self, metrics: Mapping[str, float], frames: int) -> None:
         """Write metrics measured after ``frames`` frames."""
-        for logger in filter(None, (self._csv, self._tensorboard)):
-            logger.log_metrics(dict(metrics), step=frames)
+        self._table.add(frames, metrics)
+        if self._tensorboard is not None:
+            self._tensorboard.log_metrics(dict(metrics), step=frames)
         if self._wandb is not None:
-            self._wandb.log({**metrics, _FRAMES: frames})
+            self._wandb.log({**metrics, FRAMES: frames})
 
     def video(self, path: Path, frames: int) -> None:
         """Send a GIF from the run's folder to W&B, as a panel and as an artifact."""
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({"eval/video": wandb.Video(str(path), format="gif"), _FRAMES: frames})
+            self._wandb.log({"eval/video": wandb.Video(str(path), format="gif"), FRAMES: frames})
             self.artifact(path, "video", {"frames": frames})
 
     def artifact(self, path: Path, kind: str, metadata: Mapping[str, Any]) -> None:
@@ -116,16 +118,6 @@ class MetricLog:
             self._wandb.finish(exit_code=int(failed))
         if self._tensorboard is not None:
             self._tensorboard.experiment.close()
-
-    def _repeat(self, older: Sequence[Path]) -> None:
-        """Log the content of the CSV files again, and move older W&B folders aside."""
-        rows: dict[int, dict[str, float]] = {}
-        for name in metric_files(self._folder):
-            for frames, value in zip(*read_metric(self._folder, name), strict=True):
-                rows.setdefault(int(frames), {})[name] = float(value)
-        for frames, metrics in sorted(rows.items()):
-            self._wandb.log({**metrics, _FRAMES: frames})
-        _set_aside(self._folder, older)
 
 
 def run_group(method: str, task: str, config: Mapping[str, Any]) -> str:
@@ -164,20 +156,14 @@ def _start_wandb(mode: str | None, **run: Any) -> Any:
         return wandb.init(mode="offline", settings=settings, **run)
 
 
-def _drop_rows_beyond(frames: int, folder: Path) -> None:
-    """Drop metrics after the checkpoint of a resumed run and those of its end; the run measures them again."""
-    for name, path in metric_files(folder).items():
-        if name.startswith((ABSOLUTE, LAST_FIFTH)):
-            path.unlink()
-            continue
-        rows = path.read_text().splitlines(keepends=True)
-        try:
-            kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= frames]
-        except ValueError as error:
-            raise ValueError(f"{path} does not hold rows of frames and value: {error}") from error
-        if len(kept) < len(rows):
-            with replacing(path) as shorter:
-                shorter.write_text("".join(kept))
+def _rows_until(frames: int, folder: Path) -> list[dict[str, float]]:
+    """Rows of a run's metrics that it keeps: what it measured later, or at its end, it will measure again."""
+    rows: dict[int, dict[str, float]] = {}
+    for name, measured in read_metrics(folder).items():
+        for step, value in zip(*measured, strict=True):
+            if step <= frames and not name.startswith((ABSOLUTE, LAST_FIFTH)):
+                rows.setdefault(int(step), {})[name] = float(value)
+    return [{**row, FRAMES: step} for step, row in sorted(rows.items())]
 
 
 def _set_aside(folder: Path, paths: Iterable[Path]) -> None:

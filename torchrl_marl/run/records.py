@@ -3,19 +3,20 @@
 ::
 
     config.yaml             the resolved configuration
-    scalars/METRIC.csv      rows ``frames,value`` of each metric
+    metrics.csv             a row for each number of frames, a column for each metric
     evaluations.json        every evaluation episode, in the layout of marl-eval
     summary.json            results of the run; written only by a finished run
 """
 
 from __future__ import annotations
 
+import csv
 import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,20 @@ from torchrl_marl.trust import reason
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["RETURN", "EvaluationRecord", "merge_records", "metric_files", "read_metric", "read_runs", "without_seed"]
+__all__ = [
+    "FRAMES",
+    "RETURN",
+    "EvaluationRecord",
+    "MetricTable",
+    "merge_records",
+    "read_metric",
+    "read_metrics",
+    "read_runs",
+    "without_seed",
+]
 
+FRAMES = "counters/total_frames"
+"""Metric over which all others are drawn, the first column of their table: frames that the policy has learned from."""
 RETURN = "eval/reward/episode_reward_mean"
 """Metric of every evaluation: mean return of its episodes."""
 _ABSOLUTE = "absolute_metrics"
@@ -95,22 +108,82 @@ class EvaluationRecord:
             path.write_text(json.dumps(nested) + "\n")
 
 
-def merge_records(paths: Iterable[tuple[Path, str]]) -> dict[str, Any]:
-    """Merge the evaluation episodes of many runs into one tree in marl-eval's layout.
+class MetricTable:
+    """The table of a run's metrics, ``pandas.read_csv("metrics.csv")``: a row for each number of frames.
+
+    A column begins with the first value of its metric; cells are empty where nothing was measured. A row is in the file
+    as soon as it is added, and what is added for the same frames later goes into it, too.
 
     Args:
-        paths: file of each run with the name of its method, which may distinguish variants.
+        path: CSV file to write, or to replace.
+        rows: what it holds to begin with, each with its ``"counters/total_frames"``, in their order.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "metrics.csv"
+        >>> table = MetricTable(path)
+        >>> table.add(10, {"loss": 0.5})
+        >>> table.add(20, {"loss": 0.25})
+        >>> table.add(20, {"eval/return": 3.0})
+        >>> print(path.read_text())
+        counters/total_frames,loss,eval/return
+        10,0.5,
+        20,0.25,3.0
+        <BLANKLINE>
+    """
+
+    def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._path = path
+        self._rewrite([*rows])
+
+    def add(self, frames: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics measured after ``frames`` frames."""
+        same = self._last.get(FRAMES) == frames
+        row = {
+            **(self._last if same else {}),
+            **{name: float(value) for name, value in metrics.items()},
+            FRAMES: frames,
+        }
+        if row.keys() <= set(self._columns):
+            with self._path.open("r+", newline="") as file:
+                self._start = file.seek(*((self._start, 0) if same else (0, 2)))
+                self._writer(file).writerow(row)
+                file.truncate()
+            self._last = row
+        else:
+            with self._path.open(newline="") as file:
+                earlier = list(csv.DictReader(file))
+            self._rewrite([*(earlier[:-1] if same else earlier), row])
+
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._columns = list(dict.fromkeys([FRAMES, *(name for row in rows for name in row)]))
+        self._last = dict(rows[-1]) if rows else {}
+        with replacing(self._path) as path, path.open("w", newline="") as file:
+            self._writer(file).writeheader()
+            self._writer(file).writerows(rows[:-1])
+            self._start = file.tell()
+            self._writer(file).writerows(rows[-1:])
+
+    def _writer(self, file: TextIO) -> csv.DictWriter:
+        return csv.DictWriter(file, self._columns, lineterminator="\n")
+
+
+def merge_records(runs: Iterable[tuple[Path, str, str]]) -> dict[str, Any]:
+    """Merge the evaluation episodes of many runs into one tree, as marl-eval reads it.
+
+    Args:
+        runs: of each run its file and the names that its task and its method go by, which may tell variants apart.
 
     Raises:
         ValueError: if two files hold the same run, or a file has another layout.
     """
     merged: dict[str, Any] = {}
-    for path, method in paths:
-        for environment, task, seed, steps in _runs_in(path):
-            runs = merged.setdefault(environment, {}).setdefault(task, {}).setdefault(method, {})
-            if seed in runs:
+    for path, task, method in runs:
+        for environment, _, seed, steps in _runs_in(path):
+            seeds = merged.setdefault(environment, {}).setdefault(task, {}).setdefault(method, {})
+            if seed in seeds:
                 raise ValueError(f"{path} holds {seed} of {method} on {task}, which another file also has.")
-            runs[seed] = steps
+            seeds[seed] = steps
     return merged
 
 
@@ -127,23 +200,45 @@ def _runs_in(path: Path) -> list[tuple[str, str, str, Any]]:
         raise ValueError(f"{path} is not in marl-eval's layout: {reason(error)}.") from error
 
 
-def metric_files(folder: Path) -> dict[str, Path]:
-    """Return the CSV file of each metric that a run has logged, by metric."""
-    scalars = folder / "scalars"
-    return {path.relative_to(scalars).with_suffix("").as_posix(): path for path in sorted(scalars.rglob("*.csv"))}
+def read_metrics(folder: Path) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Return frames and values of every metric that a run has logged, ``[steps]`` each.
+
+    Runs of before ``metrics.csv`` have a file for each metric, ``scalars/METRIC.csv`` with rows ``frames,value``. A
+    last row without its end, which a kill has left, is passed over.
+
+    Raises:
+        ValueError: if a file holds anything else.
+    """
+    table, found = folder / "metrics.csv", {}
+    for path in [table] if table.exists() else sorted((folder / "scalars").rglob("*.csv")):
+        try:
+            rows = list(csv.reader(path.read_text().rpartition("\n")[0].splitlines()))
+            if path == table:
+                names, *rows = rows
+                if names[:1] != [FRAMES]:
+                    raise ValueError(f"its first column must be {FRAMES}, got {names[:1]}")
+            else:
+                names = ["", path.relative_to(folder / "scalars").with_suffix("").as_posix()]
+            cells = np.array(rows, str).reshape(len(rows), len(names))
+            frames = np.array([int(cell) for cell in cells[:, 0]], float)
+            for name, column in zip(names, cells.T, strict=True):
+                found[name] = frames[column != ""], column[column != ""].astype(float)
+        except ValueError as error:
+            raise ValueError(f"{path} does not hold rows of frames and value: {reason(error)}") from error
+    found.pop("", None)
+    return found
 
 
 def read_metric(folder: Path, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return frames and values of a metric that a run has logged, ``[steps]`` each.
+    """Return frames and values of one metric that a run has logged, ``[steps]`` each.
 
     Raises:
-        ValueError: if the run has not logged the metric, with the logged metrics; or if the file is malformed.
+        ValueError: if the run has not logged it, with what it has; or if a file holds anything else.
     """
-    files = metric_files(folder)
-    if metric not in files:
-        raise ValueError(f"{folder} has no metric {metric!r}; it has {', '.join(files)}.")
-    frames, values = np.loadtxt(files[metric], delimiter=",", ndmin=2).T
-    return frames, values
+    metrics = read_metrics(folder)
+    if metric not in metrics:
+        raise ValueError(f"{folder} has no metric {metric!r}; it has {', '.join(metrics)}.")
+    return metrics[metric]
 
 
 def read_runs(
@@ -184,9 +279,21 @@ def read_runs(
             raise ValueError(f"No run has a setting {key!r} to split by; nearest: {', '.join(nearest) or 'none'}.")
     for run in runs:
         run["method"] = " ".join([run["method"], *(_setting(key, run["config"].get(key)) for key in split)])
+    _tell_action_types_apart(runs)
+    for run in runs:
         run["config"] = without_seed(run["config"])
     table = DataFrame(runs).sort_values(["environment", "task", "method", "seed"], ignore_index=True)
     return table, [folder for folder in folders if folder not in finished]
+
+
+def _tell_action_types_apart(runs: Iterable[dict[str, Any]]) -> None:
+    """Make two tasks of one whose runs act continuously and discretely, with the setting in their names."""
+    for task in dict.fromkeys(run["task"] for run in runs):
+        of_task = [run for run in runs if run["task"] == task]
+        for key in sorted({key for run in of_task for key in run["config"] if key.endswith("continuous_actions")}):
+            values = [run["config"].get(key, "(default)") for run in of_task]
+            for run, value in zip(of_task, values, strict=True):
+                run["task"] += f" {_setting(key, value)}" if len(set(values)) > 1 else ""
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -206,8 +313,9 @@ def _read_run(folder: Path) -> dict[str, Any]:
             raise ValueError("summary.json or config.yaml holds something else than numbers")
         if type(config["seed"]) is not int:
             raise ValueError("the seed is no integer")
-        losses = [path.read_bytes() for path in metric_files(folder).values() if path.name.startswith("loss_")]
-        curves = {"returns": read_metric(folder, RETURN), "losses": hashlib.sha1(b"\n".join(losses)).hexdigest()}
+        metrics = read_metrics(folder)
+        losses = [values.tobytes() for name, (_, values) in sorted(metrics.items()) if "/loss_" in name]
+        curves = {"returns": metrics[RETURN], "losses": hashlib.sha1(b"\n".join(losses)).hexdigest()}
     except Exception as error:  # untrusted files raise any exception, from YAML's errors to RecursionError
         raise ValueError(f"{folder} cannot be read as a finished run: {reason(error)}.") from error
     return {

@@ -36,11 +36,13 @@ from torchrl_marl.files import replacing
 from torchrl_marl.modules import GroupSpec, ObservationNorm
 from torchrl_marl.run.checkpoints import CheckpointFolder, actor_record, best_checkpoint, load_policy
 from torchrl_marl.run.logger import ABSOLUTE, LAST_FIFTH, MetricLog, git_commit, run_group
-from torchrl_marl.run.records import EvaluationRecord, metric_files, read_metric
+from torchrl_marl.run.records import EvaluationRecord, read_metrics
 
 __all__ = ["Run", "progress_bar", "reduce_records", "stop_signals"]
 
 _MAX_COPIES = 1_024  # of an environment for the absolute metric
+_SECONDS_BETWEEN_CURVES = 60  # drawing takes a quarter of one
+
 _Collector = Collector | CompiledCollector | SequenceCollector | WorkerCollector
 
 
@@ -135,6 +137,8 @@ class Run:
         self._records: list[Mapping[str, Tensor]] = []
         self._warned: set[str] = set()
         self._asked_to_stop = self._interrupted = False
+        self._trained = ""  # what the progress line says of episodes in training
+        self._drawn = time.monotonic()
         self.trained_with: list[str] = []
         """Folder names of runs trained as one group, including this run; empty for a single run."""
         self._is_main = rank() == 0
@@ -251,12 +255,13 @@ class Run:
             except KeyboardInterrupt:
                 self._interrupted = True
         if self._interrupted:
+            self._draw_learning_curve()
             self._log.finish()
             frames = self._progress["frames"]
             again = frames - evaluations[-1][0]
             repeating = f", which repeats the {again:,} frames since the last checkpoint" if again else ""
             print(
-                f"Stopped after {frames:,} of {self.cfg.total_frames:,} frames, without absolute metric, pictures and "
+                f"Stopped after {frames:,} of {self.cfg.total_frames:,} frames, without absolute metric, film and "
                 f"summary. Go on with 'resume=\"{self.folder}\"'{repeating}"
             )
             return objective
@@ -278,7 +283,8 @@ class Run:
         print(
             f"{self.cfg.method} on {self.cfg.env.scenario}, seed {self.cfg.seed}: final return {summary['final']:.3f}, "
             f"best {summary['best']:.3f}, absolute {summary['absolute']:.3f}, {summary['frames']:,} frames, "
-            f"{summary['frames_per_second']:,.0f} frames/s\n{self.folder}"
+            f"{summary['frames_per_second']:,.0f} frames/s, evaluated every {self.cfg.evaluation.interval:,} frames\n"
+            f"{self.folder}"
         )
         return objective
 
@@ -308,7 +314,9 @@ class Run:
         returns = ended_episode_returns(batch)
         if returns.numel():
             metrics |= _statistics("collection/reward/episode_reward", returns)
-            bar.set_postfix_str(f"iteration {progress['iteration']}, return {returns.mean().item():.2f}", refresh=False)
+            self._trained = f", return {returns.mean().item():.2f}"
+        evaluated = f", evaluation {progress['evaluations'][-1][1]:.2f}" if progress["evaluations"] else ""
+        bar.set_postfix_str(f"iteration {progress['iteration']}{self._trained}{evaluated}", refresh=False)
         metrics |= {
             "counters/iter": progress["iteration"],
             "counters/current_frames": frames,
@@ -364,6 +372,8 @@ class Run:
         record = actor_record(self._shape, _plain(self.cfg.actor))
         metadata = {"config": _plain(self.cfg), "actor": record, "frames": frames, "trained_with": self.trained_with}
         self._checkpoints.save(frames=frames, score=score, metadata=metadata)
+        if time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES:
+            self._draw_learning_curve()
 
     def _absolute_returns(self) -> Tensor:
         """Returns of the best parameters in ten times as many episodes, on unused initial states.
@@ -378,12 +388,14 @@ class Run:
             if CompiledCollector.takes(env) and 10 * copies <= _MAX_COPIES:
                 env, seeds = self._make_env(num_envs=10 * copies, seed=seed), [seed]
             policy = self._best_policy()
-            episodes = Episodes.joined([self._play(env, policy, own) for own in seeds])
+            total = len(seeds) * self.cfg.env.max_steps
+            with progress_bar("absolute metric", total, unit=" steps", leave=False) as steps:
+                episodes = Episodes.joined([self._play(env, policy, own, after_step=steps.update) for own in seeds])
         self._evaluations.add_absolute(episodes.metrics())
         return episodes.returns
 
-    def _play(self, env: EnvBase, policy: TensorDictModuleBase, seed: int) -> Episodes:
-        options = {"max_steps": self.cfg.env.max_steps, "sampled": self.cfg.evaluation.sampled}
+    def _play(self, env: EnvBase, policy: TensorDictModuleBase, seed: int, **options: Any) -> Episodes:
+        options |= {"max_steps": self.cfg.env.max_steps, "sampled": self.cfg.evaluation.sampled}
         return evaluate(env, policy, seed=seed, **options)
 
     def _best_policy(self) -> TensorDictModuleBase:
@@ -392,16 +404,19 @@ class Run:
     def _draw(self) -> None:
         """Write the learning curve and a video of the best policy; a missing renderer must not fail a finished run."""
         with _as_warning("picture of its method"):
-            metrics = {name: read_metric(self.folder, name) for name in metric_files(self.folder)}
-            plot_method(metrics, self.folder)
-        title = f"{self.cfg.method} on {self.cfg.env.scenario}, seed {self.cfg.seed}"
-        with _as_warning("learning curve"):
-            plot_learning_curve(self._progress["evaluations"], self.folder / "learning_curve.png", title=title)
+            plot_method(read_metrics(self.folder), self.folder)
+        self._draw_learning_curve()
         with _as_warning("video"), preserve_random_state():
             if self.cfg.evaluation.video:
                 env, path = self._make_env(num_envs=1, seed=self.seed(3)), self.folder / "episode.gif"
                 render_episode(env, self._best_policy(), path, max_steps=self.cfg.env.max_steps)
                 self._log.video(path, self._progress["frames"])
+
+    def _draw_learning_curve(self) -> None:
+        title = f"{self.cfg.method} on {self.cfg.env.scenario}, seed {self.cfg.seed}"
+        with _as_warning("learning curve"):
+            plot_learning_curve(self._progress["evaluations"], self.folder / "learning_curve.png", title=title)
+        self._drawn = time.monotonic()
 
     def _check_finite(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -460,10 +475,10 @@ class Run:
         return 1_000_003 * purpose + self.cfg.seed
 
 
-def progress_bar(description: str, total_frames: int, **options: Any) -> tqdm:
-    """Return a progress bar of frames without tqdm's lock, a semaphore that outlives a killed process."""
+def progress_bar(description: str, total: int, **options: Any) -> tqdm:
+    """Return a progress bar, of frames by default, without tqdm's lock, a semaphore that outlives a killed process."""
     tqdm.set_lock(RLock())
-    return tqdm(total=total_frames, unit=" frames", unit_scale=True, desc=description, **options)
+    return tqdm(total=total, desc=description, **{"unit": " frames", "unit_scale": True, **options})
 
 
 def reduce_records(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -487,7 +502,9 @@ def _start_from(cfg: DictConfig, actor: TensorDictModuleBase) -> None:
 def _new_folder(cfg: DictConfig) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     task = cfg.env.scenario.replace(":", ".")  # a colon is not valid in folder names everywhere
-    folder = Path(cfg.folder) / cfg.recipe / task / cfg.method / f"seed{cfg.seed}-{stamp}-{secrets.token_hex(2)}"
+    shared = run_group(cfg.method, task, _plain(cfg)).rpartition("_")[2]  # another one where more than the seed differs
+    name = f"seed{cfg.seed}-{shared}-{stamp}-{secrets.token_hex(2)}"
+    folder = Path(cfg.folder) / cfg.recipe / task / cfg.method / name
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -524,7 +541,7 @@ def _as_warning(picture: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warnings.warn(f"The run is complete, but it has no {picture}: {error!r}", stacklevel=3)
+        warnings.warn(f"The run is not affected, but it has no {picture}: {error!r}", stacklevel=3)
 
 
 @contextmanager

@@ -573,3 +573,27 @@ def test_networks_run_where_they_are_told(shape, share):
         with set_recurrent_mode(True):
             on_gpu = output(network, data.to("cuda"))
             assert_close(on_gpu.cpu(), output(network.cpu(), data), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("agents", [None, 2], ids=["shared", "own"])
+def test_a_compiled_sequence_has_the_states_and_gradients_of_the_loop_over_steps(agents):
+    """Also where a transform takes the gradients, as a compiled update does."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    gru = MultiAgentGRU(3, 4) if agents is None else AgentNetworks([MultiAgentGRU(3, 4) for _ in range(agents)])
+    inputs, state, weight = torch.randn(7, 5, 2, 3), torch.randn(7, 5, 2, 4), torch.randn(7, 5, 2, 4)
+    restart = torch.rand(7, 5, 2, 1) < 0.3
+    with torch.no_grad():
+        for parameter in gru.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # biases, too
+    values = {name: parameter.detach() for name, parameter in gru.named_parameters()}
+
+    def gradients(values, inputs, state):
+        def evaluate(values, inputs, state):
+            after = torch.func.functional_call(gru, values, (inputs, state, restart))
+            return (weight * after).sum(), after
+
+        return torch.func.grad_and_value(evaluate, argnums=(0, 1, 2), has_aux=True)(values, inputs, state)
+
+    compiled = torch.compile(gradients, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(values, inputs, state), gradients(values, inputs, state))

@@ -57,6 +57,9 @@ class AgentNetworks(nn.Module):
         for tensor in inputs:
             if tensor.shape[-2] != len(self):
                 raise ValueError(f"Inputs must be [..., {len(self)} agents, size], got {tuple(tensor.shape)}.")
+        if torch.compiler.is_compiling() and not getattr(self.networks[0], "compiles_under_vmap", True):
+            outputs = (network(*(x[..., i, :] for x in inputs)) for i, network in enumerate(self.networks))
+            return torch.stack([*outputs], -2)
         stacked = {name: torch.stack([_get(network, name) for network in self.networks]) for name in self._names}
         return torch.vmap(self._apply_network, in_dims=(0, *(-2 for _ in inputs)), out_dims=-2)(stacked, *inputs)
 

@@ -30,6 +30,7 @@ from torchrl.envs import Compose, EnvBase, InitTracker, TensorDictPrimer, Transf
 from torchrl.modules import ProbabilisticActor, ValueNorm, recurrent_mode
 
 from torchrl_marl.modules.agent_networks import AgentNetworks
+from torchrl_marl.modules.gru_sequence import gru_sequence
 from torchrl_marl.modules.layers import Activation, Networks, activation_class, initialize, make_policy, num_outputs
 from torchrl_marl.modules.protocols import Priming, named_parts
 from torchrl_marl.modules.spec import GroupSpec, group_shape
@@ -58,7 +59,8 @@ class MultiAgentGRU(nn.Module):
     :class:`~torchrl_marl.modules.AgentNetworks`.
 
     Sequences run in a loop over time with one matrix product for the inputs of all steps. On a CPU, the loop is as fast
-    as ``torch.nn.GRU``, which cannot restart within a sequence.
+    as ``torch.nn.GRU``, which cannot restart within a sequence. Under
+    ``torch.compile`` the loop is one operator, :func:`~torchrl_marl.modules.gru_sequence.gru_sequence`.
 
     Reference: Cho et al., 2014, https://arxiv.org/abs/1406.1078, in the variant of ``torch.nn.GRU``.
 
@@ -71,6 +73,8 @@ class MultiAgentGRU(nn.Module):
         >>> gru(torch.zeros(5, 2, 3), torch.zeros(5, 2, 8)).shape
         torch.Size([5, 2, 8])
     """
+
+    compiles_under_vmap = False  # the operator's gradient
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -98,6 +102,8 @@ class MultiAgentGRU(nn.Module):
         projected = functional.linear(inputs, self.weight_ih, self.bias_ih)
         if restart is None:
             return self._step(projected, state)
+        if torch.compiler.is_compiling():
+            return gru_sequence(projected, state, restart, self.weight_hh, self.bias_hh)
         now, after = state[0], []
         for projected_now, stored, anew in zip(projected.unbind(), state.unbind(), restart.unbind(), strict=True):
             now = self._step(projected_now, torch.where(anew, stored, now))

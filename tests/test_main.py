@@ -14,6 +14,7 @@ from torchrl_marl.envs import make_coordsum
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.modules import make_mat, make_sable
 from torchrl_marl.run.checkpoints import load_policy
+from torchrl_marl.shelf import zoo_policies
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,22 @@ def test_a_policy_that_reads_ids_says_what_serves_another_number_of_agents(tmp_p
     with pytest.raises(ValueError, match=r"^The policy was trained with 2 agents.* got 3: .*actor\.agent_id=false\."):
         evaluate(env, load_policy(ids), seed=0, max_steps=10)
     assert evaluate(env, load_policy(none), seed=0, max_steps=10).returns.shape == (4,)
+
+
+def test_the_zoo_lists_what_it_has_and_its_policies_score_what_they_say(monkeypatch, tmp_path, capsys) -> None:
+    call(monkeypatch, "zoo")
+    listed = re.findall(r"^zoo:(\S+) .* return (\S+) \[", capsys.readouterr().out, flags=re.MULTILINE)
+    assert {name for name, _ in listed} == set(zoo_policies())
+    assert sum(path.stat().st_size for path in zoo_policies().values()) < 400_000
+    monkeypatch.chdir(tmp_path)
+    for name, mean in listed:
+        assert load_policy(f"zoo:{name}") is not None
+        call(monkeypatch, "evaluate", f"zoo:{name}", "--episodes", 64)
+        found, low, high = re.findall(r"return (\S+), 95 % interval (\S+) to (\S+) over", capsys.readouterr().out)[0]
+        assert abs(float(found) - float(mean)) < 3 * (float(high) - float(low))
+    call(monkeypatch, "export", f"zoo:{listed[0][0]}", "--format", "torch_export")
+    assert (tmp_path / "policy.pt2").exists()  # not beside the checkpoint, in the package
+    with pytest.raises(
+        SystemExit, match=r"^torchrl_marl evaluate: The zoo has no balance/mapo; nearest: balance/mappo"
+    ):
+        call(monkeypatch, "evaluate", "zoo:balance/mapo")

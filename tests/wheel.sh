@@ -23,4 +23,5 @@ sed -i.before 's/^gamma: .*/gamma: 0.9/' mine/config/loop.yaml
 grep -q "gamma: 0.9$" runs/marpo_vmas/*/*/*/config.yaml
 "$bin/torchrl-marl" export runs/mars_vmas/*/*/* --output policy.onnx
 "$bin/torchrl-marl" evaluate runs/mars_vmas/*/*/* --episodes 2
+"$bin/torchrl-marl" evaluate zoo:navigation/mars --episodes 2
 test -s policy.onnx

@@ -30,7 +30,7 @@ def keep_compiled_code() -> None:
 
 
 def compile_whole(function: FunctionType, *, backend: bool | str = True, **options: Any) -> Callable[..., Any]:
-    """Compile a function in one piece, without Python between its operations.
+    """Compile a function in one piece, without Python between its operations, for arguments of constant shapes.
 
     The code is a copy of the function's, since Dynamo keeps graphs by code: no other one, such as that of a later run
     in the same process, must find them, nor count towards Dynamo's limit of graphs.
@@ -42,8 +42,8 @@ def compile_whole(function: FunctionType, *, backend: bool | str = True, **optio
     """
     own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
     if backend is not True:
-        return torch.compile(own, fullgraph=True, backend=str(backend), options=options)
-    return or_uncompiled(torch.compile(own, fullgraph=True, options=options), function)
+        return torch.compile(own, fullgraph=True, dynamic=False, backend=str(backend), options=options)
+    return or_uncompiled(torch.compile(own, fullgraph=True, dynamic=False, options=options), function)
 
 
 def or_uncompiled(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ def compile_of(*overrides: str, recipe: str = "mars_vmas") -> bool:
         (["env=coordsum", "total_frames=1_000_000"], True),
         (["actor=gru", "critic=gru"], False),
         (["actor=gru", "critic=gru", "total_frames=3_000_000"], True),
+        (["loss=seac"], False),  # networks for each agent: 34 s saved, and 120 s to compile
         (["collector=multiprocess"], False),  # updates alone save 9 s
         (["total_frames=80", "compile=true"], True),
         (["compile=false"], False),
@@ -29,6 +30,12 @@ def compile_of(*overrides: str, recipe: str = "mars_vmas") -> bool:
 )
 def test_long_runs_are_compiled(overrides: list[str], expected: bool) -> None:
     assert compile_of(*overrides) is expected
+
+
+@pytest.mark.parametrize("recipe", ["magpo_vmas", "oappo_vmas", "marpo_vmas"])
+def test_guiders_phases_and_chunks_take_longer_to_compile(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    assert [compile_of(f"total_frames={total}", recipe=recipe) for total in (360_000, 2_000_000)] == [False, True]
 
 
 def test_a_run_says_what_it_chose_and_goes_on_with_it(tmp_path, monkeypatch, capsys) -> None:

@@ -119,6 +119,25 @@ def test_a_traced_update_is_the_uncompiled_one(case, monkeypatch):
     torch.testing.assert_close(traced, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_settings_of_a_loss_that_change_between_compiled_updates_take_effect(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+    fresh, rows = build()
+    measured = {}
+    for compiled in (True, False):
+        loss = copy.deepcopy(fresh)
+        update = make_update(loss, torch.optim.SGD(loss.parameters(), lr=0.0), max_grad_norm=1.0, compile=compiled)
+        steps = [update(rows)]
+        loss.loss_critic_type = "l2"
+        steps.append(update(rows))
+        loss.entropy_coeff = torch.tensor(2.0)
+        steps.append(update(rows))
+        measured[compiled] = steps
+    torch.testing.assert_close(measured[True], measured[False])
+    for step, name in enumerate(("loss_critic", "loss_entropy")):
+        assert not torch.equal(measured[True][step][name], measured[True][step + 1][name])
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan")])
 def test_a_norm_that_stops_or_turns_gradients_is_refused(max_grad_norm):
     loss, _ = build()

@@ -26,7 +26,12 @@ def choose_compilation(cfg: DictConfig) -> tuple[bool, str]:
     steps = cfg.total_frames / (cfg.env.num_envs * cfg.processes)
     minibatches = -(-cfg.frames_per_batch // cfg.minibatch_size)
     updates = cfg.total_frames / (cfg.frames_per_batch * cfg.processes) * cfg.epochs * minibatches
-    is_mlp = cfg.actor.get("_target_") == "torchrl_marl.modules.make_actor" and cfg.chunk_length is None
+    is_mlp = (
+        cfg.actor.get("_target_") == "torchrl_marl.modules.make_actor"
+        and cfg.actor.get("share_parameters", True) is True  # each agent's phase is a graph of its own
+        and "guider" not in cfg
+        and cfg.chunk_length is None
+    )
     saved = updates * (_SAVED_IN_AN_UPDATE + cfg.minibatch_size * _SAVED_IN_A_ROW)
     if "_target_" not in cfg.collector:
         module = get_object(cfg.env._target_).__module__

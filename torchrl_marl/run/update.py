@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any, cast
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
+from torch.compiler import skip_all_guards_unsafe
 from torch.func import functional_call, grad_and_value
 from torch.optim import Optimizer
 
@@ -106,7 +108,11 @@ def _backward(objective: _Objective, groups: _Groups, max_grad_norm: float, *, c
 
 
 def _compiled_at_once(objective: _Objective, groups: _Groups, max_grad_norm: float) -> _Differentiate:
-    """The results of ``_backward`` from one compiled graph."""
+    """The results of ``_backward`` from one compiled graph for each kind of minibatch.
+
+    Dynamo's guards would take a tenth of a small step. In their place stand the entries and the size of the minibatch,
+    and the settings of the loss.
+    """
     parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     names_of = {norm: [name_of[id(p)] for p in group if p.requires_grad] for norm, group in groups.items()}
@@ -124,15 +130,25 @@ def _compiled_at_once(objective: _Objective, groups: _Groups, max_grad_norm: flo
             clipped |= {name: scale * found[name] for name in names}
         return clipped, {**measured, **norms}
 
-    compiled = compile_whole(gradients, **_OPTIONS)
+    compiled: dict[Any, Callable[..., Any]] = {}
 
     def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
-        found, measured = compiled(minibatch)
+        case = minibatch.batch_size, *minibatch.keys(True, True), *_settings(objective.loss)
+        if case not in compiled:
+            compiled[case] = compile_whole(gradients, **INDUCTOR_OPTIONS, guard_filter_fn=skip_all_guards_unsafe)
+        found, measured = compiled[case](minibatch)
         for name, gradient in found.items():
             parameters[name].grad = gradient
         return measured
 
     return differentiate
+
+
+def _settings(loss: RatioLoss) -> list[tuple[str, object]]:
+    """What of a loss is no tensor and may be assigned to: its graph takes them as they are."""
+    return [
+        (name, value) for name, value in vars(loss).items() if isinstance(value, bool | float | str | tuple | NoneType)
+    ]
 
 
 class _Objective(nn.Module):

@@ -5,8 +5,27 @@ import torch
 
 from torchrl_marl.collectors import NextStepKeys, minibatches
 from torchrl_marl.envs import make_aerocombat, make_coordsum
-from torchrl_marl.modules import make_actor, make_critic
-from torchrl_marl.objectives import MAGPOLoss, MARPOLoss, MARSLoss
+from torchrl_marl.modules import (
+    collection_policy,
+    make_actor,
+    make_critic,
+    make_mat,
+    make_recurrent_actor,
+    make_recurrent_critic,
+    make_sable,
+    with_recurrent_state,
+)
+from torchrl_marl.objectives import (
+    CTDSLoss,
+    HAPPOLoss,
+    HATRPOLoss,
+    MAGPOLoss,
+    MAPPOLoss,
+    MARPOLoss,
+    MARSLoss,
+    OAPPOLoss,
+    SEACLoss,
+)
 from torchrl_marl.objectives.magpo import follow_imitation_gap
 from torchrl_marl.run.update import make_update
 
@@ -136,6 +155,79 @@ def test_settings_of_a_loss_that_change_between_compiled_updates_take_effect(mon
     torch.testing.assert_close(measured[True], measured[False])
     for step, name in enumerate(("loss_critic", "loss_entropy")):
         assert not torch.equal(measured[True][step][name], measured[True][step + 1][name])
+
+
+GRU = {"hidden_sizes": [8], "recurrent_size": 8, "head_sizes": []}
+OWN = {"share_parameters": False}
+
+
+def networks(env, method, kind):
+    """What a method's loss is made of."""
+    if kind in ("mat", "sable"):
+        pair = (make_mat if kind == "mat" else make_sable)(env, embed_dim=8)
+        return pair if method is MAPPOLoss else (*pair, make_recurrent_actor(env, **GRU))
+    own = OWN if method in (HAPPOLoss, OAPPOLoss, HATRPOLoss, SEACLoss) else {}
+    if kind == "gru":
+        return make_recurrent_actor(env, **GRU, **own), make_recurrent_critic(env, **GRU)
+    observes = {"observes": "observation", **OWN} if method is SEACLoss else {}
+    return make_actor(env, hidden_sizes=[8], **own), make_critic(env, hidden_sizes=[8], **observes)
+
+
+METHODS = [
+    (MAPPOLoss, "gru", {}),
+    (MAPPOLoss, "mat", {}),
+    (MAPPOLoss, "sable", {}),
+    (MAGPOLoss, "sable", {}),
+    (CTDSLoss, "mat", {}),
+    (MARPOLoss, "mlp", {"sequences": True}),
+    (HAPPOLoss, "mlp", {}),
+    (HAPPOLoss, "gru", {}),
+    (OAPPOLoss, "mlp", {"reuse_matrix": "AR"}),
+    (HATRPOLoss, "mlp", {}),
+    (SEACLoss, "mlp", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "options"), METHODS, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_every_methods_losses_and_gradients_are_the_uncompiled_ones(method, kind, options, monkeypatch):
+    """The loop of a recipe; agents that update in turn share one graph, and the critic has another."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **kw: compile(function, backend=backend))
+    torch.manual_seed(0)
+    env = make_coordsum("CoordSum-3x4", num_envs=4, seed=0)
+    parts = networks(env, method, kind)
+    policy = collection_policy(parts[0], parts[-1])
+    env = with_recurrent_state(env, policy)
+    loss = method(*parts, functional=False, **options)
+    loss.make_value_estimator(gamma=0.99, lmbda=0.95)
+    with torch.no_grad():
+        batch = loss.prepare(env.rollout(6, policy, break_when_any_done=False))
+    chunk = 3 if kind == "gru" and not loss.learns_sequences else None
+
+    def learned(compile):
+        own = copy.deepcopy(loss)
+        update = make_update(own, torch.optim.SGD(own.parameters(), lr=0.1), max_grad_norm=1.0, compile=compile)
+        torch.manual_seed(1)
+        measured = []
+        for phase in own.phases(batch.clone(), chunk_length=chunk):
+            measured += [update(minibatch) for minibatch in phase.minibatches(12, epochs=2)]
+        names = [[name for name in step if not name.startswith("explained")] for step in measured]
+        steps = [
+            {name: step[name].clone() for name in own_names} for step, own_names in zip(measured, names, strict=True)
+        ]
+        return steps, list(own.parameters())
+
+    torch.testing.assert_close(learned(True), learned(False), rtol=1e-3, atol=1e-5)
+    assert len(graphs) == (2 if loss.trains_in_parts and method is not HATRPOLoss else 1)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan")])

@@ -192,10 +192,10 @@ def open_study(path: Path) -> Iterator[Study]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_suffix(".lock"))  # the system releases the lock when the process ends
     try:
-        lock.acquire(timeout=0)
+        acquired = lock.acquire(timeout=0)
     except Timeout as error:
         raise StudyInUseError(f"Another process is tuning {path}.") from error
-    with lock:
+    with acquired:
         study = create_study(
             storage=f"sqlite:///{path}",
             study_name="torchrl_marl",

@@ -187,7 +187,7 @@ def test_a_group_goes_on_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     newest[2].unlink()
     older = words_of_seeds([f"resume={newest[5]}"])
     assert {Path(word).name for (word,) in older} == {"checkpoint-000000000000.torchrl"}
-    with pytest.raises(ValueError, match=r"was not written by a group of seeds.*mars_vmas\.py resume=RUN"):
+    with pytest.raises(ValueError, match=r"was not written by a group of seeds.*resume=RUN in the recipe"):
         run_seeds(tmp_path, f"resume={alone}")
     folders[2].rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=rf"go on together, but {folders[2]}/checkpoints hold no checkpoint-0+80\."):

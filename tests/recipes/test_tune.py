@@ -160,7 +160,10 @@ def test_the_recipe_tunes_and_prints_the_command_of_the_best_trial(
             "loss.target_ratios.0",
             "loss.target_ratios.1",
             "loss.entropy_coeff",
+            "loss.clip_value",
             "optimizer.lr",
+            "critic_lr",
+            "max_grad_norm",
             "minibatch_size",
         }
         assert {key: OmegaConf.select(config, key) for key in params} == params

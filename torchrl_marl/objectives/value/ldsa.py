@@ -81,6 +81,7 @@ def subtask_distance(subtasks: Tensor) -> Tensor:
     """Mean squared distance of the representations ``[K, E]`` of two different subtasks; one of them has no gradient.
 
     Example:
+        >>> import torch
         >>> subtask_distance(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
         tensor(25.)
     """

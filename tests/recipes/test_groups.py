@@ -77,6 +77,7 @@ def test_a_group_learns_from_the_batch_and_leaves_it_and_the_other_group_as_they
         "loss": loss,
         "optimizer": {"_target_": "torch.optim.Adam"},
         "env": {"num_envs": 4},
+        "scheduler": {"_target_": "torch.optim.lr_scheduler.ConstantLR", "factor": 1.0},
         **{"gamma": 0.9, "lmbda": 0.9, "compile": False, "critic_lr": None, **sizes},
     }
     env = make_env("simple_tag", num_envs=4, max_steps=5, seed=0)

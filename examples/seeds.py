@@ -164,7 +164,9 @@ class Seed:
         optimizer: Optimizer,
     ) -> None:
         self.env, self.loss, self.optimizer = _stackable(cfg, env, loss, optimizer), loss, optimizer
-        self.run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, loss=loss, optimizer=optimizer)
+        self.scheduler = instantiate(cfg.scheduler, optimizer)
+        parts = {"loss": loss, "optimizer": optimizer, "scheduler": self.scheduler}
+        self.run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, **parts)
         device = loss.ratio_low.device
         state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
         self.generator = torch.Generator(device).set_state(state)
@@ -253,6 +255,9 @@ class SeedGroup:
                 batch = batch.reshape(len(self), -1, batch.shape[-1])
                 collected = time.perf_counter()
                 yield batch
+                for seed in self.seeds:  # the rate is constant; a checkpoint counts iterations
+                    seed.optimizer.step()  # without gradients, as the group's has taken the step
+                    seed.scheduler.step()
                 self._update_members()
                 self._finish_iteration(batch, collected - start, time.perf_counter() - collected, bar)
                 if first.evaluation_is_due(batch[0].numel()):

@@ -32,7 +32,8 @@ def gru_sequence(projected: Tensor, state: Tensor, restart: Tensor, weight: Tens
         The state after each step, ``[T, *rows, H]``.
     """
     rows = (x.reshape(len(x), -1, x.shape[-1]) for x in (projected.to(state.dtype), state, restart))
-    return _Sequence.apply(*rows, weight, bias)[0].view(state.shape)
+    run = _Sequence.apply if torch.is_grad_enabled() else _run  # Dynamo traces no autograd.Function without gradients
+    return run(*rows, weight, bias)[0].view(state.shape)
 
 
 @custom_op("torchrl_marl::gru_sequence", mutates_args=())

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.size import code_lines
+
 PACKAGE = Path(__file__).parents[1] / "torchrl_marl"
 LEVELS = [
     {"compilation", "keys", "files", "extras", "shelf", "signatures", "distributed", "trust"},
@@ -16,6 +18,11 @@ LEVELS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
+# Code lines of each room. A commit that raises one says why.
+BUDGETS = {
+    **{"objectives": 1_965, "objectives/value": 295, "modules": 1_825, "collectors": 490, "run": 1_630},
+    **{"envs": 1_165, "envs/games": 1_140, "envs/wrappers": 1_140, "evaluation": 730},
+}
 
 
 def room_of(path: Path) -> str:
@@ -78,3 +85,16 @@ def test_the_package_names_no_recipe(path: Path) -> None:
     stems = [script.stem for script in (PACKAGE.parent / "recipes").glob("*.py")]
     names = {f"{stem}.py" for stem in stems} | {stem for stem in stems if "_" in stem}
     assert not names & set(re.findall(r"\w+\.py\b|\w+", path.read_text()))
+
+
+@pytest.mark.parametrize("room", BUDGETS)
+def test_a_room_keeps_to_its_budget(room: str) -> None:
+    inner = [PACKAGE / other for other in BUDGETS if other.startswith(f"{room}/")]
+    files = [path for path in (PACKAGE / room).rglob("*.py") if not any(path.is_relative_to(part) for part in inner)]
+    assert files
+    assert sum(code_lines(path.read_text()) for path in files) <= BUDGETS[room]
+
+
+def test_the_budgets_cover_every_room() -> None:
+    rooms = {path.relative_to(PACKAGE).parts[0] for path in FILES if len(path.relative_to(PACKAGE).parts) > 1}
+    assert rooms - {room.partition("/")[0] for room in BUDGETS} == set()

@@ -7,7 +7,9 @@ trap 'rm -rf "$folder"' EXIT
 "$1" -m venv "$folder/venv"
 bin=$folder/venv/bin
 quietly=(--quiet --disable-pip-version-check)
-git -C "$checkout" archive HEAD | tar -x -C "$(mkdir "$folder/source" && echo "$folder/source")"
+mkdir "$folder/source"
+tar -C "$checkout" -c torchrl_marl recipes setup.py pyproject.toml MANIFEST.in README.md LICENSE constraints.txt \
+    CHANGELOG.md CITATION.cff | tar -x -C "$folder/source"
 "$bin/python" -m pip wheel "${quietly[@]}" --no-deps --wheel-dir "$folder" "$folder/source"
 wheel=$(echo "$folder"/torchrl_marl-*.whl)
 "$bin/python" -m pip install "${quietly[@]}" --constraint "$checkout/constraints.txt" "${wheel}[vmas,export]"

@@ -28,9 +28,9 @@ OPTIONS = {
     "alone": [],
     "torchrun, two processes": [],
     "collector=multiprocess": ["collector=multiprocess"],
-    "compile=true": ["compile=true"],
     "actor=gru": ["actor=gru", "critic=gru", "chunk_length=5"],
     "resume=": [],
+    "compile=true": ["compile=true"],
     "torchrun, compile=true": ["compile=true"],
     "actor=gru compile=true": ["actor=gru", "critic=gru", "chunk_length=5", "compile=true"],
     "actor=gru collector=multiprocess": ["actor=gru", "critic=gru", "chunk_length=5", "collector=multiprocess"],
@@ -77,7 +77,10 @@ def main(output: Path) -> None:
     """Run all cells, two at a time, and write the table."""
     cells = [(method, option) for option in OPTIONS for method in METHODS]
     with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(cells, pool.map(lambda cell: run(*cell), cells), strict=True))
+        results = {}
+        for cell, result in zip(cells, pool.map(lambda cell: run(*cell), cells), strict=True):
+            results[cell] = result
+            print(*cell, result, flush=True)
     lines = [f"| | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
     lines += [f"| {option} | {' | '.join(results[method, option] for method in METHODS)} |" for option in OPTIONS]
     output.write_text("\n".join(lines) + "\n")

@@ -10,7 +10,7 @@ from benchmarks.size import code_lines
 
 PACKAGE = Path(__file__).parents[1] / "torchrl_marl"
 LEVELS = [
-    {"compilation", "keys", "files", "extras", "shelf", "signatures", "distributed", "trust"},
+    {"compilation", "keys", "files", "extras", "signatures", "distributed", "trust"},
     {"modules", "envs"},
     {"objectives", "evaluation"},
     {"collectors"},

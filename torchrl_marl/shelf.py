@@ -7,7 +7,7 @@ import difflib
 import runpy
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["copy_recipe", "print_recipes", "recipes_folder", "run_recipe", "zoo_policies", "zoo_policy"]
@@ -87,11 +87,7 @@ def zoo_policy(name: str) -> Path:
     Raises:
         ValueError: if there is none of that name, with the nearest.
     """
-    known = zoo_policies()
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-        raise ValueError(f"The zoo has no {name}; nearest: {', '.join(nearest)}. torchrl-marl zoo lists them.")
-    return known[name]
+    return _find(name, zoo_policies(), f"The zoo has no {name}", " torchrl-marl zoo lists them.")
 
 
 def _scripts() -> list[Path]:
@@ -101,8 +97,12 @@ def _scripts() -> list[Path]:
 
 
 def _script(name: str) -> Path:
-    known = {path.stem: path for path in _scripts()}
-    if (stem := name.removesuffix(".py")) not in known:
-        nearest = difflib.get_close_matches(stem, known, n=3, cutoff=0.4) or sorted(known)
-        raise ValueError(f"There is no recipe {name}; nearest: {', '.join(nearest)}.")
-    return known[stem]
+    return _find(name.removesuffix(".py"), {path.stem: path for path in _scripts()}, f"There is no recipe {name}")
+
+
+def _find(name: str, known: Mapping[str, Path], missing: str, hint: str = "") -> Path:
+    """Return what goes by a name, or raise a ``ValueError`` with the nearest names."""
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
+        raise ValueError(f"{missing}; nearest: {', '.join(nearest)}.{hint}")
+    return known[name]

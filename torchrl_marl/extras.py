@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import io
 import re
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from torchrl_marl.signatures import nearest
 
 __all__ = ["find_callable", "import_extra", "import_vmas"]
 
@@ -40,8 +41,8 @@ def find_callable(name: str | None, what: str) -> Callable[..., Any]:
     found = getattr(module, match[2], None)
     if not callable(found):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        nearest = difflib.get_close_matches(match[2], known, n=3) or known
-        raise ValueError(f"{match[1]} has no callable {match[2]!r}; it has {', '.join(nearest) or 'none'}")
+        similar = ", ".join(nearest(match[2], known) or known) or "none"
+        raise ValueError(f"{match[1]} has no callable {match[2]!r}; it has {similar}")
     return found
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import runpy
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from torchrl_marl.signatures import nearest
 
 __all__ = ["copy_recipe", "print_recipes", "recipes_folder", "run_recipe", "zoo_policies", "zoo_policy"]
 
@@ -103,6 +104,6 @@ def _script(name: str) -> Path:
 def _find(name: str, known: Mapping[str, Path], missing: str, hint: str = "") -> Path:
     """Return what goes by a name, or raise a ``ValueError`` with the nearest names."""
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
-        raise ValueError(f"{missing}; nearest: {', '.join(nearest)}.{hint}")
+        similar = ", ".join(nearest(name, known) or sorted(known))
+        raise ValueError(f"{missing}; nearest: {similar}.{hint}")
     return known[name]

@@ -1,13 +1,14 @@
-"""Passing options through functions, and checks of their values."""
+"""Passing options through functions, and checks of names and values."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, get_type_hints
 
-__all__ = ["check_at_least_0", "check_choice", "hands_on_to", "take_options"]
+__all__ = ["check_at_least_0", "check_choice", "hands_on_to", "nearest", "take_options"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,7 +45,7 @@ def hands_on_to(target: Callable[..., Any]) -> Callable[[Function], Function]:
     return decorate
 
 
-def take_options(options: dict[str, Any], kind: type) -> dict[str, Any]:
+def take_options(options: Any, kind: type) -> dict[str, Any]:
     """Remove and return the options named by a ``TypedDict``.
 
     Example:
@@ -56,6 +57,16 @@ def take_options(options: dict[str, Any], kind: type) -> dict[str, Any]:
         ({'width': 64}, {'depth': 2})
     """
     return {name: options.pop(name) for name in kind.__annotations__ if name in options}
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return up to three known names that resemble a misspelt one, the most similar first.
+
+    Example:
+        >>> nearest("epohcs", ["seed", "epochs"])
+        ['epochs']
+    """
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from torchrl.envs import Compose, EnvBase, RewardSum, StepCounter, TransformedEn
 
 from torchrl_marl.envs.base import check_positive
 from torchrl_marl.extras import import_vmas
+from torchrl_marl.signatures import nearest
 
 if TYPE_CHECKING:
     from vmas.simulator.scenario import BaseScenario
@@ -115,8 +115,8 @@ def _check_scenario(vmas: ModuleType, scenario: str, scenario_kwargs: Mapping[st
     """Reject unknown names: VMAS only asserts on an unknown scenario and warns about an unknown option."""
     scenarios: list[str] = [*vmas.scenarios, *vmas.mpe_scenarios, *vmas.debug_scenarios]
     if scenario not in scenarios:
-        closest = difflib.get_close_matches(scenario, scenarios, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, closest))}? " if closest else ""
+        similar = " or ".join(map(repr, nearest(scenario, scenarios)))
+        hint = f"did you mean {similar}? " if similar else ""
         raise ValueError(f"VMAS has no scenario {scenario!r}; {hint}torchrl.envs.VmasEnv.available_envs lists them all")
     root = Path(str(vmas.__file__)).parent / "scenarios"
     source = next(root.rglob(f"{scenario}.py")).read_text()

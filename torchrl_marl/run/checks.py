@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import os
@@ -17,6 +16,8 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from typing_extensions import get_type_hints
+
+from torchrl_marl.signatures import nearest
 
 __all__ = ["check_device", "check_keys", "check_types", "check_values"]
 
@@ -37,8 +38,8 @@ def check(cfg: DictConfig, key: str, allowed: str, is_allowed: _Test, path: str 
 def fail(key: str, what: str, known: Iterable[str]) -> NoReturn:
     """End the program with the known names nearest to ``key``."""
     known = list(dict.fromkeys(known))
-    nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
-    hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+    similar = nearest(key, known) or sorted(known)
+    hint = f"; nearest: {', '.join(similar)}" if similar else ""
     raise SystemExit(f"{key} is not {what}{hint}.")
 
 

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from torchrl_marl.files import replacing
+from torchrl_marl.signatures import nearest
 from torchrl_marl.trust import reason
 
 if TYPE_CHECKING:
@@ -275,8 +275,8 @@ def read_runs(
     known = {key for run in runs for key in run["config"]}
     for key in split:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
-            raise ValueError(f"No run has a setting {key!r} to split by; nearest: {', '.join(nearest) or 'none'}.")
+            similar = ", ".join(nearest(key, known)) or "none"
+            raise ValueError(f"No run has a setting {key!r} to split by; nearest: {similar}.")
     for run in runs:
         run["method"] = " ".join([run["method"], *(_setting(key, run["config"].get(key)) for key in split)])
     _tell_action_types_apart(runs)

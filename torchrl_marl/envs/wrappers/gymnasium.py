@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -25,7 +24,7 @@ from torchrl_marl.envs.games.streams import draw_below
 from torchrl_marl.envs.wrappers.base import WrapperEnv, check_options
 from torchrl_marl.envs.wrappers.spaces import AgentSpaces, Part, group_agents, part_of
 from torchrl_marl.extras import import_extra
-from torchrl_marl.signatures import hands_on_to
+from torchrl_marl.signatures import hands_on_to, nearest
 
 __all__ = ["SerialGame", "SerialGymEnv", "as_serial_game", "make_lbforaging", "make_pettingzoo", "make_rware"]
 
@@ -465,7 +464,7 @@ def _registered(package: str, scenario: str) -> dict[str, Any]:
     registry = import_extra("gymnasium", "gym").registry
     names = [name for name, spec in registry.items() if str(spec.entry_point).startswith(f"{package}.")]
     if scenario not in names:
-        closest = difflib.get_close_matches(scenario, names, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, closest))}?" if closest else ""
+        similar = " or ".join(map(repr, nearest(scenario, names)))
+        hint = f"; did you mean {similar}?" if similar else ""
         raise ValueError(f"{package} has no scenario {scenario!r}{hint}")
     return registry[scenario].kwargs

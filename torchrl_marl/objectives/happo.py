@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing_extensions import Unpack
-
-from torchrl_marl.modules.protocols import Actor, Critic
-from torchrl_marl.objectives.natural_gradient import NaturalGradientLoss, NaturalGradientOptions
-from torchrl_marl.objectives.ratio import ClipOptions
+from torchrl_marl.objectives.natural_gradient import NaturalGradientLoss
 from torchrl_marl.objectives.sequential import SequentialLoss
 
 __all__ = ["HAPPOLoss", "HATRPOLoss"]
@@ -39,9 +35,6 @@ class HAPPOLoss(SequentialLoss):
         ...         losses = loss(minibatch)
     """
 
-    def __init__(self, actor_network: Actor, critic_network: Critic, **options: Unpack[ClipOptions]) -> None:
-        super().__init__(actor_network, critic_network, reuse=None, sampled=False, **options)
-
 
 class HATRPOLoss(NaturalGradientLoss):
     """Heterogeneous-agent TRPO: one natural-gradient step for each agent, within an exact KL trust region.
@@ -63,6 +56,3 @@ class HATRPOLoss(NaturalGradientLoss):
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
     """
-
-    def __init__(self, actor_network: Actor, critic_network: Critic, **options: Unpack[NaturalGradientOptions]) -> None:
-        super().__init__(actor_network, critic_network, reuse=None, sampled=False, **options)

@@ -15,7 +15,6 @@ from torchrl_marl.distributed import world_size
 from torchrl_marl.modules.protocols import Actor, Critic
 from torchrl_marl.objectives.divergences import policy_kl
 from torchrl_marl.objectives.ratio import ClipOptions
-from torchrl_marl.objectives.reuse import ReuseMappingSampler
 from torchrl_marl.objectives.sequential import Learner, SequentialLoss
 from torchrl_marl.objectives.surrogates import ratio_gain
 from torchrl_marl.objectives.trust_region import StepOptions, check_step_options, trust_region_step
@@ -45,7 +44,6 @@ class NaturalGradientLoss(SequentialLoss):
     Args:
         max_kl: radius of the trust region (the papers' delta), in nats, 0.01 by default; a buffer, so it can be
             scheduled by assignment.
-        reuse, sampled: see :class:`SequentialLoss`.
         **options: :class:`~torchrl_marl.objectives.trust_region.StepOptions` and
             :class:`~torchrl_marl.objectives.ratio.ClipOptions`. By default the surrogate is the ratio itself, without
             an entropy bonus. All gains have the same gradient at ratio 1, so another gain only affects the line search.
@@ -59,22 +57,14 @@ class NaturalGradientLoss(SequentialLoss):
 
     abstract = True
 
-    def __init__(
-        self,
-        actor_network: Actor,
-        critic_network: Critic,
-        *,
-        reuse: ReuseMappingSampler | None,
-        sampled: bool,
-        **options: Unpack[NaturalGradientOptions],
-    ) -> None:
+    def __init__(self, actor_network: Actor, critic_network: Critic, **options: Unpack[NaturalGradientOptions]) -> None:
         others: Any = {"gain": ratio_gain, "entropy_coeff": 0.0, **options}
         max_kl = others.pop("max_kl", 0.01)
         if not 0 < max_kl < math.inf:
             raise ValueError(f"max_kl must be a number above 0; got {max_kl}.")
         self._step_options = take_options(others, StepOptions)
         check_step_options(**self._step_options)
-        super().__init__(actor_network, critic_network, reuse=reuse, sampled=sampled, **others)
+        super().__init__(actor_network, critic_network, **others)
         self._register(max_kl=max_kl)
 
     def check_loop(

@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import Unpack
 
-from torchrl_marl.modules.agent_networks import count_agents
 from torchrl_marl.modules.protocols import Actor, Critic
 from torchrl_marl.objectives.natural_gradient import NaturalGradientLoss, NaturalGradientOptions
 from torchrl_marl.objectives.ratio import ClipOptions
@@ -71,7 +70,9 @@ class OAPPOLoss(SequentialLoss):
         reuse: Reuse = "weighted",
         **options: Unpack[OAPPOOptions],
     ) -> None:
-        super().__init__(actor_network, critic_network, **_with_sampler(actor_network, reuse, options))
+        reuse_options = take_options(options, ReuseOptions)
+        super().__init__(actor_network, critic_network, **options)
+        _share_experience(self, reuse, reuse_options)
 
 
 class OATRPOLoss(NaturalGradientLoss):
@@ -115,12 +116,13 @@ class OATRPOLoss(NaturalGradientLoss):
         reuse: Reuse = "weighted",
         **options: Unpack[OATRPOOptions],
     ) -> None:
-        super().__init__(actor_network, critic_network, **_with_sampler(actor_network, reuse, options))
+        reuse_options = take_options(options, ReuseOptions)
+        super().__init__(actor_network, critic_network, **options)
+        _share_experience(self, reuse, reuse_options)
 
 
-def _with_sampler(actor: Actor, reuse: str, options: Any) -> Any:
-    """Replace the reuse options by the sampler built from them."""
+def _share_experience(loss: SequentialLoss, reuse: str, options: dict[str, Any]) -> None:
     if reuse not in get_args(Reuse):
         raise ValueError(f"reuse must be weighted or sampled; got {reuse!r}.")
-    sampler = ReuseMappingSampler(count_agents(actor), **take_options(options, ReuseOptions))
-    return {**options, "reuse": sampler, "sampled": reuse == "sampled"}
+    loss.reuse = ReuseMappingSampler(loss.num_agents, **options)
+    loss.sampled = reuse == "sampled"

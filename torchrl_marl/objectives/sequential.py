@@ -77,9 +77,11 @@ class SequentialLoss(ClipLoss):
         actor_network: decentralised policy with a network for each agent, such as
             ``make_actor(env, share_parameters=False)``.
         critic_network: one for all agents.
+        **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`.
+
+    Attributes:
         reuse: sources of each agent's experience; ``None`` for its own experience only.
         sampled: draw one source for each learner and row instead of weighting all sources.
-        **options: :class:`~torchrl_marl.objectives.ratio.ClipOptions`.
 
     Raises:
         ValueError: if agents share parameters, or an option is out of its range.
@@ -96,23 +98,15 @@ class SequentialLoss(ClipLoss):
     trains_in_parts = True
     clipped_apart = "critic"
 
-    def __init__(
-        self,
-        actor_network: Actor,
-        critic_network: Critic,
-        *,
-        reuse: ReuseMappingSampler | None,
-        sampled: bool,
-        **options: Unpack[ClipOptions],
-    ) -> None:
+    def __init__(self, actor_network: Actor, critic_network: Critic, **options: Unpack[ClipOptions]) -> None:
         num_agents = count_agents(actor_network)
         super().__init__(actor_network, critic_network, **options)
         action = self.tensor_keys.action
         self.set_keys(
             update_log_ratio=sibling(action, "update_log_ratio"), reuse_source=sibling(action, "reuse_source")
         )
-        self.reuse = reuse
-        self.sampled = sampled
+        self.reuse: ReuseMappingSampler | None = None
+        self.sampled = False
         # a plain list: these policies only wrap the registered actor's networks and own no parameters
         self._policies = [agent_policy(actor_network, agent) for agent in range(num_agents)]
         self._state_keys = recurrent_state_keys(actor_network)

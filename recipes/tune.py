@@ -73,9 +73,7 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
     recipe.compose(_lines(asked[key] for key in ("experiment", "loss", *SPACES["networks"]) if key in asked))
     choices = HydraConfig.get().runtime.choices
     method = choices["loss"]
-    if method not in SPACES["methods"]:
-        raise SystemExit(f"config/spaces.yaml has no loss={method}; it has {', '.join(SPACES['methods'])}.")
-    own = SPACES["methods"][method]
+    own = SPACES["methods"].get(method, SPACES["methods"]["default"])
     networks = {
         key.format(group): text
         for group, spaces in SPACES["networks"].items()

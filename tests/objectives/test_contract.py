@@ -1,8 +1,6 @@
-"""What every loss promises. A new method adds one row to ``METHODS``."""
+"""What every loss of ``METHODS`` promises."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from tests.objectives.loss_factories import (
     AGENTS,
     OBSERVATION,
     PADDING,
-    SPACES,
     STATE,
     add_transition,
     gradients,
@@ -29,107 +26,42 @@ from tests.objectives.loss_factories import (
     make_team_critic,
     total,
 )
+from tests.objectives.test_reductions import (
+    LOSSES,
+    METHODS,
+    TOLERANCE,
+    Method,
+    barrier,
+    clipped,
+    every_method,
+    every_space,
+    functional_or_not,
+    make,
+    networks_of,
+    quadratic,
+    run,
+)
 from torchrl_marl.objectives import (
-    HAPPOLoss,
     IPPOLoss,
     MAPPOLoss,
-    MARPOLoss,
     MARSLoss,
     MASPOLoss,
-    OAPPOLoss,
     RatioLoss,
-    SEACLoss,
 )
-from torchrl_marl.objectives.surrogates import clip_gain, quadratic_gain
+from torchrl_marl.objectives.surrogates import quadratic_gain
 
-
-@dataclass(frozen=True)
-class Method:
-    """A loss, the settings that it is tested with, and what its paper says the gain of one sample is."""
-
-    loss: type[RatioLoss]
-    gain: Callable[[float, float], float]  # (ratio, advantage) -> gain, in plain numbers
-    options: dict = field(default_factory=dict)
-    observes: str = "joint_observation"
-    own_networks: bool = False  # whether agents may not share parameters
-    reads_advantages: bool = True  # else it takes them from its critics, which are the agents' own
-
-
-def _clipped(low, high):
-    return lambda ratio, advantage: min(ratio * advantage, min(max(ratio, low), high) * advantage)
-
-
-def _quadratic(low, high):
-    def gain(ratio, advantage):
-        epsilon = high - 1 if advantage >= 0 else 1 - low
-        return ratio * advantage - abs(advantage) / (2 * epsilon) * (ratio - 1) ** 2
-
-    return gain
-
-
-def _barrier(low, high):
-    def gain(ratio, advantage):
-        target = high if advantage >= 0 else low
-        return ratio * advantage - advantage * target**2 / (target**2 - 1) * (ratio + 1 / ratio - 2)
-
-    return gain
-
-
-METHODS = {
-    "MAPPO": Method(MAPPOLoss, _clipped(0.8, 1.2)),
-    "IPPO": Method(IPPOLoss, _clipped(0.8, 1.2), observes="observation"),
-    "MASPO": Method(MASPOLoss, _quadratic(0.8, 1.2)),
-    "MARS": Method(MARSLoss, _barrier(0.8, 1.25)),
-    # Without reflection: the next step has its tests in test_marpo.py. The target stays, so that two calls are alike.
-    # Outside of any turn, where agents update at once on their own data; turns have their tests in test_sequential.py.
-    "HAPPO": Method(HAPPOLoss, _clipped(0.8, 1.2), own_networks=True),
-    "OAPPO": Method(OAPPOLoss, _clipped(0.8, 1.2), {"reuse_matrix": "RR"}, own_networks=True),
-    "MARPO": Method(MARPOLoss, _clipped(0.8, 1.2), {"reflection_coeff": 0.0, "ema_rate": 0.0}),
-    # Without the others' data, which have their tests in test_seac.py, and with a gain that has bounds.
-    "SEAC": Method(
-        SEACLoss,
-        _clipped(0.8, 1.2),
-        {"sharing_coeff": 0.0, "gain": clip_gain, "loss_critic_type": "smooth_l1", "critic_coeff": 1.0},
-        observes="observation",
-        own_networks=True,
-        reads_advantages=False,
-    ),
-}
 VARIANTS = {  # the same code with other numbers: only their equations need a test of their own
-    "asymmetric-MAPPO": Method(MAPPOLoss, _clipped(0.9, 1.3), {"clip_epsilon": (0.1, 0.3)}),
-    "asymmetric-MASPO": Method(MASPOLoss, _quadratic(0.9, 1.3), {"clip_epsilon": (0.1, 0.3)}),
-    "asymmetric-MARS": Method(MARSLoss, _barrier(0.5, 1.25), {"target_ratios": (0.5, 1.25)}),
-    "wide-IPPO": Method(IPPOLoss, _clipped(0.6, 1.4), {"clip_epsilon": 0.4}, observes="observation"),
+    "asymmetric-MAPPO": Method(MAPPOLoss, clipped(0.9, 1.3), {"clip_epsilon": (0.1, 0.3)}),
+    "asymmetric-MASPO": Method(MASPOLoss, quadratic(0.9, 1.3), {"clip_epsilon": (0.1, 0.3)}),
+    "asymmetric-MARS": Method(MARSLoss, barrier(0.5, 1.25), {"target_ratios": (0.5, 1.25)}),
+    "wide-IPPO": Method(IPPOLoss, clipped(0.6, 1.4), {"clip_epsilon": 0.4}, observes="observation"),
 }
-LOSSES = ("loss_objective", "loss_entropy", "loss_critic")
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # about ten roundings of float32: sums of tens of terms of order one
 
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 SHARING = {name: method for name, method in METHODS.items() if not method.own_networks}
 every_method_of_alike_agents = pytest.mark.parametrize("method", SHARING.values(), ids=SHARING)
 WITH_ADVANTAGES = {name: method for name, method in METHODS.items() if method.reads_advantages}
 every_variant = pytest.mark.parametrize("method", (WITH_ADVANTAGES | VARIANTS).values(), ids=WITH_ADVANTAGES | VARIANTS)
 every_method_with_advantages = pytest.mark.parametrize("method", WITH_ADVANTAGES.values(), ids=WITH_ADVANTAGES)
-every_space = pytest.mark.parametrize("space", SPACES)
-functional_or_not = pytest.mark.parametrize("functional", [True, False], ids=["functional", "stateful"])
-
-
-def networks_of(method, space, observes=None, **options):
-    """An actor and a critic that the method can train."""
-    own = {"share_parameters": False} if method.own_networks else {}
-    return make_networks(space, observes or method.observes, **{**own, **options})
-
-
-def make(method, space="categorical", *, networks=None, **options):
-    """The loss and its two networks."""
-    actor, critic = networks or networks_of(method, space)
-    return method.loss(actor, critic, **{**method.options, **options}), actor, critic
-
-
-def run(loss, data):
-    """Forward with the same noise each time, for entropies that are sampled."""
-    torch.manual_seed(5)
-    return loss(data)
 
 
 def values(output, *, entropy=True):

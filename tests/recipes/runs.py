@@ -1,15 +1,32 @@
 """Small runs of a recipe, within this process or as a process of their own."""
 
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra.utils import get_object
+from omegaconf import OmegaConf
 
 from torchrl_marl.run.records import read_metrics
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+VALUE_BASED = {"ldsa", "qmix", "qplex", "vdn"}  # those of test_qmix_vmas.py
+METHODS = sorted({path.stem for path in (RECIPES / "config" / "loss").glob("*.yaml")} - VALUE_BASED)
+_TABLE = (RECIPES.parent / "README.md").read_text().split("## Methods")[1].split("##")[0]
+_ROWS = [row.split("|") for row in _TABLE.splitlines() if row.startswith("| [")]
+RECIPE_OF = {  # as the README's table says; methods that are not in it are mars_vmas.py's
+    **dict.fromkeys(METHODS, "mars_vmas"),
+    **{method: re.findall(r"`(\w+)\.py`", row[4])[0] for row in _ROWS for method in re.findall(r"`(\w+)`", row[3])},
+}
+ENVIRONMENTS = {path.stem: OmegaConf.load(path) for path in (RECIPES / "config" / "env").glob("*.yaml")}
+GAMES = {
+    name: cfg
+    for name, cfg in sorted(ENVIRONMENTS.items())
+    if "_target_" in cfg and get_object(cfg._target_).__module__.startswith("torchrl_marl.envs.games")
+}
 TINY = [
     "env.num_envs=8",
     "env.max_steps=10",

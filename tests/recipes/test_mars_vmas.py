@@ -12,12 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import get_object
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
-from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe, start_recipe
+from tests.recipes.runs import (
+    GAMES,
+    METHODS,
+    RECIPE_OF,
+    curves,
+    run_folders,
+    run_recipe,
+    start_recipe,
+)
 from tests.run.test_checkpoints import rewrite
 from torchrl_marl.__main__ import main as evaluate_command
 from torchrl_marl.collectors import CompiledCollector
@@ -35,19 +42,6 @@ GRU = [
     "chunk_length=5",
     *(f"{network}.{size}" for network in ("actor", "critic") for size in ("recurrent_size=8", "head_sizes=[]")),
 ]
-VALUE_BASED = {"ldsa", "qmix", "qplex", "vdn"}  # those of test_qmix_vmas.py
-METHODS = sorted({path.stem for path in (RECIPES / "config" / "loss").glob("*.yaml")} - VALUE_BASED)
-ENVIRONMENTS = {path.stem: OmegaConf.load(path) for path in (RECIPES / "config" / "env").glob("*.yaml")}
-GAMES = sorted(
-    name
-    for name, cfg in ENVIRONMENTS.items()
-    if "_target_" in cfg and get_object(cfg._target_).__module__.startswith("torchrl_marl.envs.games")
-)
-RECIPE_OF = {  # the others are mars_vmas.py's
-    **dict.fromkeys(("marpo", "rpo"), "marpo_vmas"),
-    **dict.fromkeys(("magpo", "magpo_adaptive", "ctds"), "magpo_vmas"),
-    **dict.fromkeys(("happo", "oappo", "oappo_fading", "hatrpo", "oatrpo"), "oappo_vmas"),
-}
 
 
 def wait_for_frames(folder: Path, frames: int) -> Path:
@@ -73,17 +67,11 @@ def assert_same_traces(one: Path, other: Path) -> None:
         assert torch.equal(value, parameters[1][name]), name
 
 
-def test_the_methods_are_those_of_the_readme() -> None:
-    table = (RECIPES.parent / "README.md").read_text().split("## Methods")[1].split("##")[0]
-    choices = [row.split("|")[3] for row in table.splitlines() if row.startswith("| [")]
-    assert sorted(re.findall(r"`(\w+)`", " ".join(choices))) == sorted([*METHODS, *VALUE_BASED])
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_leaves_a_complete_folder(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_recipe(monkeypatch, tmp_path, f"loss={method}", recipe=RECIPE_OF.get(method, "mars_vmas"))
+    run_recipe(monkeypatch, tmp_path, f"loss={method}", recipe=RECIPE_OF[method])
     (folder,) = run_folders(tmp_path)
     printed = capsys.readouterr().out
     assert re.search(rf"{method} on \w+, seed 0", printed)
@@ -104,8 +92,7 @@ def test_every_method_trains_and_leaves_a_complete_folder(
 def test_every_game_trains_and_is_filmed(env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_recipe(monkeypatch, tmp_path, f"env={env}", "total_frames=80", "evaluation.video=true")
     (folder,) = run_folders(tmp_path)
-    scenario = OmegaConf.load(RECIPES / "config" / "env" / f"{env}.yaml").scenario
-    assert folder.parents[1].name == scenario
+    assert folder.parents[1].name == GAMES[env].scenario
     assert json.loads((folder / "summary.json").read_text())["frames"] == 80
     assert (folder / "episode.gif").read_bytes().startswith(b"GIF")
 
@@ -483,7 +470,7 @@ def test_the_policy_acts_from_local_observations_alone(tmp_path: Path, monkeypat
 def test_a_recurrent_policy_acts_from_its_own_history_and_scores_what_was_logged(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = RECIPE_OF.get(method, "mars_vmas")
+    recipe = RECIPE_OF[method]
     run_recipe(monkeypatch, tmp_path, *GRU, f"loss={method}", "evaluation.video=true", recipe=recipe)
     (folder,) = run_folders(tmp_path)
     assert (folder / "episode.gif").exists()

@@ -11,8 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from tests.recipes.runs import RECIPES, curves, run_folders, run_recipe
-from tests.recipes.test_mars_vmas import METHODS, RECIPE_OF
+from tests.recipes.runs import METHODS, RECIPE_OF, RECIPES, curves, run_folders, run_recipe
 from torchrl_marl.modules import GroupSpec
 from torchrl_marl.run.checks import check_keys
 from torchrl_marl.run.logger import LAST_FIFTH
@@ -26,25 +25,26 @@ CONFIG = RECIPES / "config"
 
 def composed(method: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONFIG), version_base=None):
-        return compose(RECIPE_OF.get(method, "mars_vmas"), overrides=list(overrides), return_hydra_config=True)
+        return compose(RECIPE_OF[method], overrides=list(overrides), return_hydra_config=True)
 
 
 def space_of(method: str) -> list[Override]:
-    networks = SPACES["networks"]["guider"]["sable"] if RECIPE_OF.get(method) == "magpo_vmas" else {}
-    params = {**SPACES["shared"], **{k.format("guider"): v for k, v in networks.items()}, **SPACES["methods"][method]}
+    networks = SPACES["networks"]["guider"]["sable"] if RECIPE_OF[method] == "magpo_vmas" else {}
+    own = SPACES["methods"].get(method, SPACES["methods"]["default"])
+    params = {**SPACES["shared"], **{k.format("guider"): v for k, v in networks.items()}, **own}
     return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
 
 
 def printed_sweep(method: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> dict:
-    recipe = RECIPE_OF.get(method, "mars_vmas")
+    recipe = RECIPE_OF[method]
     monkeypatch.setattr("sys.argv", ["tune.py", recipe, f"loss={method}", "env.scenario=balance", "--wandb"])
     monkeypatch.syspath_prepend(str(RECIPES))
     main()
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_every_method_has_a_space_and_no_other_has() -> None:
-    assert sorted(SPACES["methods"]) == METHODS
+def test_every_space_is_a_methods() -> None:
+    assert set(SPACES["methods"]) <= {"default", *METHODS}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,14 +2,17 @@
 
 import inspect
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from hydra.utils import get_object
 from torchrl.collectors import Collector
 from torchrl.envs import Compose, RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
+from tests.recipes.runs import GAMES
 from torchrl_marl.envs import (
     CoordSumEnv,
     check_env,
@@ -22,15 +25,12 @@ from torchrl_marl.envs import (
 from torchrl_marl.envs.games.streams import random_streams
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-ENVS = {
-    "CoordSum-3x10": lambda **options: make_coordsum("CoordSum-3x10", **options),
-    "CoordSum-5x20-80": lambda **options: make_coordsum("CoordSum-5x20-80", **options),
-    "black_red": lambda **options: make_maze("black_red", **options),
-    "black_blue_red": lambda **options: make_maze("black_blue_red", **options),
-    "PaxMen-4": lambda **options: make_paxmen("PaxMen-4", **options),
-    "PaxMen-6": lambda **options: make_paxmen("PaxMen-6", **options),
-    "AeroCombat-2v2": lambda **options: make_aerocombat("AeroCombat-2v2", **options),
-    "AeroCombat-4v4": lambda **options: make_aerocombat("AeroCombat-4v4", **options),
+ENVS = {  # the task of every game's choice of env=, and larger ones
+    **{game.scenario: partial(get_object(game._target_), game.scenario) for game in GAMES.values()},
+    "CoordSum-5x20-80": partial(make_coordsum, "CoordSum-5x20-80"),
+    "black_blue_red": partial(make_maze, "black_blue_red"),
+    "PaxMen-6": partial(make_paxmen, "PaxMen-6"),
+    "AeroCombat-4v4": partial(make_aerocombat, "AeroCombat-4v4"),
 }
 DETERMINISTIC = {"black_red", "black_blue_red"}
 

@@ -5,12 +5,46 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs import VmasEnv
 
-from torchrl_marl.envs import CompiledVmasEnv, RandomState, make_env
+from torchrl_marl.envs import RandomState, make_env
+from torchrl_marl.envs.vmas_graph import VmasGraphs
 
 pytest.importorskip("vmas")
 from vmas.scenarios.mpe.simple import Scenario as Simple
 
 from tests.envs.vmas_scenarios import Deciding, Noisy
+
+
+class CompiledVmasEnv(VmasEnv):
+    """VMAS stepped and reset by its graphs, without a policy."""
+
+    _graphs = None
+
+    @staticmethod
+    def compiler(module):
+        return torch.compile(module, dynamic=False, options={"cpp_wrapper": not torch.cuda.is_available()})
+
+    def _step(self, tensordict):
+        outputs = self._own_graphs().try_step(
+            [tensordict.get(key) for key in self.action_keys], lambda: VmasEnv._step(self, tensordict)
+        )
+        return super()._step(tensordict) if outputs is None else self._data(self._graphs._step_graph, outputs)
+
+    def _reset(self, tensordict=None, **options):
+        graphs, mask = self._own_graphs(), None if tensordict is None else tensordict.get("_reset", None)
+        outputs = None if mask is None else graphs.try_reset(mask)
+        if outputs is not None:
+            return self._data(graphs._reset_graph, outputs)
+        data = super()._reset(tensordict, **options)
+        graphs.find_state()
+        return data
+
+    def _own_graphs(self):
+        self._graphs = self._graphs or VmasGraphs(self, compile_step=self.compiler, compile_reset=self.compiler)
+        return self._graphs
+
+    def _data(self, graph, outputs):
+        empty = self.fake_tensordict().exclude("next").empty(recurse=True)
+        return empty.update(dict(zip(graph._keys, outputs, strict=True)))
 
 
 class Traced(CompiledVmasEnv):

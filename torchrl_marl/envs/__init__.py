@@ -10,7 +10,6 @@ from torchrl_marl.envs.games.tensor_env import TensorEnv
 from torchrl_marl.envs.random_state import RandomState, preserve_random_state, reseed
 from torchrl_marl.envs.video import render_episode
 from torchrl_marl.envs.vmas import make_env
-from torchrl_marl.envs.vmas_graph import CompiledVmasEnv
 from torchrl_marl.envs.wrappers.custom import make_custom
 from torchrl_marl.envs.wrappers.football import make_football
 from torchrl_marl.envs.wrappers.gymnasium import make_lbforaging, make_pettingzoo, make_rware
@@ -20,7 +19,6 @@ from torchrl_marl.envs.wrappers.smacv2 import make_smacv2
 
 __all__ = [
     "AeroCombatEnv",
-    "CompiledVmasEnv",
     "CoordSumEnv",
     "MazeEnv",
     "PaxMenEnv",

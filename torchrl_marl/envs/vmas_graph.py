@@ -14,11 +14,11 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchrl.envs import EnvBase, VmasEnv
+from torchrl.envs import VmasEnv
 
 from torchrl_marl.envs.random_state import preserve_random_state
 
-__all__ = ["CompiledVmasEnv"]
+__all__ = ["VmasGraphs"]
 
 _ROOTS = ("scenario", "world", "steps")  # attributes of VMAS's Environment that a step reads or writes
 _OF_A_STEP = ("forces_dict", "torques_dict", "entity_index_map")  # rebuilt by the world in every step
@@ -32,16 +32,11 @@ _MAX_MISSES = 0.5  # share of runs that fall back to VMAS beyond which compilati
 Compiler = Callable[[GraphModule], Callable[..., Sequence[Tensor]]]
 
 
-def compile_graph(module: GraphModule) -> Callable[..., Sequence[Tensor]]:
-    """Compile a graph of VMAS on its own, without a policy."""
-    return torch.compile(module, dynamic=False, options={"cpp_wrapper": not torch.cuda.is_available()})
-
-
-class CompiledVmasEnv(VmasEnv):
-    """A :class:`~torchrl.envs.VmasEnv` that is traced once and compiled; it takes ``VmasEnv``'s arguments.
+class VmasGraphs:
+    """The graphs of a step and of a partial reset, which replace VMAS's own step and reset of an environment.
 
     A step of VMAS calls more than a thousand operations on small tensors from Python, and VMAS resets environments one
-    by one. This class traces a whole step (actions, physics, rewards, observations, done flags) into one graph, whose
+    by one. Here a whole step (actions, physics, rewards, observations, done flags) is traced into one graph, whose
     inputs and outputs are the actions and all tensors that the scenario and its world hold; ``torch.compile`` fuses the
     graph into a few loops. A reset of part of the batch is traced in the same way; the random numbers that VMAS draws
     for each environment are further inputs.
@@ -52,34 +47,6 @@ class CompiledVmasEnv(VmasEnv):
     computed, and used only where VMAS would compute them. VMAS repeats the first 32 steps and steps 64, 128, 256, ...
     from the same state as a check; resets likewise. If results differ, or a step cannot be traced (because it draws
     random numbers, for example), a warning gives the reason and the environment falls back to VMAS for good.
-
-    The first step and the first partial reset compile, which takes up to a minute, or seconds if an earlier process has
-    compiled the same graph. ``compiler`` compiles a graph.
-    """
-
-    compiler: Compiler = staticmethod(compile_graph)
-
-    _graphs: VmasGraphs | None = None
-
-    def to(self, device: torch.device | str) -> EnvBase:
-        """Move the environment, which is then traced again."""
-        self._graphs = None
-        return super().to(device)
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        return self._own_graphs().step(tensordict)
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **options: Any) -> TensorDictBase:
-        return self._own_graphs().reset(tensordict, **options)
-
-    def _own_graphs(self) -> VmasGraphs:
-        if self._graphs is None:
-            self._graphs = VmasGraphs(self, compile_step=self.compiler, compile_reset=self.compiler)
-        return self._graphs
-
-
-class VmasGraphs:
-    """The graphs of a step and of a partial reset, which replace VMAS's own step and reset of an environment.
 
     Args:
         env: the environment.
@@ -95,15 +62,6 @@ class VmasGraphs:
         self._step_graph: _Graph | None = None
         self._reset_graph: _Graph | None = None
         self._draws: _Draws | None = None
-
-    def step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Step the environment with the actions in ``tensordict``."""
-
-        def step_as_vmas() -> TensorDictBase:
-            return VmasEnv._step(self.env, tensordict)
-
-        outputs = self.try_step([tensordict.get(key) for key in self.env.action_keys], step_as_vmas)
-        return step_as_vmas() if outputs is None else self._step_graph.data(outputs)  # pyright: ignore[reportOptionalMemberAccess]
 
     @torch.no_grad()
     def try_step(
@@ -131,16 +89,6 @@ class VmasGraphs:
             self._step_graph = _Graph(self.env, step, actions, self._compile_step)
         except _RefusedError as reason:
             self._refuse("step", reason)
-
-    def reset(self, tensordict: TensorDictBase | None, **options: Any) -> TensorDictBase:
-        """Reset all environments, or those that ``"_reset"`` marks."""
-        mask = None if tensordict is None else tensordict.get("_reset", None)
-        outputs = None if mask is None else self.try_reset(mask)
-        if outputs is not None:
-            return self._reset_graph.data(outputs)  # pyright: ignore[reportOptionalMemberAccess]
-        data = VmasEnv._reset(self.env, tensordict, **options)
-        self.find_state()
-        return data
 
     @torch.no_grad()
     def try_reset(self, mask: Tensor) -> Sequence[Tensor] | None:
@@ -330,10 +278,6 @@ class _Graph:
             box[key] = value
         return outputs
 
-    def data(self, outputs: Sequence[Tensor]) -> TensorDictBase:
-        """Return entries in the form in which the function returns them."""
-        return self._template.copy().update(dict(zip(self._keys, outputs, strict=True)))
-
     def find_state(self) -> None:
         """Locate the state's tensors again after a reset.
 
@@ -380,7 +324,7 @@ class _Graph:
                 decisions = tracer.finish()
             state = _State(env)
             self._compare_settings(state)
-            self._template, self._keys = data.empty(recurse=True), list(data.keys(True, True))
+            self._keys = list(data.keys(True, True))
             after = state.read()
             pairs = enumerate(zip(copies, after, strict=True))
             self._changed = [index for index, (copy, value) in pairs if value is not copy or copy._version]

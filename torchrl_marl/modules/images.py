@@ -1,4 +1,4 @@
-"""Builders of actors and critics of agents that see images."""
+"""Builders of actors and critics that observe images."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["make_cnn_actor", "make_cnn_critic"]
 
 
 class _ImageEncoder(nn.Module):
-    """Convolutions and a layer of features: ``[..., C, H, W]`` or ``[..., H, W, C]`` to ``[..., features]``.
+    """Convolutional layers and a linear layer: ``[..., C, H, W]`` or ``[..., H, W, C]`` to ``[..., features]``.
 
-    ``uint8`` counts from 0 to 1. Channels are the smaller of the first and the last dimension.
+    ``uint8`` values are scaled to [0, 1]. The channel dimension is the smaller of the first and the last dimension.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class _ImageEncoder(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Encode images of any batch."""
+        """Encode images of any batch shape."""
         image = image / 255 if image.dtype == torch.uint8 else image
         image = image.movedim(-1, -3) if self.channels_last else image
         return self.features(self.convolutions(image)).relu()
@@ -91,25 +91,25 @@ def make_cnn_actor(
     agent_id: bool = True,
     device: torch.device | str | None = None,
 ) -> ProbabilisticActor:
-    """Build a decentralised stochastic policy of agents that see images, one network for all of them.
+    """Build a decentralised stochastic policy that observes images, with one network for all agents.
 
-    Convolutions (:class:`torchrl.modules.ConvNet`, by default those of Mnih et al., 2015), a layer of features, then as
-    :func:`~torchrl_marl.modules.make_actor`.
+    Convolutional layers (:class:`torchrl.modules.ConvNet`, by default those of Mnih et al., 2015) and a linear layer
+    encode each image; the layers after the encoding are those of :func:`~torchrl_marl.modules.make_actor`.
 
     Args:
-        env: the environment, or the shape of a group; its observations are ``[N, C, H, W]`` or ``[N, H, W, C]``.
-        group: which group of the environment; may be left out if it has just one.
-        num_channels: of each convolution.
-        kernel_sizes: of each convolution, in pixels.
-        strides: of each convolution, in pixels.
-        features: size of what an image is turned into.
-        hidden_sizes: widths of the hidden layers after it.
-        activation: of these.
-        agent_id: append a one-hot agent id to the features.
-        device: where parameters live.
+        env: the environment, or the shape of a group; observations are ``[N, C, H, W]`` or ``[N, H, W, C]``.
+        group: name of the group; optional if the environment has one group.
+        num_channels: output channels of each convolutional layer.
+        kernel_sizes: kernel size of each convolutional layer, in pixels.
+        strides: stride of each convolutional layer, in pixels.
+        features: length of the encoding of an image.
+        hidden_sizes: widths of the hidden layers after the encoding.
+        activation: activation of the hidden layers.
+        agent_id: append a one-hot agent id to the encoding.
+        device: device of the parameters.
 
     Raises:
-        ValueError: if observations are no images, or the kernels do not fit them.
+        ValueError: if observations are not images, or the kernels are too large for them.
 
     Example:
         >>> from tensordict import TensorDict
@@ -140,27 +140,29 @@ def make_cnn_critic(
     value_norm: ValueNorm | None = None,
     device: torch.device | str | None = None,
 ) -> TensorDictModule:
-    """Build a critic of agents that see images: of all agents' features side by side, or of each agent's own.
+    """Build a critic that observes images, with one encoder for all agents.
 
     Args:
-        env: as of :func:`make_cnn_actor`, whose other arguments it has too.
-        group: which group of the environment.
-        observes: ``"joint_observation"`` or ``"observation"``.
-        num_channels: of each convolution.
-        kernel_sizes: of each convolution, in pixels.
-        strides: of each convolution, in pixels.
-        features: size of what an image is turned into.
-        hidden_sizes: widths of the hidden layers after it.
-        activation: of these.
-        agent_id: append a one-hot agent id (``"observation"`` only).
-        value_norm: running statistics of values, as of :func:`~torchrl_marl.modules.make_critic`.
-        device: where parameters live.
+        env: the environment, or the shape of a group; observations are ``[N, C, H, W]`` or ``[N, H, W, C]``.
+        group: name of the group; optional if the environment has one group.
+        observes: ``"joint_observation"``, the concatenated encodings of all agents' images; ``"observation"``, the
+            encoding of each agent's own image.
+        num_channels: output channels of each convolutional layer.
+        kernel_sizes: kernel size of each convolutional layer, in pixels.
+        strides: stride of each convolutional layer, in pixels.
+        features: length of the encoding of an image.
+        hidden_sizes: widths of the hidden layers after the encoding.
+        activation: activation of the hidden layers.
+        agent_id: append a one-hot agent id to the encoding (``"observation"`` only).
+        value_norm: running statistics of values; the network then predicts normalised values, see
+            :class:`~torchrl_marl.modules.Denormalize`.
+        device: device of the parameters.
 
     Returns:
         Critic that writes ``(group, "state_value")``, ``[*batch, agents, 1]``, in units of the return.
 
     Raises:
-        ValueError: if observations are no images, the kernels do not fit them, or an option is unknown.
+        ValueError: if observations are not images, the kernels are too large for them, or an option is unknown.
     """
     shape = group_shape(env, group, images=True)
     if observes not in ("joint_observation", "observation"):

@@ -1,4 +1,4 @@
-"""A user's own environment, of whichever kind, from the name of the function that makes it."""
+"""Custom environments of several libraries, built by a factory that the user names."""
 
 from __future__ import annotations
 
@@ -36,50 +36,51 @@ def make_custom(
     device: Device = "cpu",
     factory_kwargs: Mapping[str, Any] | None = None,
 ) -> EnvBase:
-    """Build a batch of environments of one's own.
+    """Build a batch of custom environments.
 
-    The factory is any callable, such as a class, that returns
+    The factory is any callable, such as a class, that returns one of the following:
 
     * a PettingZoo environment (parallel API);
-    * a Gymnasium environment of several agents, with ``Tuple`` spaces, or ``Dict`` spaces by agents' names;
+    * a Gymnasium environment of several agents, with ``Tuple`` spaces, or with ``Dict`` spaces keyed by agent name;
     * a VMAS scenario object;
-    * a TorchRL environment with a ``group_map`` and the entries of :mod:`torchrl_marl.keys`, one copy of it or a batch.
+    * a TorchRL environment with a ``group_map`` and the entries of :mod:`torchrl_marl.keys`, either single or batched.
 
-    It is called once for each copy, or once for all where it returns a batch (VMAS and TorchRL). Of the settings below,
-    and of ``render_mode="rgb_array"``, it gets those that it has arguments for, ``seed`` plus the number of the copy.
-    What it does not take is done here: copies are made, seeded and cut after ``max_steps``. An environment that draws
-    itself (``render()`` of PettingZoo and Gymnasium, ``render(env_index)`` of TorchRL) is filmed.
+    The factory is called once for each copy, or once in total if it returns a batch (VMAS and TorchRL). It receives
+    those of the settings below and of ``render_mode="rgb_array"`` that its signature accepts; ``seed`` is increased by
+    the index of the copy. Settings that the factory does not accept are applied here: environments are copied, seeded
+    and truncated after ``max_steps``. Videos need an environment with ``render()`` (PettingZoo, Gymnasium) or
+    ``render(env_index)`` (TorchRL).
 
-    Agents of PettingZoo and Gymnasium that leave before the episode ends stay as rows: ``("agents", "mask")`` is false
-    there, observations and rewards are zero, every action is legal and none is played. Policies learn from live rows
-    alone, critics from all. Images (``uint8`` in three dimensions) keep their shape; other observations become vectors.
+    PettingZoo and Gymnasium agents that leave before the episode ends stay in the batch as masked rows: ``("agents",
+    "mask")`` is false, observations and rewards are zero, every action is legal, and actions are ignored. Policies
+    learn from live rows only, critics from all rows. Images (three-dimensional ``uint8``) keep their shape; other
+    observations are flattened.
 
-    Runs resume bit for bit if a game draws its random numbers from the seed of each ``reset``; a TorchRL environment's
-    own are no part of checkpoints.
+    Runs resume bit for bit if a game draws its random numbers from the seed passed to ``reset``. Random state held by a
+    TorchRL environment is not part of checkpoints.
 
     Args:
-        factory: the callable, or ``"module:callable"``, where the module is looked for in the current folder first.
+        factory: the callable, or ``"module:callable"``; modules in the current folder take precedence.
         num_envs: number of environments.
-        scenario: name of the task, for those factories that make several; that of the factory itself is none.
+        scenario: name of the task, passed to factories that accept it unless it equals ``factory``.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards (PettingZoo and Gymnasium only).
-        group_by: how agents of PettingZoo and Gymnasium form groups, of which each learns with networks of its own,
-            in a loop for groups: ``"name"`` without its number, as TorchRL's (``red_0`` and ``red_1`` are
-            ``"red"``), ``"spaces"``, those whose spaces are equal, or a mapping of agents' names by group. In a group
-            unequal spaces are padded: observations with zeros, discrete actions by the mask, continuous ones, then from
-            -1 to 1, with some that have no effect. ``"padding"`` does so in one group of all; ``None`` is one group
-            whose spaces must be equal.
+        group_by: grouping of PettingZoo and Gymnasium agents; each group is trained with separate networks.
+            ``"name"`` groups by name without the trailing number, as TorchRL does (``red_0`` and ``red_1`` become
+            ``"red"``); ``"spaces"`` groups agents with equal spaces; a mapping lists agent names by group;
+            ``"padding"`` makes a single group. Unequal spaces within a group are padded, see
+            :func:`~torchrl_marl.envs.wrappers.spaces.part_of`. ``None`` makes a single group and requires equal spaces.
         state: whether to keep PettingZoo's ``state()``, which ``critic.observes=state`` reads.
-        seed: of the random numbers; ``None`` draws one.
-        device: where the tensors are.
+        seed: random seed; ``None`` draws a seed from Torch's global generator.
+        device: device of the tensors.
         factory_kwargs: further arguments of the factory.
 
     Returns:
-        The environments, with batch size ``[num_envs]``; :func:`~torchrl_marl.envs.check_env` explains them.
+        The environments, with batch size ``[num_envs]``; :func:`~torchrl_marl.envs.check_env` describes them.
 
     Raises:
-        ValueError: if there is no such factory, it takes other arguments or returns something else, or its environment
-            lacks what training reads.
+        ValueError: if the factory does not exist, does not accept ``factory_kwargs`` or returns an unsupported object,
+            or the environment lacks entries that training reads.
 
     Example:
         >>> from torchrl_marl.envs import make_coordsum
@@ -94,7 +95,7 @@ def make_custom(
     seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
     options: Any = {"num_envs": num_envs, "max_steps": max_steps, "seed": seed, "device": device}
     settings = {**options, "render_mode": "rgb_array"}
-    settings |= {} if scenario in (None, factory) else {"scenario": scenario}  # the recipes name an unnamed task so
+    settings |= {} if scenario in (None, factory) else {"scenario": scenario}  # recipes set scenario=factory by default
 
     def make(copy: int = 0) -> Any:
         return build(**_arguments(build, name, {**settings, "seed": seed + copy}, factory_kwargs or {}))
@@ -119,7 +120,7 @@ def make_custom(
 def _arguments(
     build: Callable[..., Any], name: str, settings: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the user's own arguments and those of our settings that the factory has arguments for."""
+    """Return the user's arguments, and the settings that the factory accepts."""
     parameters = inspect.signature(build).parameters
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     takes = [key for key, value in parameters.items() if value.kind in by_name]
@@ -137,7 +138,7 @@ def _arguments(
 def _batch(
     made: EnvBase, make: Callable[..., EnvBase], name: str, *, num_envs: int, max_steps: int, seed: int, device: Device
 ) -> EnvBase:
-    """Make copies of a TorchRL environment if it is a single one, and add the time limit and the episodes' returns."""
+    """Copy a TorchRL environment unless it is batched, and add missing transforms: time limit and episode returns."""
     if missing := missing_entries(made):
         raise ValueError(f"{name}: {' '.join(missing)}")
     if "done" not in made.done_keys:

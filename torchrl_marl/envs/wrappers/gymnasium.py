@@ -1,4 +1,4 @@
-"""Environments of Gymnasium and PettingZoo, stepped one by one: Level-Based Foraging, RWARE, MPE and others."""
+"""Gymnasium and PettingZoo environments, stepped one by one: Level-Based Foraging, RWARE, MPE and others."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class SerialGame(ABC):
     Attributes:
         agents: names of the ``N`` agents.
         action_spec: ``[N]`` for discrete or ``[N, A]`` for continuous actions.
-        blank: what ``reset`` returns, filled with zeros.
-        groups: of the agents, by name; none if all of them are the group ``"agents"``.
+        blank: the entries that ``reset`` returns, filled with zeros.
+        groups: groups of agents by name; empty if all agents form the group ``"agents"``.
     """
 
     agents: list[str]
@@ -55,11 +55,11 @@ class SerialGame(ABC):
 
     @abstractmethod
     def reset(self, seed: int) -> dict[str, np.ndarray]:
-        """Start the episode that a seed gives.
+        """Start the episode of a seed.
 
         Returns:
-            ``observation [N, O]``, or images, and, where the game has them, ``action_mask [N, A]``, ``mask [N]``,
-            ``state [S]`` and the episode's metrics so far by name, ``[1]``.
+            ``observation [N, O]``, or images, and, if the game has them, ``action_mask [N, A]``, ``mask [N]``,
+            ``state [S]`` and the episode's current metrics by name, ``[1]``.
         """
 
     @abstractmethod
@@ -68,7 +68,7 @@ class SerialGame(ABC):
 
     @abstractmethod
     def draw(self) -> np.ndarray:
-        """Return a picture, ``uint8`` of shape ``[height, width, 3]``, or raise an error that says why not."""
+        """Return an image, ``uint8`` of shape ``[height, width, 3]``, or raise an error that explains why not."""
 
 
 class SerialGymEnv(WrapperEnv):
@@ -77,7 +77,7 @@ class SerialGymEnv(WrapperEnv):
     One TensorDict for the batch is cheaper than TorchRL's ``SerialEnv``, which keeps one for each environment.
 
     Args:
-        make: builds an environment, given its index.
+        make: function that builds the environment with a given index.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards.
         batch: ``num_envs``, ``seed`` and ``device``, see :class:`~torchrl_marl.envs.base.BatchOptions`.
@@ -125,7 +125,7 @@ class SerialGymEnv(WrapperEnv):
         everyone: Any = data.pop("agents") if self._parts else None
         for name, part in self._parts.items():
             own: Any = everyone[:, part.members]
-            if "observation" in own.keys():  # as long as the group's longest
+            if "observation" in own.keys():  # padded to the longest of the group, not of all agents
                 own["observation"] = own["observation"][(..., *[slice(size) for size in part.shape])]
             if (legal := own.pop("action_mask", None)) is not None and part.masked:
                 own["action_mask"] = legal[..., : part.action_spec.space.n]
@@ -163,13 +163,13 @@ class SerialGymEnv(WrapperEnv):
 
 
 class _GymGame(SerialGame):
-    """An environment of Gymnasium or PettingZoo, which gives the agents' values as a list or as a dictionary.
+    """A Gymnasium or PettingZoo environment, which returns the agents' values as a list or as a dictionary.
 
     Args:
         env: the environment.
         spaces: observation spaces and action spaces by agent.
         named: whether ``step`` takes the actions as a dictionary by agent.
-        state_size: length of its ``state()``; ``None`` if it has none.
+        state_size: length of ``state()``; ``None`` without a state.
         mortal: whether agents may leave before the episode ends.
         group_by: see :func:`~torchrl_marl.envs.wrappers.spaces.group_agents`.
     """
@@ -242,7 +242,7 @@ class _GymGame(SerialGame):
         return self.env.render(**mode)
 
     def _of_each(self, values: Any) -> dict[Any, Any]:
-        """Return the values of a dictionary or a list by agent; a single value holds for all agents."""
+        """Return values by agent from a dictionary, a list, or a single value for all agents."""
         if isinstance(values, Mapping):
             return {agent: values[agent] for agent in self._agents if agent in values}
         values = list(values) if hasattr(values, "__len__") else [values] * len(self._agents)
@@ -253,7 +253,7 @@ class _GymGame(SerialGame):
         return dict.fromkeys(self._agents, True) if everyone else self._of_each(values)
 
     def _seen(self, observation: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-        """Return what the agents see; those that have left see zeros and may do anything."""
+        """Return the observed entries; agents that have left observe zeros, with every action legal."""
         seen = {key: value.copy() for key, value in self.blank.items()}
         for index, (agent, own) in enumerate(zip(self._agents, self._spaces, strict=True)):
             if agent not in self._live and (self._live or agent not in observation):
@@ -268,14 +268,14 @@ class _GymGame(SerialGame):
         if self._mortal:
             seen["mask"][:] = [agent in self._live for agent in self._agents]
         if "state" in seen:
-            with nullcontext() if self._live else suppress(Exception):  # of an episode that is over there may be none
+            with nullcontext() if self._live else suppress(Exception):  # after the episode there may be no state
                 self._state = self.env.state().astype(np.float32).ravel()
             seen["state"] = self._state
         return seen
 
 
 class _ForagingGame(SerialGame):
-    """Level-Based Foraging, which also tells the legal actions and the share of the food that is eaten."""
+    """Level-Based Foraging with the mask of legal actions and the share of eaten food."""
 
     def __init__(self, env: Any) -> None:
         self.env, self._game = env, as_serial_game(env)
@@ -307,17 +307,18 @@ def as_serial_game(
 ) -> SerialGame:
     """Wrap an environment of PettingZoo's parallel API, or a Gymnasium environment of several agents.
 
-    The latter has ``Tuple`` spaces, or ``Dict`` spaces by agent; rewards and flags may be common to all agents.
+    A Gymnasium environment has ``Tuple`` spaces, or ``Dict`` spaces keyed by agent; its rewards and flags may be common
+    to all agents.
 
     Args:
         env: the environment.
-        state: whether to ask PettingZoo's environments that have one for their ``state()``.
-        mortal: whether agents may leave before the episode ends; ``mask`` then tells who is there.
+        state: whether to keep the ``state()`` of PettingZoo environments that have one.
+        mortal: whether agents may leave before the episode ends; ``mask`` then marks the live agents.
         group_by: see :func:`~torchrl_marl.envs.wrappers.spaces.group_agents`.
 
     Raises:
-        ValueError: if it is neither, if agents differ though ``group_by`` is ``None``, or if the library's networks
-            cannot take a space.
+        ValueError: if the environment is of neither kind, if spaces differ although ``group_by`` is ``None``, or if the
+            library's networks do not support a space.
     """
     how: dict[str, Any] = {"mortal": mortal, "group_by": group_by}
     name = type(env).__name__
@@ -357,13 +358,13 @@ def make_lbforaging(
 ) -> EnvBase:
     """Build Level-Based Foraging: agents of different levels load food together.
 
-    Eating everything is a termination, the time limit a truncation. Actions that are not legal do nothing;
-    ``("agents", "action_mask")`` tells which are. ``("info", "food")`` is the share of the food that is eaten.
+    The episode terminates when all food is eaten; the time limit is a truncation. Illegal actions have no effect;
+    ``("agents", "action_mask")`` marks the legal ones. ``("info", "food")`` is the share of eaten food.
 
     Args:
         scenario: a name that the package ``lbforaging`` registers, ``Foraging[-2s]-SxS-Np-Ff[-coop]-v3``.
         max_steps: time limit of an episode.
-        shared_reward: whether every agent gets the sum of all agents' rewards, which is at most 1 in an episode.
+        shared_reward: whether every agent gets the sum of all agents' rewards, at most 1 in an episode.
         scenario_kwargs: arguments of ``ForagingEnv`` that differ from the scenario's, such as ``{"max_num_food": 5}``.
         batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
 
@@ -372,7 +373,7 @@ def make_lbforaging(
 
     Raises:
         ImportError: if ``lbforaging`` is not installed.
-        ValueError: if an argument is out of its range, or there is no such scenario or option.
+        ValueError: if an argument is out of its range, or the scenario or an option is unknown.
     """
     build = import_extra("lbforaging.foraging", "gym").ForagingEnv
     options = {**_registered("lbforaging", scenario), **(scenario_kwargs or {}), "max_episode_steps": float("inf")}
@@ -391,10 +392,10 @@ def make_rware(
     scenario_kwargs: Mapping[str, Any] | None = None,
     **batch: Unpack[BatchOptions],
 ) -> EnvBase:
-    """Build the multi-robot warehouse: robots bring requested shelves to the goal and back.
+    """Build the multi-robot warehouse (RWARE): robots bring requested shelves to the goal and back.
 
-    The original, whose robots stop each other. Jumanji's RobotWarehouse ends an episode when two of them collide, and
-    is another task under the same names.
+    In this original, robots block each other. Jumanji's RobotWarehouse is a different task under the same names: its
+    episodes end when two robots collide.
 
     Args:
         scenario: a name that the package ``rware`` registers, ``rware-SIZE-Nag[-easy|-hard]-v2``.
@@ -409,7 +410,7 @@ def make_rware(
 
     Raises:
         ImportError: if ``rware`` is not installed.
-        ValueError: if an argument is out of its range, or there is no such scenario or option.
+        ValueError: if an argument is out of its range, or the scenario or an option is unknown.
     """
     build = import_extra("rware.warehouse", "gym").Warehouse
     options = {**_registered("rware", scenario), **(scenario_kwargs or {}), "max_steps": None}
@@ -428,14 +429,14 @@ def make_pettingzoo(
     scenario_kwargs: Mapping[str, Any] | None = None,
     **batch: Unpack[BatchOptions],
 ) -> EnvBase:
-    """Build a PettingZoo environment whose agents are all alike, such as MPE's simple_spread.
+    """Build a PettingZoo environment whose agents have equal spaces, such as MPE's simple_spread.
 
-    Agents act at the same time (PettingZoo's parallel API). Actions out of range are clipped to it. The root holds the
-    environment's own state where it has one.
+    Agents act simultaneously (PettingZoo's parallel API). Actions out of range are clipped. The environment's state, if
+    any, is at the root.
 
     Args:
         scenario: a module of ``package`` with a ``parallel_env``.
-        package: where it is from.
+        package: package of the scenario.
         max_steps: time limit of an episode, reported as truncation.
         shared_reward: whether every agent gets the sum of all agents' rewards.
         scenario_kwargs: arguments of ``parallel_env``, such as ``{"N": 5, "continuous_actions": True}``.
@@ -446,7 +447,7 @@ def make_pettingzoo(
 
     Raises:
         ImportError: if the package is not installed.
-        ValueError: if an argument is out of its range, there is no such option, or the agents are not alike.
+        ValueError: if an argument is out of its range, an option is unknown, or the agents' spaces differ.
     """
     names = [module.name for module in pkgutil.iter_modules(import_extra(package, "mpe").__path__)]
     if scenario not in names:

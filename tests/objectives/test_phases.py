@@ -128,18 +128,29 @@ def test_sequential_methods_have_a_phase_for_every_agent_and_then_the_critics(cl
     assert loss.turn is None
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("cls", [HAPPOLoss, HATRPOLoss])
-def test_an_update_moves_the_agent_whose_phase_it_is_and_nobody_else(cls, compile, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # its gradients, not its code
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def compile(request, monkeypatch):
+    """The option of an update; where it is set, gradients are those of compiled code, which runs uncompiled."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    return request.param
+
+
+def learned(update, loss, minibatches):
+    """What updates measure, and the ids of the parameters that they move."""
+    before = [parameter.detach().clone() for parameter in loss.parameters()]
+    measured = [update(minibatch) for minibatch in minibatches]
+    return measured, {id(p) for p, old in zip(loss.parameters(), before, strict=True) if not torch.equal(p, old)}
+
+
+@pytest.mark.parametrize("cls", [HAPPOLoss, HATRPOLoss])
+def test_an_update_moves_the_agent_whose_phase_it_is_and_nobody_else(cls, compile):
     loss, data = make(cls, live=None)
     loss.prepare(data)
     update = make_update(loss, torch.optim.Adam(loss.parameters(), lr=1e-2), max_grad_norm=1.0, compile=compile)
     for phase in (phase for _ in range(2) for phase in loss.phases(data)):  # with momentum in the second round
-        turn, before = loss.turn, [parameter.detach().clone() for parameter in loss.parameters()]
-        measured = [update(minibatch) for minibatch in phase.minibatches(24, epochs=1)]
-        moved = {id(p) for p, old in zip(loss.parameters(), before, strict=True) if not torch.equal(p, old)}
+        turn = loss.turn
+        measured, moved = learned(update, loss, phase.minibatches(24, epochs=1))
         allowed = loss.critic_network.parameters() if turn == "critic" else loss.agent_parameters(turn)
         assert moved
         assert moved <= {id(parameter) for parameter in allowed}
@@ -181,19 +192,13 @@ def test_a_guider_that_goes_first_is_alone_in_its_phase(cls):
     assert {id(parameter) for parameter in loss.parameters() if parameter.grad is not None} >= guider | follower
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_guider_and_learner_stay_as_they_are_in_the_others_phase(compile, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+def test_guider_and_learner_stay_as_they_are_in_the_others_phase(compile):
     loss = guided(guider_first=True)
     update = make_update(loss, torch.optim.Adam(loss.parameters(), lr=1e-2), max_grad_norm=1.0, compile=compile)
     learner = {id(parameter) for parameter in loss.learner_network.parameters()}
     for round_ in range(2):
         for index, phase in enumerate(loss.phases(guided_batch(loss))):
-            before = [parameter.detach().clone() for parameter in loss.parameters()]
-            for minibatch in phase.minibatches(12, epochs=1):
-                update(minibatch)
-            moved = {id(p) for p, old in zip(loss.parameters(), before, strict=True) if not torch.equal(p, old)}
+            _, moved = learned(update, loss, phase.minibatches(12, epochs=1))
             assert moved, round_
             assert moved == learner if index else moved.isdisjoint(learner)
 

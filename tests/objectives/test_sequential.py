@@ -937,10 +937,9 @@ def test_a_step_that_cannot_be_taken_is_refused(cls, option, value):
 @pytest.mark.parametrize("cls", [SequentialLoss, NaturalGradientLoss])
 def test_base_classes_are_abstract(cls):
     networks = make_networks("categorical", share_parameters=False)
-    options = {"gain": barrier_gain, "reuse": None, "sampled": False}
     with pytest.raises(TypeError, match="abstract"):
-        cls(*networks, **options)
-    assert isinstance(type("Own", (cls,), {})(*networks, **options), cls)
+        cls(*networks, gain=barrier_gain)
+    assert isinstance(type("Own", (cls,), {})(*networks, gain=barrier_gain), cls)
 
 
 @one_of_each

@@ -2,7 +2,6 @@
 
 from torchrl_marl.envs.check import check_env
 from torchrl_marl.envs.games.aerocombat import AeroCombatEnv, make_aerocombat
-from torchrl_marl.envs.games.buttons import ButtonsEnv
 from torchrl_marl.envs.games.coordsum import CoordSumEnv, make_coordsum
 from torchrl_marl.envs.games.maze import MazeEnv, make_maze
 from torchrl_marl.envs.games.paxmen import PaxMenEnv, make_paxmen
@@ -20,7 +19,6 @@ from torchrl_marl.envs.wrappers.smacv2 import make_smacv2
 
 __all__ = [
     "AeroCombatEnv",
-    "ButtonsEnv",
     "CoordSumEnv",
     "MazeEnv",
     "PaxMenEnv",

@@ -1,6 +1,5 @@
 """Losses, one class per method, and the equations behind them."""
 
-from torchrl_marl.objectives.coppo import CoPPOLoss
 from torchrl_marl.objectives.ctds import CTDSLoss
 from torchrl_marl.objectives.happo import HAPPOLoss, HATRPOLoss
 from torchrl_marl.objectives.magpo import MAGPOLoss
@@ -17,7 +16,6 @@ from torchrl_marl.objectives.value import LDSALoss, QMIXLoss, QPLEXLoss, ValueLo
 
 __all__ = [
     "CTDSLoss",
-    "CoPPOLoss",
     "HAPPOLoss",
     "HATRPOLoss",
     "IPPOLoss",

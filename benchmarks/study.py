@@ -5,6 +5,7 @@ finished runs and goes on with begun ones. In the end each part gets a page by r
 `papers` has the scale of the papers, 20 M frames and 10 seeds, at the recipes' settings or, on CoordSum, those that
 MAGPO's authors publish; tune first where that matters (`recipes/tune.py`), and put what you find into the table.
 Where the table has a list of commands, the one that does best on tuning seeds is run; see FOLDER/PART/tuning.json.
+`plan` has the parts of results/plan.md in its order; each says how many core-hours it takes.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from episodes import to_table, write_table
 from omegaconf import OmegaConf
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -36,6 +38,13 @@ class Part:
     split: Sequence[str] = ()
     tuning_seeds: Sequence[int] = (1000,)  # none of those that results are reported on
     tuning: str = ""  # overrides of tuning runs
+    first_seed: int = 0
+    core_hours: float | None = None
+
+    @property
+    def seeds(self) -> range:
+        """Seeds that results are reported on."""
+        return range(self.first_seed, self.first_seed + self.num_seeds)
 
 
 def grid(*choices: Sequence[str]) -> list[str]:
@@ -220,7 +229,110 @@ def tuned_marpo(scenario: str) -> Part:
     )
 
 
+def retuned(name: str, task: str, setting: str, core_hours: float, choices: Mapping[str, Sequence[str]]) -> Part:
+    """Methods with the best three settings of an earlier grid: chosen on three new seeds, run with ten new ones."""
+    return Part(
+        name,
+        [grid([task], [f"loss={method}"], own, [setting]) for method, own in choices.items()],
+        num_seeds=10,
+        first_seed=5,
+        baseline="mappo",
+        tuning_seeds=(1001, 1002, 1003),
+        core_hours=core_hours,
+    )
+
+
+def widths(key: str, *chosen: tuple[object, str]) -> list[str]:
+    """Settings of a loss by its width and the learning rate."""
+    return [f"loss.{key}={width} optimizer.lr={rate}" for width, rate in chosen]
+
+
+def reflections(*chosen: tuple[float, float, str]) -> list[str]:
+    return [f"loss.clip_epsilon={clip} loss.reflection_coeff={share} optimizer.lr={lr}" for clip, share, lr in chosen]
+
+
+# The anchor: JaxMARL's simple_spread follows PettingZoo's and is three to seven times as fast as env=mpe.
+SPREAD = (
+    "env=jaxmarl env.scenario=simple_spread_3ag env.max_steps=25 total_frames=1000000 evaluation.interval=100000 "
+    "evaluation.video=false actor.hidden_sizes=[64,64]"
+)
+SPREAD_CRITIC = "critic.hidden_sizes=[64,64]"
+XUANCE = (  # the settings of XuanCe's published curves
+    "env.num_envs=16 frames_per_batch=400 minibatch_size=400 epochs=1 optimizer.lr=7e-4 gamma=0.95 lmbda=0.95 "
+    "loss.clip_value=0.2 loss.entropy_coeff=0.01"
+)
+OURS = "env.num_envs=200 frames_per_batch=5000 minibatch_size=1000"
+MARPO_RECIPE = "marpo_vmas.py chunk_length=5"
+
+PLAN = [
+    retuned(
+        "reverse_transport",
+        f"{MARPO_RECIPE} env.scenario=reverse_transport",
+        SMALL_VMAS,
+        0.5,
+        {
+            "marpo": reflections((0.4, 1, "2e-3"), (0.2, 1, "2e-3"), (0.4, 1, "4e-3")),
+            "rpo": reflections((0.4, 0.3, "4e-3"), (0.4, 0.1, "4e-3"), (0.4, 0.3, "2e-3")),
+            "mappo": widths("clip_epsilon", (0.3, "2e-3"), (0.3, "4e-3"), (0.4, "4e-3")),
+        },
+    ),
+    Part(  # one update of one minibatch, at ratios of 1, where MAPPO, MARS and MASPO are the same
+        "spread_xuance",
+        grid(
+            ["mars_vmas.py loss=mappo loss.clip_epsilon=0.2", f"{MARPO_RECIPE} loss=marpo"],
+            [f"{SPREAD} {SPREAD_CRITIC} {XUANCE}"],
+        ),
+        num_seeds=5,
+        baseline="mappo",
+        core_hours=0.7,
+    ),
+    Part(
+        "spread",
+        [
+            grid([recipe], [f"loss={method}"], own, [f"{SPREAD} {SPREAD_CRITIC} {OURS}"])
+            for recipe, method, own in (
+                ("mars_vmas.py", "mappo", [f"loss.clip_epsilon={width}" for width in (0.1, 0.2, 0.4)]),
+                ("mars_vmas.py", "mars", [f"loss.target_ratios={pair}" for pair in ("[0.5,2]", "[0.33,3]", "[0.2,5]")]),
+                ("mars_vmas.py", "maspo", [f"loss.clip_epsilon={width}" for width in (0.4, 0.6, 0.8)]),
+                (MARPO_RECIPE, "marpo", [f"loss.clip_epsilon={width}" for width in (0.1, 0.2, 0.4)]),
+            )
+        ],
+        num_seeds=5,
+        baseline="mappo",
+        tuning_seeds=(1000, 1001, 1002),
+        tuning="total_frames=200000 evaluation.interval=20000",
+        core_hours=0.9,
+    ),
+    Part(  # MAPPO with discrete actions stands between the value-based methods and the continuous ones
+        "spread_discrete",
+        [
+            f"mars_vmas.py loss=mappo {SPREAD} {SPREAD_CRITIC} {OURS} env.scenario_kwargs.action_type=Discrete",
+            *(
+                f"qmix_vmas.py loss={method} {SPREAD} env.num_envs=48 env.scenario_kwargs.action_type=Discrete"
+                for method in ("qmix", "vdn")
+            ),
+        ],
+        num_seeds=5,
+        baseline="mappo",
+        core_hours=0.9,
+    ),
+    retuned(
+        "balance",
+        f"{MARPO_RECIPE} env.scenario=balance",
+        SMALL_VMAS,
+        0.8,
+        {
+            "mars": widths("target_ratios", ("[0.2,5]", "8e-3"), ("[0.1,10]", "8e-3"), ("[0.1,10]", "4e-3")),
+            "maspo": widths("clip_epsilon", (0.95, "4e-3"), (0.8, "8e-3"), (0.8, "2e-3")),
+            "mappo": widths("clip_epsilon", (0.4, "4e-3"), (0.4, "2e-3"), (0.4, "8e-3")),
+            "marpo": reflections((0.4, 1, "2e-3"), (0.2, 0.3, "4e-3"), (0.4, 0.3, "2e-3")),
+            "rpo": reflections((0.4, 0.1, "2e-3"), (0.4, 1, "4e-3"), (0.4, 0.3, "2e-3")),
+        },
+    ),
+]
+
 STUDIES = {
+    "plan": PLAN,
     "cores": [
         *mazes(256_000),
         coordsum("CoordSum-3x10", 512_000),
@@ -429,13 +541,17 @@ def missing(command: str, seeds: Iterable[int], folder: Path) -> list[list[str]]
 
 
 def run_part(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> None:
-    """Run what is missing of a part, then write its page."""
+    """Run what is missing of a part, then write its page and the table of its episodes, page/episodes.csv.gz."""
+    if part.core_hours is not None:
+        print(f"{part.name}: {part.core_hours} core-hours in all.", flush=True)
     commands = chosen(part, folder, jobs=jobs, options=options)
-    folders = run_commands(commands, range(part.num_seeds), folder / "runs", jobs=jobs, options=options)
+    folders = run_commands(commands, part.seeds, folder / "runs", jobs=jobs, options=options)
     paths = [str(path) for path in folders.values() if any(path.rglob("summary.json"))]
     if paths:
         output = ["--output", str(folder / "page")]
         execute(["compare.py", *paths, *output, "--baseline", part.baseline, "--split", *part.split])
+        if (records := folder / "page/evaluations.json").exists():
+            write_table(to_table(json.loads(records.read_text())), folder / "page/episodes.csv.gz")
 
 
 def chosen(part: Part, folder: Path, *, jobs: int, options: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The stored evaluation episodes: nothing is lost in their table, and the numbers of the results page follow from them."""
+"""Stored evaluation episodes: their table loses nothing, and the numbers of the results page follow from them."""
 
 from pathlib import Path
 

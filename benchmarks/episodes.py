@@ -11,10 +11,10 @@ import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas
-from pandas import DataFrame, Series
+from pandas import DataFrame
 
 from torchrl_marl.files import replacing
 
@@ -37,19 +37,22 @@ def to_table(records: Mapping[str, Any]) -> DataFrame:
         for step in steps.values()
     ]
     table = pandas.concat([part.astype({FRAMES: "Int64"}) for part in parts], ignore_index=True)
-    return table[[*RUN, FRAMES, *(name for name in table if name not in (*RUN, FRAMES))]]
+    return table.reindex(columns=list(dict.fromkeys([*RUN, FRAMES, *table])))
 
 
 def to_records(table: DataFrame) -> dict[str, Any]:
     """The inverse of `to_table`."""
     records: dict[str, Any] = {}
-    for (environment, task, method, seed), run in table.groupby(RUN, sort=False):
+    for key, run in table.groupby(RUN, sort=False):
+        environment, task, method, seed = cast("tuple[str, str, str, int]", key)
         seeds = records.setdefault(environment, {}).setdefault(task, {}).setdefault(method, {})
         steps = seeds[f"seed_{seed}"] = {}
         for frames, episodes in run.groupby(FRAMES, sort=False, dropna=False):
             metrics = episodes.drop(columns=[*RUN, FRAMES]).dropna(axis="columns").to_dict("list")
-            name = ABSOLUTE if pandas.isna(frames) else f"step_{len(steps)}"
-            steps[name] = metrics if name == ABSOLUTE else {"step_count": int(frames), **metrics}
+            if frames is pandas.NA:
+                steps[ABSOLUTE] = metrics
+            else:
+                steps[f"step_{len(steps)}"] = {"step_count": int(cast("int", frames)), **metrics}
     return records
 
 
@@ -65,9 +68,13 @@ def read_table(path: Path) -> DataFrame:
     return pandas.read_csv(path, dtype={FRAMES: "Int64", **dict.fromkeys(RUN[:3], str)})
 
 
-def absolute_returns(table: DataFrame) -> "Series[float]":
-    """The absolute metric of each run: its mean return over episodes of the best parameters, by the columns RUN."""
-    return table[table[FRAMES].isna()].groupby(RUN, sort=False)["return"].mean()
+def absolute_returns(table: DataFrame) -> dict[str, dict[str, list[float]]]:
+    """By task and method, the absolute metric of each run: its mean return over episodes of the best parameters."""
+    means = table[table[FRAMES].isna()].groupby(RUN, sort=False)["return"].mean().reset_index()
+    scores: dict[str, dict[str, list[float]]] = {}
+    for task, method, score in zip(means["task"], means["method"], means["return"], strict=True):
+        scores.setdefault(task, {}).setdefault(method, []).append(score)
+    return scores
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from math import sqrt
 from pathlib import Path
 from statistics import NormalDist, mean, median, variance
 
-from episodes import RUN, absolute_returns, read_table
+from episodes import absolute_returns, read_table
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SEEDS = (5, 10, 20)
@@ -34,12 +34,12 @@ def smallest_effect(num_seeds: int, num_tasks: int = 1) -> float:
 def spreads() -> Iterable[tuple[str, str, float, float, float]]:
     """Suite, task, lowest and highest mean of its methods, and pooled standard deviation."""
     for path in sorted(RESULTS.glob("*.csv.gz")):
-        for task, scores in absolute_returns(read_table(path)).groupby("task", sort=False):
-            methods = [list(seeds) for _, seeds in scores.groupby(RUN[2])]
+        for task, scores in absolute_returns(read_table(path)).items():
+            methods = scores.values()
             means = [mean(seeds) for seeds in methods]
             weighted = sum((len(seeds) - 1) * variance(seeds) for seeds in methods)
             pooled = sqrt(weighted / sum(len(seeds) - 1 for seeds in methods))
-            yield path.name.removesuffix(".csv.gz"), str(task), min(means), max(means), pooled
+            yield path.name.removesuffix(".csv.gz"), task, min(means), max(means), pooled
 
 
 if __name__ == "__main__":

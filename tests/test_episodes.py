@@ -1,10 +1,12 @@
 """Stored evaluation episodes: their table loses nothing, and the numbers of the results page follow from them."""
 
+import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
-from benchmarks.episodes import RUN, absolute_returns, read_table, to_records, to_table, write_table
+from benchmarks.episodes import absolute_returns, read_table, to_records, to_table, write_table
 
 RESULTS = Path(__file__).parents[1] / "results"
 DIGITS = {  # as the page prints the mean and, in brackets, the lowest and highest seed of a task
@@ -38,19 +40,14 @@ def test_a_table_holds_every_number_of_the_records_and_is_the_same_file_each_tim
     write_table(to_table(RECORDS), first)
     write_table(read_table(first), again)
     assert first.read_bytes() == again.read_bytes()
-    assert to_records(read_table(first)) == RECORDS
-    assert absolute_returns(read_table(first)).to_dict() == {
-        ("vmas", "balance", "mars", 0): 6.5 / 3,
-        ("vmas", "balance", "mars", 12): 4.0,
-        ("smax", "2s3z", "qmix", 0): 1.5,
-    }
+    assert json.loads(json.dumps(to_records(read_table(first)))) == RECORDS
+    assert absolute_returns(read_table(first)) == {"balance": {"mars": [6.5 / 3, 4.0]}, "2s3z": {"qmix": [1.5]}}
 
 
 @pytest.mark.parametrize("name", DIGITS)
 def test_the_numbers_of_the_results_page_follow_from_the_stored_episodes(name: str) -> None:
     page = (RESULTS / "README.md").read_text().replace("**", "")
-    for (_, task, method), seeds in absolute_returns(read_table(RESULTS / f"{name}.csv.gz")).groupby(RUN[:3]):
-        mean, low, high = (
-            format(value, f".{DIGITS[name][task]}f") for value in (seeds.mean(), seeds.min(), seeds.max())
-        )
-        assert f"{mean} ({low}, {high})" in page, f"{method} on {task}"
+    for task, methods in absolute_returns(read_table(RESULTS / f"{name}.csv.gz")).items():
+        for method, seeds in methods.items():
+            mean, low, high = (f"{value:.{DIGITS[name][task]}f}" for value in (fmean(seeds), min(seeds), max(seeds)))
+            assert f"{mean} ({low}, {high})" in page, f"{method} on {task}"

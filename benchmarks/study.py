@@ -269,7 +269,7 @@ PLAN = [
         "reverse_transport",
         f"{MARPO_RECIPE} env.scenario=reverse_transport",
         SMALL_VMAS,
-        0.5,
+        0.6,
         {
             "marpo": reflections((0.4, 1, "2e-3"), (0.2, 1, "2e-3"), (0.4, 1, "4e-3")),
             "rpo": reflections((0.4, 0.3, "4e-3"), (0.4, 0.1, "4e-3"), (0.4, 0.3, "2e-3")),
@@ -320,7 +320,7 @@ PLAN = [
         "balance",
         f"{MARPO_RECIPE} env.scenario=balance",
         SMALL_VMAS,
-        0.8,
+        0.9,
         {
             "mars": widths("target_ratios", ("[0.2,5]", "8e-3"), ("[0.1,10]", "8e-3"), ("[0.1,10]", "4e-3")),
             "maspo": widths("clip_epsilon", (0.95, "4e-3"), (0.8, "8e-3"), (0.8, "2e-3")),

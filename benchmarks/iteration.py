@@ -161,7 +161,7 @@ def magpo(*, epochs: int = 4, minibatch_size: int = 512) -> Profile:
     optimizer = torch.optim.Adam(loss.parameters(), lr=5e-4)
     policy = collection_policy(guider, learner)
     env, memory = with_recurrent_state(env, policy), guider.memory_keys
-    collector = SequenceCollector(env, policy, frames_per_batch=2048, states=memory)
+    collector = SequenceCollector(env, policy, frames_per_batch=2048)
     data = iter(collector)
 
     def iterate(profile: Profile, epochs: int) -> TensorDictBase:

@@ -22,8 +22,10 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from torchrl_marl.run.checks import arguments_of
 from torchrl_marl.run.config import Recipe, end_if_refused
 from torchrl_marl.run.logger import LAST_FIFTH, run_group
 
@@ -70,9 +72,11 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
     name, seeds, asked = arguments.recipe, arguments.seeds, _parsed(arguments.overrides)
     for key in asked.keys() & {"seed", "resume"}:
         raise SystemExit(f"{asked[key].input_line} has no effect: trials begin anew, each with all of --seeds.")
-    recipe.compose(_lines(asked[key] for key in ("experiment", "loss", *SPACES["networks"]) if key in asked))
+    chosen = recipe.compose(_lines(asked[key] for key in ("experiment", "loss", *SPACES["networks"]) if key in asked))
     choices = HydraConfig.get().runtime.choices
     method = choices["loss"]
+    if method not in SPACES["methods"] and "clip_epsilon" not in arguments_of(get_object(chosen.loss._target_)):
+        raise SystemExit(f"config/spaces.yaml has no loss={method}; it has {', '.join(SPACES['methods'])}.")
     own = SPACES["methods"].get(method, SPACES["methods"]["default"])
     networks = {
         key.format(group): text

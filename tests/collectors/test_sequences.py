@@ -27,7 +27,7 @@ def take(collector, batches):
 def test_batches_are_those_of_torchrls_collector():
     env, actor = environment_and_actor()
     torch.manual_seed(1)
-    ours = take(SequenceCollector(env, actor, frames_per_batch=18, states=actor.memory_keys), 2)
+    ours = take(SequenceCollector(env, actor, frames_per_batch=18), 2)
     env, actor = environment_and_actor()
     torch.manual_seed(1)
     options = {"frames_per_batch": 18, "total_frames": -1, "auto_register_policy_transforms": False}
@@ -46,7 +46,7 @@ def test_batches_are_those_of_torchrls_collector():
 
 def test_a_memory_takes_the_room_of_one_step():
     env, actor = environment_and_actor()
-    (batch,) = (next(iter(SequenceCollector(env, actor, frames_per_batch=18, states=actor.memory_keys))),)
+    (batch,) = (next(iter(SequenceCollector(env, actor, frames_per_batch=18))),)
     for key in actor.memory_keys:
         assert batch[key].shape[:2] == (3, 6)
         assert batch[key].untyped_storage().nbytes() == batch[key][:, 0].numel() * 4
@@ -58,7 +58,7 @@ def test_a_memory_takes_the_room_of_one_step():
 
 def test_log_probabilities_in_the_data_are_those_of_the_sequence_over_batches_and_resets():
     env, actor = environment_and_actor(max_steps=7)
-    for batch in take(SequenceCollector(env, actor, frames_per_batch=12, states=actor.memory_keys), 4):
+    for batch in take(SequenceCollector(env, actor, frames_per_batch=12), 4):
         for minibatch in sequence_minibatches(batch, 2, states=actor.memory_keys):
             log_prob = actor.get_dist(minibatch.copy()).log_prob(minibatch["agents", "action"])
             assert_close(log_prob, minibatch["agents", "action_log_prob"], rtol=0, atol=1e-5)
@@ -66,7 +66,7 @@ def test_log_probabilities_in_the_data_are_those_of_the_sequence_over_batches_an
 
 def test_a_reset_starts_new_episodes():
     env, actor = environment_and_actor(max_steps=100)
-    collector = SequenceCollector(env, actor, frames_per_batch=9, states=actor.memory_keys)
+    collector = SequenceCollector(env, actor, frames_per_batch=9)
     data = iter(collector)
     assert next(data)["step_count"].flatten(1)[0].tolist() == [0, 1, 2]
     assert next(data)["step_count"].flatten(1)[0].tolist() == [3, 4, 5]
@@ -96,7 +96,7 @@ def test_of_states_that_differ_from_step_to_step_the_first_counts():
 
 def test_steps_of_a_batch_are_rounded_up():
     env, actor = environment_and_actor()
-    collector = SequenceCollector(env, actor, frames_per_batch=7, states=actor.memory_keys)
+    collector = SequenceCollector(env, actor, frames_per_batch=7)
     assert next(iter(collector)).batch_size == (3, 3)
 
 

@@ -239,6 +239,13 @@ def test_what_the_recipe_refuses_ends_the_search_with_the_same_line(
     assert not list(tmp_path.rglob("*.db"))  # nor is there a study that would go on with it
 
 
+def test_a_method_that_has_neither_a_space_nor_a_clip_is_not_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=r"^config/spaces.yaml has no loss=qmix; it has default, "):
+        tune(monkeypatch, tmp_path, "qmix_vmas", "loss=qmix")
+
+
 def test_what_only_a_constructor_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"^loss: .*-1") as refused:
         tune(monkeypatch, tmp_path, "mars_vmas", "loss.target_ratios.0=-1")

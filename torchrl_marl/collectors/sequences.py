@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -17,15 +17,15 @@ __all__ = ["SequenceCollector"]
 class SequenceCollector:
     """Run a policy endlessly in an environment, and yield batches ``[num_envs, num_steps]``.
 
-    The collector equals :class:`torchrl.collectors.Collector` in one process, except for the entries named in
-    ``states``: only their values before a batch's first step are stored, as a view for all steps, and nothing under
-    ``"next"``. Sable's memory is often a thousand times as large as an observation.
+    The collector equals :class:`torchrl.collectors.Collector` in one process, except for the memory of the policy
+    (:class:`~torchrl_marl.modules.protocols.Remembering`): only its values before a batch's first step are stored, as a
+    view for all steps, and nothing under ``"next"``. Sable's memory is often a thousand times as large as an
+    observation.
 
     Args:
         env: environment, which carries the states from step to step.
         policy: policy with exploration.
         frames_per_batch: steps of a batch over all environments, rounded up.
-        states: entries stored only at the first step of each batch; by default the memory of the policy.
 
     Example:
         >>> from torchrl_marl.envs import make_env
@@ -33,22 +33,15 @@ class SequenceCollector:
         >>> env = make_env("balance", num_envs=2, max_steps=5, seed=0)
         >>> actor, critic = make_sable(env)
         >>> env = with_recurrent_state(env, actor)
-        >>> collector = SequenceCollector(env, actor, frames_per_batch=12, states=actor.memory_keys)
+        >>> collector = SequenceCollector(env, actor, frames_per_batch=12)
         >>> next(iter(collector))["agents_encoder_memory"].shape
         torch.Size([2, 6, 1, 1, 64, 64])
     """
 
-    def __init__(
-        self,
-        env: EnvBase,
-        policy: TensorDictModuleBase,
-        *,
-        frames_per_batch: int,
-        states: Sequence[NestedKey] | None = None,
-    ) -> None:
+    def __init__(self, env: EnvBase, policy: TensorDictModuleBase, *, frames_per_batch: int) -> None:
         self.env, self.policy = env, policy
         self.num_steps = -(-frames_per_batch // env.batch_size.numel())
-        self._states = memory_keys(policy) if states is None else list(states)
+        self._states = memory_keys(policy)
         following = (("next", *((key,) if isinstance(key, str) else key)) for key in self._states)
         self._dropped = [*self._states, *following]
         self._following: TensorDictBase | None = None

@@ -9,7 +9,6 @@ https://arxiv.org/abs/2102.07475.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -39,8 +38,6 @@ class AgentAutoencoder(nn.Module):
         situation_size: size of the concatenated observation and action.
         outcome_size: size of the concatenated next observation and reward.
         latent_size: dimensions of the encoding.
-        encoder_sizes: widths of the encoder's hidden layers.
-        decoder_sizes: widths of the decoder's hidden layers.
         kl_coeff: weight of the divergence from the prior.
 
     Example:
@@ -56,15 +53,13 @@ class AgentAutoencoder(nn.Module):
         outcome_size: int,
         *,
         latent_size: int = 10,
-        encoder_sizes: Sequence[int] = (64,),
-        decoder_sizes: Sequence[int] = (64, 64),
         kl_coeff: float = 1e-4,
     ) -> None:
         super().__init__()
         self.num_agents, self.kl_coeff = num_agents, kl_coeff
-        self.encoder = MLP(num_agents, 2 * latent_size, num_cells=list(encoder_sizes), activation_class=nn.ReLU)
+        self.encoder = MLP(num_agents, 2 * latent_size, num_cells=[64], activation_class=nn.ReLU)
         sizes = latent_size + situation_size, outcome_size
-        self.decoder = MLP(*sizes, num_cells=list(decoder_sizes), activation_class=nn.ReLU)
+        self.decoder = MLP(*sizes, num_cells=[64, 64], activation_class=nn.ReLU)
 
     def encode(self, agent: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and scale of the encodings of agent indices, ``[*B]`` to ``[*B, latent_size]``."""

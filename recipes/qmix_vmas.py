@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from torchrl_marl.collectors import epsilon_greedy
+from torchrl_marl.distributed import init_distributed, world_size
 from torchrl_marl.modules import GroupSpec, with_recurrent_state
 from torchrl_marl.run import Run, make_collector, make_update, recipe
 
@@ -24,12 +25,11 @@ from torchrl_marl.run import Run, make_collector, make_update, recipe
     Path(__file__).parent / "config",
     "qmix_vmas",
     networks=("local_value_network", "group_spec"),
-    unread=("critic", "lmbda", "scheduler"),
+    unread=("critic", "lmbda"),
 )
 def main(cfg: DictConfig) -> float:
     """Train one method on one task with one seed; return the mean of the last fifth of the evaluations."""
-    if cfg.processes != 1:
-        raise ValueError(f"processes must be 1, as a checkpoint holds one process's buffer; got {cfg.processes}.")
+    init_distributed()
     torch.set_num_threads(cfg.num_threads)
     torch.manual_seed(cfg.seed)
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,6 +43,7 @@ def main(cfg: DictConfig) -> float:
     loss.make_value_estimator(gamma=cfg.gamma)
     targets = instantiate(cfg.target_updater, loss)
     optimizer = instantiate(cfg.optimizer, loss.parameters())
+    scheduler = instantiate(cfg.scheduler, optimizer)
     update = make_update(loss, optimizer, max_grad_norm=cfg.max_grad_norm, compile=cfg.compile)
     keys, states, length = loss.in_keys, loss.recurrent_state_keys, cfg.chunk_length
     make_buffer = instantiate(cfg.buffer, _partial_=True)
@@ -56,19 +57,19 @@ def main(cfg: DictConfig) -> float:
     exploration = explore(spec, action_key=action, action_mask_key=legal, device=device)
     policy = epsilon_greedy(actor, exploration)
     env = with_recurrent_state(env, policy)
-    uncompiled = DictConfig({**cfg, "compile": False})  # TorchRL's exploration does not support compilation
-    collector = make_collector(uncompiled, env, policy, loss)
+    collector = make_collector(cfg, env, policy, loss)
 
-    learnt = {"loss": loss, "optimizer": optimizer, "target_updater": targets}
+    learning = {"loss": loss, "optimizer": optimizer, "scheduler": scheduler, "target_updater": targets}
     kept = {"exploration": exploration, "buffer": buffer}
-    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, **learnt, **kept)
+    run = Run(cfg, env=env, make_env=make_env, actor=actor, shape=shape, **learning, **kept)
     for batch in run.batches(collector):
         buffer.extend(batch)
-        exploration.step(batch.numel())
+        exploration.step(batch.numel() * world_size())
         for _ in range(num_updates):
             run.record(update(buffer.sample()))
             targets.step()
         run.record({"epsilon": exploration.eps})
+        scheduler.step()
     return run.finish()
 
 

@@ -83,7 +83,8 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
         for group, spaces in SPACES["networks"].items()
         for key, text in spaces.get(choices.get(group), {}).items()
     }
-    overrides = _parsed(_assignments({**SPACES["shared"], **networks, **own})) | asked
+    shared = SPACES["shared_of"].get(name, SPACES["shared"])
+    overrides = _parsed(_assignments({**shared, **networks, **own})) | asked
     space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
     fixed = _lines(override for key, override in overrides.items() if key not in space)
     cfg = recipe.compose([*fixed, *_assignments({key: _first(each) for key, each in space.items()})])

@@ -5,7 +5,9 @@ import sys
 import torch
 from tensordict import TensorDict
 from torchrl.modules import RunningValueNorm
+from torchrl.objectives import SoftUpdate
 
+from torchrl_marl.collectors import ChunkReplayBuffer
 from torchrl_marl.distributed import (
     any_process,
     average_gradients,
@@ -17,7 +19,7 @@ from torchrl_marl.distributed import (
     world_size,
 )
 from torchrl_marl.modules import GroupSpec, make_actor, make_critic
-from torchrl_marl.objectives import MARSLoss, standardize
+from torchrl_marl.objectives import MARSLoss, QMIXLoss, standardize
 
 SHAPE = GroupSpec("agents", num_agents=3, observation_size=4, num_actions=5)
 ROWS = 8
@@ -38,6 +40,29 @@ def batch_of_all() -> TensorDict:
     return TensorDict(
         {"agents": agents, "advantage": 3 * normal(1), "value_target": 5 + 2 * normal(1)}, batch_size=ROWS
     )
+
+
+def learn_values() -> dict[str, list[torch.Tensor]]:
+    """Averaged gradients of QMIX, and what a buffer holds after two batches of this process's share of the steps."""
+    loss = QMIXLoss(make_actor(SHAPE, hidden_sizes=[8]), SHAPE)
+    SoftUpdate(loss, tau=0.5)
+    broadcast_state(loss)
+    rows = batch_of_all().exclude("advantage", "value_target")
+    reward = torch.arange(ROWS * 3.0).reshape(ROWS, 3, 1)
+    ends = torch.arange(ROWS).reshape(ROWS, 1) % 3 == 0
+    following = {"agents": {**rows["agents"].roll(1, 0), "reward": reward}, "done": ends, "terminated": ends}
+    rows["next"] = TensorDict(following, batch_size=ROWS)
+    size = ROWS // world_size()
+    own = rows[rank() * size : (rank() + 1) * size]
+    loss(own)["loss_value"].backward()
+    average_gradients(loss.parameters())
+    buffer = ChunkReplayBuffer(loss.in_keys, capacity=20, batch_size=4)
+    for _ in range(2):
+        buffer.extend(own.unsqueeze(1))
+    return {
+        "value gradients": [parameter.grad for parameter in loss.parameters() if parameter.grad is not None],
+        "buffer": list(buffer._buffer[:].flatten_keys("/").values()),
+    }
 
 
 def main(path: str) -> None:
@@ -62,6 +87,7 @@ def main(path: str) -> None:
         "advantage": gather(batch["advantage"]),
         "value statistics": list(critic.buffers()),
         "first decides": broadcast_from_main(lambda: 10 + rank()),
+        **learn_values(),
         "any": [any_process(rank() == world_size() - 1), any_process(False)],
     }
     torch.save(result, f"{path}{rank()}")

@@ -22,13 +22,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     }
 
 
-def test_averaged_gradients_are_those_of_the_whole_batch(results: dict[str, list[dict]]) -> None:
+@pytest.mark.parametrize("what", ["gradients", "value gradients"])
+def test_averaged_gradients_are_those_of_the_whole_batch(what: str, results: dict[str, list[dict]]) -> None:
     (alone,) = results["alone"]
     first, second = results["together"]
-    for expected, ours, others in zip(alone["gradients"], first["gradients"], second["gradients"], strict=True):
+    for expected, ours, others in zip(alone[what], first[what], second[what], strict=True):
         assert torch.equal(ours, others)
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
-    assert any(gradient.abs().max() > 1e-3 for gradient in alone["gradients"])
+    assert any(gradient.abs().max() > 1e-3 for gradient in alone[what])
+
+
+def test_every_process_stores_the_steps_of_all_in_the_order_of_processes(results: dict[str, list[dict]]) -> None:
+    (alone,) = results["alone"]
+    for process in results["together"]:
+        for expected, ours in zip(alone["buffer"], process["buffer"], strict=True):
+            assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("what", ["advantage", "value statistics"])

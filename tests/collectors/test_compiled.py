@@ -8,8 +8,9 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch.testing import assert_close
 from torchrl.collectors import Collector
 from torchrl.envs import RewardScaling, StepCounter, TransformedEnv
+from torchrl.modules import EGreedyModule
 
-from torchrl_marl.collectors import CompiledCollector, SequenceCollector, compiled
+from torchrl_marl.collectors import CompiledCollector, SequenceCollector, compiled, epsilon_greedy
 from torchrl_marl.envs import RandomState, make_aerocombat, make_coordsum, make_env, make_maze, make_paxmen
 from torchrl_marl.modules import (
     collection_policy,
@@ -124,6 +125,29 @@ def test_traced_batches_are_those_of_torchrls_collector(name, recurrent):
     ours = take(CompiledCollector(*game_and_policy(name, recurrent=recurrent), **options))
     theirs = take(torchrls(*game_and_policy(name, recurrent=recurrent), 44))
     assert_same(ours, theirs, tolerance=1e-6)
+
+
+def test_traced_epsilon_greedy_actions_are_torchrls_while_epsilon_falls():
+    torch.compiler.reset()
+    taken = []
+    for compile in ("eager", None):
+        env, actor = game_and_policy("CoordSum-3x4")
+        key = ("agents", "action")
+        spec, falling = env.full_action_spec[key], {"eps_init": 1.0, "eps_end": 0.0, "annealing_num_steps": 2}
+        exploration = EGreedyModule(spec, action_key=key, **falling)
+        policy = epsilon_greedy(actor, exploration)
+        collector = CompiledCollector(env, policy, frames_per_batch=44, compile=compile) if compile else None
+        data = iter(collector or torchrls(env, policy, 44))
+        torch.manual_seed(1)
+        batches = []
+        for _ in range(3):
+            batches.append(next(data).clone())
+            exploration.step()
+        taken.append(batches)
+    assert_same(*taken, tolerance=1e-6)
+    greedy = [batch["agents", "action"] == batch["agents", "logits"].argmax(-1) for batch in taken[0]]
+    assert not greedy[1].all()
+    assert greedy[2].all()
 
 
 @pytest.mark.parametrize(

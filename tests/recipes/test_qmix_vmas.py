@@ -2,7 +2,9 @@
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 
 from tests.recipes.runs import curves, run_folders, run_recipe
 from tests.recipes.test_mars_vmas import VALUE_BASED, assert_same_traces, last_value, send_after
+from tests.recipes.test_options import rates
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate
 from torchrl_marl.export import export_policy
@@ -50,7 +53,9 @@ def test_every_method_trains_and_leaves_a_complete_folder(
     assert [int(row.split(",")[0]) for row in evaluations] == [0, 80, 160, 240]
 
 
-@pytest.mark.parametrize("overrides", [["loss=qplex"], [*GRU, "env=coordsum"], LDSA], ids=["qplex", "gru", "ldsa"])
+@pytest.mark.parametrize(
+    "overrides", [["loss=qplex", "scheduler=linear"], [*GRU, "env=coordsum"], LDSA], ids=["qplex", "gru", "ldsa"]
+)
 def test_an_interrupted_run_resumes_bit_for_bit_with_its_buffer(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,18 +93,34 @@ def test_evaluated_actions_are_greedy(tmp_path: Path, monkeypatch: pytest.Monkey
     assert torch.equal(data["agents", "action"], data["agents", "logits"].argmax(-1))
 
 
-def test_a_compiled_update_trains_as_an_uncompiled_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchrl_marl.run.update._OPTIONS", None)
-    compiler = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiler(module, backend="aot_eager"))
-    for compiled in (False, True):
-        train(monkeypatch, tmp_path / str(compiled), "env=coordsum", "total_frames=80", f"compile={compiled}")
+def test_a_compiled_update_and_compiled_acting_train_as_uncompiled_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, compiled = torch.compile, []
+
+    def traced(function: Callable, *, fullgraph: bool = False, **_: Any) -> Callable:
+        compiled.append(function)
+        return compiler(function, fullgraph=fullgraph, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    for choice in ("False", "True"):
+        train(monkeypatch, tmp_path / choice, "env=coordsum", "total_frames=80", f"compile={choice}")
+        assert len(compiled) == 3 * (choice == "True")  # the loss, a step of policy and game, and new episodes
     plain, traced = (curves(run_folders(tmp_path / name)[0]) for name in ("False", "True"))
     assert plain.keys() == traced.keys()
     values = [[float(row.split(",")[1]) for row in text.split()] for run in (plain, traced) for text in run.values()]
     half = len(values) // 2
     for one, other in zip(values[:half], values[half:], strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def test_the_learning_rate_falls_to_zero_over_the_iterations_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["optimizer.lr=3e-3", "scheduler=linear", *SMALL]
+    found = torch.tensor(rates(monkeypatch, tmp_path, *words, recipe="qmix_vmas"))
+    thirds = found.view(3, -1)  # 240 frames of 80 an iteration, with 4 updates each
+    assert thirds == pytest.approx(torch.tensor([[3e-3], [2e-3], [1e-3]]).expand(3, 4))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +136,8 @@ def test_a_compiled_update_trains_as_an_uncompiled_one(tmp_path: Path, monkeypat
         (["loss=ldsa", "actor=mlp"], "actor=mlp has no effect: other choices set actor to .*make_ldsa_actor"),
         (["lmbda=0.9"], "lmbda is not a key of the configuration"),
         (["actor=mat"], "loss: QMIXLoss needs agents that act by themselves: actor=mlp or actor=gru"),
-        (["processes=2"], "processes must be 1, as a checkpoint holds one process's buffer; got 2"),
+        (["processes=2"], "The configuration says processes=2, but the world size is 1: start with torchrun"),
+        (["compile=maybe"], "compile must be auto, true or false; got maybe"),
         (["critic=mlp"], "critic=mlp has no effect: qmix_vmas has no use for critic"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

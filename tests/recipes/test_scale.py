@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,10 @@ def start() -> Iterator:
     """Start a recipe with processes of its own; whatever is left of them at the end of the test is killed."""
     groups = []
 
-    def start_recipe(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Popen:
+    def start_recipe(folder: Path, *overrides: str, processes: int = 1, recipe: str = "mars_vmas") -> subprocess.Popen:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         launcher = torchrun if processes > 1 else []
-        command = [sys.executable, *launcher, str(RECIPES / "mars_vmas.py"), *overrides, f"folder={folder}"]
+        command = [sys.executable, *launcher, str(RECIPES / f"{recipe}.py"), *overrides, f"folder={folder}"]
         with (folder.parent / f"{folder.name}.log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         groups.append(process.pid)
@@ -149,8 +150,11 @@ def test_an_interruption_reaches_workers_and_leaves_a_checkpoint(engine: str, tm
 
 
 @pytest.mark.slow
-def test_torchrun_learns_as_one_run_and_resumes_bit_for_bit(tmp_path: Path, start) -> None:
-    long = [*GAME, "total_frames=1600"]
+@pytest.mark.parametrize("recipe", ["mars_vmas", "qmix_vmas"])
+def test_torchrun_learns_as_one_run_and_resumes_bit_for_bit(recipe: str, tmp_path: Path, start) -> None:
+    unread = "critic." if recipe == "qmix_vmas" else "-"
+    long = [*(word for word in GAME if not word.startswith(unread)), "total_frames=1600"]
+    start = partial(start, recipe=recipe)
     whole = finished(start(tmp_path / "whole", *long, processes=2), tmp_path / "whole")
     assert json.loads((whole / "summary.json").read_text())["frames"] == 1600
     assert OmegaConf.load(whole / "config.yaml").processes == 2

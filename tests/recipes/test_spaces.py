@@ -11,7 +11,8 @@ from hydra.core.override_parser.types import Override
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from tests.recipes.runs import METHODS, RECIPE_OF, RECIPES, curves, run_folders, run_recipe
+from tests.recipes.runs import METHODS as ON_POLICY
+from tests.recipes.runs import RECIPE_OF, RECIPES, VALUE_BASED, curves, run_folders, run_recipe
 from torchrl_marl.modules import GroupSpec
 from torchrl_marl.run.checks import check_keys
 from torchrl_marl.run.logger import LAST_FIFTH
@@ -21,6 +22,7 @@ pytest.importorskip("optuna")
 from recipes.tune import SPACES, main
 
 CONFIG = RECIPES / "config"
+METHODS = sorted([*ON_POLICY, *VALUE_BASED])
 
 
 def composed(method: str, *overrides: str) -> DictConfig:
@@ -31,7 +33,8 @@ def composed(method: str, *overrides: str) -> DictConfig:
 def space_of(method: str) -> list[Override]:
     networks = SPACES["networks"]["guider"]["sable"] if RECIPE_OF[method] == "magpo_vmas" else {}
     own = SPACES["methods"].get(method, SPACES["methods"]["default"])
-    params = {**SPACES["shared"], **{k.format("guider"): v for k, v in networks.items()}, **own}
+    shared = SPACES["shared_of"].get(RECIPE_OF[method], SPACES["shared"])
+    params = {**shared, **{k.format("guider"): v for k, v in networks.items()}, **own}
     return OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
 
 
@@ -76,7 +79,10 @@ def test_both_ends_of_every_space_are_arguments_that_the_loss_takes(method: str,
     assert {override.key_or_group.split(".")[0] for override in space_of(method)} <= set(config)
     shape = GroupSpec(name="agents", num_agents=2, observation_size=4, num_actions=3)
     guider, actor = config.get("guider"), instantiate(config.actor, shape)
-    networks = (*instantiate(guider, shape), actor) if guider else (actor, instantiate(config.critic, shape))
+    if method in VALUE_BASED:
+        networks = (actor, shape)
+    else:
+        networks = (*instantiate(guider, shape), actor) if guider else (actor, instantiate(config.critic, shape))
     instantiate(config.loss, *networks)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.recipes.runs import RECIPES, TINY, run_folders
+from tests.recipes.runs import RECIPES, TINY, run_folders, sizes
 from torchrl_marl.run import Run
 
 optuna = pytest.importorskip("optuna")
@@ -197,6 +197,16 @@ def test_the_search_space_is_that_of_the_loss(tmp_path: Path, monkeypatch: pytes
     assert (config.method, config.loss.layout) == ("rpo", "rpo")
     (trial,) = trials_of(tmp_path)
     assert {"loss.reflection_coeff", "loss.clip_epsilon"} < set(trial["params"])
+
+
+def test_value_based_methods_are_tuned_by_their_own_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.recipes.test_tune.TINY", sizes("qmix_vmas"))
+    tune(monkeypatch, tmp_path, "qmix_vmas", "loss=qmix", "buffer.capacity=200")
+    (folder,) = run_folders(tmp_path)
+    assert OmegaConf.load(folder / "config.yaml").loss._target_ == "torchrl_marl.objectives.QMIXLoss"
+    (trial,) = trials_of(tmp_path)
+    searched = {"loss.mixing_embed_dim", "target_updater.tau", "exploration.annealing_num_steps"}
+    assert set(trial["params"]) == searched | {"optimizer.lr", "max_grad_norm"}  # epochs and sizes are those asked for
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

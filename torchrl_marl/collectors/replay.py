@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictSequential
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.modules import EGreedyModule, ProbabilisticActor, QValueModule
 
+from torchrl_marl.distributed import gather, world_size
 from torchrl_marl.objectives.minibatches import split_into_chunks
 
 __all__ = ["ChunkReplayBuffer", "epsilon_greedy"]
@@ -22,6 +23,9 @@ class ChunkReplayBuffer:
     Recurrent states are stored only before the first step of each chunk, as replay reads no others: within a chunk,
     episodes start from zeros. The buffer holds the newest ``capacity`` steps and allocates its memory with the first
     batch. Checkpoints include the filled part of the buffer.
+
+    Each process of torchrun stores the batches of all processes, so that the first one's checkpoint is complete, and
+    draws its own samples.
 
     Args:
         keys: entries to store, such as ``loss.in_keys``.
@@ -59,9 +63,10 @@ class ChunkReplayBuffer:
     def extend(self, batch: TensorDictBase) -> None:
         """Store a batch ``[*B, T]`` of steps in time order."""
         chunks = split_into_chunks(batch.select(*self._keys, strict=False), self._chunk_length)
-        start = {str(number): chunks[key][:, 0] for number, key in enumerate(self._states)}
-        steps = chunks.exclude(*self._states)
-        self._buffer.extend(TensorDict({"steps": steps, "start": start}, batch_size=len(chunks)))
+        start = {str(number): gather(chunks[key][:, 0]) for number, key in enumerate(self._states)}
+        size = [world_size() * len(chunks), *chunks.batch_size[1:]]
+        steps = chunks.exclude(*self._states).apply(gather, batch_size=size)
+        self._buffer.extend(TensorDict({"steps": steps, "start": start}, batch_size=size[:1]))
 
     def sample(self) -> TensorDictBase:
         """Draw rows ``[B]``, or chunks ``[B, chunk_length]`` with the states from which they are replayed."""

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--baseline", help="baseline of the probability of improvement")
     parser.add_argument("--split", nargs="*", default=[], metavar="KEY", help="keys that distinguish variants")
     parser.add_argument(
-        "--metric", default="return", metavar="NAME", help="metric of the evaluations: return, won, ..."
+        "--metric", default="return", metavar="NAME", help="metric of the evaluations: return, win_rate, ..."
     )
     parser.add_argument("--score", default="absolute", help="absolute, last, last_fifth, best or window:FRAMES")
     parser.add_argument("--spread", choices=("interval", "std"), default="interval", help="over seeds")

@@ -431,6 +431,8 @@ def test_a_metric_of_the_environments_own_is_logged_stored_compared_and_printed(
     assert set(steps["absolute_metrics"]["win_rate"]) <= {0.0, 1.0}
     _, logged = read_metric(folder, "eval/info/win_rate")
     np.testing.assert_allclose(logged, [np.mean(steps[f"step_{step}"]["win_rate"]) for step in range(2)])
+    _, absolute = read_metric(folder, "eval/absolute/win_rate")
+    np.testing.assert_allclose(absolute, [np.mean(steps["absolute_metrics"]["win_rate"])])
     text = page(tmp_path / "runs", metric="win_rate")
     assert "| final win_rate |" in text
     row = cells(text, factory, "mars", "0")

@@ -9,6 +9,7 @@ from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
 
 from torchrl_marl.evaluation import Episodes, evaluate
+from torchrl_marl.evaluation.episodes import episode_info
 
 GROUPS = {"hunters": 2, "prey": 1}
 
@@ -100,6 +101,13 @@ def test_nothing_is_played_after_the_last_episode(monkeypatch):
     monkeypatch.setattr(ScriptedEnv, "_step", lambda env, tensordict: steps.append(1) or step(env, tensordict))
     assert play(1, 3, 2, max_steps=100).lengths.tolist() == [1, 3, 2]
     assert len(steps) == 3
+
+
+def test_the_metric_of_won_episodes_is_the_win_rate():
+    info = {"won": torch.tensor([[1.0], [0.0]]), "food": torch.zeros(2, 1)}
+    data = TensorDict({"next": {"info": info}}, batch_size=2)
+    assert set(episode_info(data)) == {"win_rate", "food"}
+    assert episode_info(data)["win_rate"].tolist() == [1, 0]
 
 
 def test_batches_of_episodes_are_joined_in_order():

@@ -289,7 +289,7 @@ def test_interruption_in_the_last_iteration_says_what_resuming_still_does(
     assert (folder / "learning_curve.png").exists()
 
 
-@pytest.mark.parametrize("step", ["_absolute_returns", "_draw"])
+@pytest.mark.parametrize("step", ["_absolute_episodes", "_draw"])
 def test_an_interruption_after_the_last_iteration_ends_as_cleanly(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,8 @@ from torchrl_marl.modules import with_recurrent_state
 
 __all__ = ["Episodes", "ended_episode_returns", "episode_returns", "evaluate"]
 
+_METRIC_OF = {"won": "win_rate"}  # metrics are named for their mean over episodes
+
 
 class Episodes(NamedTuple):
     """``E`` finished episodes."""
@@ -26,7 +28,7 @@ class Episodes(NamedTuple):
     groups: dict[str, Tensor]
     """Undiscounted return of each group, mean over its agents, ``[E]``."""
     info: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple's default)
-    """Further numbers that the environment reports for each episode, such as ``won`` (0 or 1), ``[E]``."""
+    """Further numbers that the environment reports for each episode, such as ``win_rate`` (0 or 1), ``[E]``."""
 
     def metrics(self) -> dict[str, list[float]]:
         """Lists with one value per episode, by the names under which they are stored."""
@@ -121,11 +123,12 @@ def group_returns(data: TensorDictBase) -> dict[str, Tensor]:
 def episode_info(data: TensorDictBase) -> dict[str, Tensor]:
     """Return the numbers that an environment reports in ``("next", "info")``, with the shape of ``data``.
 
-    Entries that are not one number per environment are left out.
+    Entries that are not one number per environment are left out. ``"won"`` becomes ``"win_rate"``.
     """
     entries = data.get(("next", "info"), TensorDict()).items()
     size = data.batch_size
-    return {name: value.reshape(size).float() for name, value in entries if value.numel() == size.numel()}
+    numbers = {_METRIC_OF.get(name, name): value for name, value in entries if value.numel() == size.numel()}
+    return {name: value.reshape(size).float() for name, value in numbers.items()}
 
 
 def episode_returns(data: TensorDictBase) -> Tensor:

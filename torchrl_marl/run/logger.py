@@ -20,8 +20,8 @@ from torchrl_marl.run.records import FRAMES, MetricTable, read_metrics, without_
 
 __all__ = ["ABSOLUTE", "LAST_FIFTH", "MetricLog", "git_commit", "run_group"]
 
-ABSOLUTE = "eval/absolute/episode_reward"
-"""Metrics that a finished run logs, with the endings ``_mean``, ``_std``, ...: returns of its best parameters."""
+ABSOLUTE = "eval/absolute"
+"""Group of metrics that a finished run logs: episodes of its best parameters, such as ``/episode_reward_mean``."""
 LAST_FIFTH = "eval/reward/last_fifth"
 """Metric that a finished run logs and a sweep maximises: mean evaluation return over the last fifth of evaluations."""
 

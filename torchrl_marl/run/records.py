@@ -249,7 +249,7 @@ def read_runs(
     Args:
         roots: folders.
         split: dotted configuration keys whose values distinguish variants of a method, such as ``optimizer.lr``.
-        metric: metric of the evaluation episodes to use as return: ``won``, ``episode_length``, ...
+        metric: metric of the evaluation episodes to use as return: ``win_rate``, ``episode_length``, ...
 
     Returns:
         Finished runs, and the folders of unfinished runs. The runs are a table with one row per run, sorted by

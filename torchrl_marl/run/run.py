@@ -246,15 +246,15 @@ class Run:
         objective = sum(last_fifth) / len(last_fifth)
         best, score = self._checkpoints.best
         self._log.artifact(best, "checkpoint", {"score": score, "seed": self.cfg.seed})
-        returns = torch.empty(0)
+        absolute = None
         self._interrupted |= self._asked_to_stop  # the signal may arrive after the last iteration
         if not self._interrupted:
             try:
-                returns = self._absolute_returns()
+                absolute = self._absolute_episodes()
                 self._draw()
             except KeyboardInterrupt:
                 self._interrupted = True
-        if self._interrupted:
+        if self._interrupted or absolute is None:
             self._draw_learning_curve()
             self._log.finish()
             frames = self._progress["frames"]
@@ -268,7 +268,7 @@ class Run:
         summary = {
             "final": evaluations[-1][1],
             "best": score,
-            "absolute": returns.mean().item(),
+            "absolute": absolute.returns.mean().item(),
             "last_fifth": objective,
             "frames": self._progress["frames"],
             "frames_per_second": self._progress["frames"] / max(self._progress["seconds"], 1e-9),
@@ -277,7 +277,8 @@ class Run:
             "init_from": self.cfg.init_from,
             "sessions": self._progress["sessions"],
         }
-        metrics = {LAST_FIFTH: objective, **_statistics(ABSOLUTE, returns)}
+        metrics = {LAST_FIFTH: objective, **_statistics(f"{ABSOLUTE}/episode_reward", absolute.returns)}
+        metrics |= {f"{ABSOLUTE}/{name}": values.mean().item() for name, values in absolute.info.items()}
         self._log.log(metrics, self._progress["frames"])
         self._log.finish(summary)
         print(
@@ -375,8 +376,8 @@ class Run:
         if time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES:
             self._draw_learning_curve()
 
-    def _absolute_returns(self) -> Tensor:
-        """Returns of the best parameters in ten times as many episodes, on unused initial states.
+    def _absolute_episodes(self) -> Episodes:
+        """Play the best parameters in ten times as many episodes, on unused initial states.
 
         Environments in Torch play them at once, in up to 1,024 copies; others, of which each copy may be a process, in
         the copies of evaluations, batch by batch, on the seeds that follow each other.
@@ -392,7 +393,7 @@ class Run:
             with progress_bar("absolute metric", total, unit=" steps", leave=False) as steps:
                 episodes = Episodes.joined([self._play(env, policy, own, after_step=steps.update) for own in seeds])
         self._evaluations.add_absolute(episodes.metrics())
-        return episodes.returns
+        return episodes
 
     def _play(self, env: EnvBase, policy: TensorDictModuleBase, seed: int, **options: Any) -> Episodes:
         options |= {"max_steps": self.cfg.env.max_steps, "sampled": self.cfg.evaluation.sampled}

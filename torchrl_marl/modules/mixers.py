@@ -1,4 +1,4 @@
-"""Mixers of agents' action values into the team's: what TorchRL's ``VDNMixer`` and ``QMixer`` leave out, QPLEX."""
+"""QPLEX's mixer of agents' action values, which TorchRL lacks; ``VDNMixer`` and ``QMixer`` are TorchRL's."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["QPLEXMixer"]
 
 
 class QPLEXMixer(nn.Module):
-    """The duplex dueling mixer: monotonic in values of greedy actions, of any shape in advantages of the others.
+    """Duplex dueling mixer: monotonic in the values of greedy actions, unrestricted in the advantages of other actions.
 
         Q_tot(s, a) = sum_i [ w_i Q_i(a_i) + b_i ] + sum_i (lambda_i(s, a) - 1) w_i A_i(a_i),
         A_i(a_i) = Q_i(a_i) - max_b Q_i(b) <= 0,   w_i(s) > 0,
         lambda_i(s, a) = sum_k |v_k(s)| sigmoid(phi_ik(s)) sigmoid(lambda_ik(s, a)) > 0
 
-    The advantages of the second sum pass no gradient, as in the authors' code: the importance weights ``lambda`` learn
-    from them. All advantages are 0 where every agent takes its greedy action and pull down elsewhere, so that the joint
-    greedy action is made of the agents' own. With ``w = 1``, ``b = 0`` and ``lambda = 1`` it is VDN's sum.
+    As in the authors' code, the advantages in the second sum are detached; they only train the importance weights
+    ``lambda``. Advantages are 0 if every agent takes its greedy action and negative otherwise, so the greedy joint
+    action consists of the agents' greedy actions. With ``w = 1``, ``b = 0`` and ``lambda = 1`` the mixer is VDN's sum.
 
     Reference: Wang et al., QPLEX: Duplex Dueling Multi-Agent Q-Learning, 2021, https://arxiv.org/abs/2008.01062,
     Eqs. (8) to (13). Defaults are those of the authors for SMAC.
@@ -31,9 +31,9 @@ class QPLEXMixer(nn.Module):
         num_agents: ``N``.
         num_actions: ``A``.
         state_size: ``S``.
-        embed_dim: width of the hidden layer behind ``w`` and ``b``.
-        num_heads: attention heads, ``k``.
-        attention_sizes: widths of hidden layers behind the attention, which heads share; none in SMAC.
+        embed_dim: width of the hidden layer of the networks of ``w`` and ``b``.
+        num_heads: number of attention heads, ``k``.
+        attention_sizes: widths of the hidden layers of the attention networks, shared by the heads; none in SMAC.
 
     Example:
         >>> mixer = QPLEXMixer(num_agents=3, num_actions=5, state_size=4)
@@ -65,7 +65,7 @@ class QPLEXMixer(nn.Module):
         self.action = attention(state_size + num_agents * num_actions, pairs)
 
     def forward(self, chosen: Tensor, greedy: Tensor, action: Tensor, state: Tensor) -> Tensor:
-        """Mix values of chosen and of greedy actions, ``[*B, N, 1]``, to ``[*B, 1]``.
+        """Mix the values of chosen and of greedy actions, ``[*B, N, 1]``, into a team value, ``[*B, 1]``.
 
         Args:
             chosen: ``Q_i(a_i)``.
@@ -80,7 +80,7 @@ class QPLEXMixer(nn.Module):
         return (value + (self.importance(state, action) - 1) * advantage).sum(-1, keepdim=True)
 
     def importance(self, state: Tensor, action: Tensor) -> Tensor:
-        """The weights ``lambda_i(s, a) > 0`` of agents' advantages, ``[*B, N]``."""
+        """Importance weights ``lambda_i(s, a) > 0`` of the agents' advantages, ``[*B, N]``."""
         joint = functional.one_hot(action, self.num_actions).flatten(-2).to(state.dtype)
         agent, chosen = self.agent(state), self.action(torch.cat([state, joint], -1))
         attention = (agent.sigmoid() * chosen.sigmoid()).unflatten(-1, (-1, self.num_agents))

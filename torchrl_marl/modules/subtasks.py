@@ -1,4 +1,4 @@
-"""LDSA's agents: a memory of their ability, by which they choose a subtask, and one value function for each subtask."""
+"""Agents of LDSA: a recurrent ability state that selects a subtask, and one value function per subtask."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ __all__ = ["SubtaskHead", "make_ldsa_actor"]
 
 
 class SubtaskHead(nn.Module):
-    """Choose a subtask for each agent and value its actions by that subtask's function.
+    """Select a subtask for each agent, and compute its action values with the subtask's value function.
 
         x_j = tanh(W e_j),   p(j) = softmax_j(x_j^T z),   Q(a) = sum_j c_j [h^T W(x_j) + b(x_j)]_a
 
-    ``z`` is a linear function of the agent's ability memory, ``h`` its policy memory, ``c`` a one-hot choice: drawn
-    from ``p`` with the straight-through Gumbel softmax when exploring (``ExplorationType.RANDOM``), else the most
-    likely. Hyper-networks see the representations ``x`` as constants, as in the authors' code; the tanh bounds how far
-    these can be pushed apart.
+    ``z`` is a linear function of the agent's ability state, ``h`` is its policy state, and ``c`` is the one-hot
+    selection: sampled from ``p`` with the straight-through Gumbel softmax under ``ExplorationType.RANDOM``, otherwise
+    the most likely subtask. As in the authors' code, the hyper-networks pass no gradient to the representations ``x``;
+    the tanh bounds the distances between these.
 
     Reference: Yang et al., LDSA, 2022, https://arxiv.org/abs/2205.02561, section 3.
 
     Args:
-        recurrent_size: of each of the two memories, which lie side by side in the state.
+        recurrent_size: size of the ability state and of the policy state, which are concatenated.
         num_actions: ``A``.
         num_subtasks: ``K``.
-        subtask_size: length of a representation.
+        subtask_size: size of a representation.
     """
 
     def __init__(self, recurrent_size: int, num_actions: int, num_subtasks: int, subtask_size: int) -> None:
@@ -47,11 +47,11 @@ class SubtaskHead(nn.Module):
         self.bias = nn.Linear(subtask_size, num_actions)
 
     def subtasks(self) -> Tensor:
-        """Representations ``x``, ``[K, subtask_size]``: the encoder of one-hot identities."""
+        """Representations ``x``, ``[K, subtask_size]``: encodings of the one-hot subtask identities."""
         return self.encoder.weight.T.tanh()
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits of the choice, ``[..., K]``, and action values, ``[..., A]``, of the two memories."""
+        """Return selection logits, ``[..., K]``, and action values, ``[..., A]``, from the concatenated states."""
         ability, memory = state.chunk(2, -1)
         subtasks = self.subtasks()
         logits = self.ability(ability) @ subtasks.T
@@ -65,7 +65,7 @@ class SubtaskHead(nn.Module):
 
 
 class _TwoMemories(nn.Module):
-    """Two recurrent units side by side: each has half of the inputs and half of the state."""
+    """Two recurrent units in parallel; each reads half of the inputs and half of the state."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -90,18 +90,19 @@ def make_ldsa_actor(
 ) -> ProbabilisticActor:
     """Build LDSA's agents, which share all parameters; their action values are the logits of a policy.
 
-    Act in :func:`~torchrl_marl.modules.with_recurrent_state`; train with :class:`~torchrl_marl.objectives.LDSALoss`.
+    The environment must be wrapped in :func:`~torchrl_marl.modules.with_recurrent_state`. Train the actor with
+    :class:`~torchrl_marl.objectives.LDSALoss`.
 
     Args:
         env: the environment, or the shape of a group (then no environment is needed).
-        group: which group of the environment; may be left out if it has just one.
-        hidden_sizes: widths of layers before the one that feeds both memories.
-        recurrent_size: length of each memory.
+        group: name of the group; optional if the environment has one group.
+        hidden_sizes: widths of the layers before the input layer of the recurrent units.
+        recurrent_size: size of the ability state and of the policy state.
         num_subtasks: number of subtasks.
-        subtask_size: length of their representations.
-        activation: of the layers before the memories.
+        subtask_size: size of a subtask's representation.
+        activation: activation of the layers before the recurrent units.
         agent_id: append a one-hot agent id to the observation.
-        device: where parameters live.
+        device: device of the parameters.
 
     Returns:
         Actor that reads ``(group, "observation")`` and ``(group, "recurrent_state")`` and writes
@@ -109,7 +110,7 @@ def make_ldsa_actor(
         ``("next", group, "recurrent_state")``.
 
     Raises:
-        ValueError: if actions are continuous, or there are not two subtasks.
+        ValueError: if actions are continuous, or ``num_subtasks`` is below 2.
     """
     shape = group_shape(env, group)
     if shape.num_actions is None:

@@ -1,4 +1,4 @@
-"""VDN, QMIX and QPLEX: the same learning with three mixers."""
+"""VDN, QMIX and QPLEX: one Q-learning loss with three mixers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["QMIXLoss", "QPLEXLoss", "VDNLoss", "qmix_mixer"]
 
 
 class VDNLoss(ValueLoss):
-    """Value decomposition networks: the team's value is the sum of its agents' values.
+    """Value decomposition networks: the team value is the sum of the agents' values.
 
         Q_tot(a) = sum_i Q_i(o_i, a_i)
 
@@ -28,8 +28,8 @@ class VDNLoss(ValueLoss):
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.value.ValueLoss`.
 
     Args:
-        local_value_network: agents' action values.
-        group_spec: the group that it acts for.
+        local_value_network: network of the agents' action values.
+        group_spec: group of the agents.
         **options: :class:`~torchrl_marl.objectives.value.ValueOptions`.
 
     Example:
@@ -48,7 +48,7 @@ class VDNLoss(ValueLoss):
 
 
 class QMIXLoss(ValueLoss):
-    """QMIX: the team's value grows with each agent's, in a way that depends on the state.
+    """QMIX: the team value is monotonic in each agent's value; the mixing weights depend on the state.
 
         Q_tot(s, a) = |W_2(s)|^T elu(|W_1(s)|^T [Q_1, ..., Q_N] + b_1(s)) + V(s)
 
@@ -58,9 +58,9 @@ class QMIXLoss(ValueLoss):
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.value.ValueLoss`.
 
     Args:
-        local_value_network: agents' action values.
-        group_spec: the group that it acts for.
-        mixing_embed_dim: width of the mixer.
+        local_value_network: network of the agents' action values.
+        group_spec: group of the agents.
+        mixing_embed_dim: width of the mixer's hidden layer.
         **options: :class:`~torchrl_marl.objectives.value.ValueOptions`.
     """
 
@@ -77,20 +77,20 @@ class QMIXLoss(ValueLoss):
 
 
 class QPLEXLoss(ValueLoss):
-    """QPLEX: any team value of which agents' greedy actions are jointly greedy, by duplex dueling.
+    """QPLEX: duplex dueling represents every team value whose greedy joint action consists of the greedy actions.
 
-    The equations are those of :class:`~torchrl_marl.modules.QPLEXMixer`.
+    See :class:`~torchrl_marl.modules.QPLEXMixer` for the equations.
 
     Reference: Wang et al., QPLEX: Duplex Dueling Multi-Agent Q-Learning, 2021, https://arxiv.org/abs/2008.01062.
 
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.value.ValueLoss`.
 
     Args:
-        local_value_network: agents' action values.
-        group_spec: the group that it acts for.
-        mixing_embed_dim: width of the networks behind the transformation of agents' values.
-        num_heads: attention heads behind the importance weights.
-        attention_sizes: widths of the attention's hidden layers.
+        local_value_network: network of the agents' action values.
+        group_spec: group of the agents.
+        mixing_embed_dim: width of the networks that compute the weights and biases of the agents' values.
+        num_heads: number of attention heads of the importance weights.
+        attention_sizes: widths of the hidden layers of the attention networks.
         **options: :class:`~torchrl_marl.objectives.value.ValueOptions`.
     """
 

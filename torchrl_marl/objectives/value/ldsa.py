@@ -1,4 +1,4 @@
-"""LDSA: QMIX for agents that choose one of a few learnt subtasks at every step."""
+"""LDSA: QMIX with agents that select one of several learned subtasks at every step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ __all__ = ["LDSALoss", "subtask_distance", "subtask_switching"]
 
 
 class LDSALoss(ValueLoss):
-    """Dynamic subtask assignment: QMIX, subtasks that differ, and agents that keep to theirs.
+    """Dynamic subtask assignment: QMIX with regularisers for distinct subtasks and a stable assignment.
 
         loss = loss_value - distance_coeff mean_{i != j} |x_i - x_j|^2 + switching_coeff mean KL(p_t || p_{t+1})
 
-    with representations ``x`` of subtasks and each agent's probabilities ``p`` of choosing them. Neither regulariser
-    pulls at both sides: ``x_j`` and ``p_t`` count as constants, as in the authors' code. Subtasks are drawn anew when
-    sequences are replayed.
+    with subtask representations ``x`` and each agent's selection probabilities ``p``. As in the authors' code, ``x_j``
+    and ``p_t`` receive no gradient. Replayed sequences sample new subtasks.
 
     Reference: Yang et al., LDSA: Learning Dynamic Subtask Assignment in Cooperative Multi-Agent Reinforcement Learning,
     2022, https://arxiv.org/abs/2205.02561.
@@ -35,19 +34,19 @@ class LDSALoss(ValueLoss):
     Keys, shapes, outputs and errors: :class:`~torchrl_marl.objectives.value.ValueLoss`.
 
     Args:
-        local_value_network: of :func:`~torchrl_marl.modules.make_ldsa_actor`.
-        group_spec: the group that it acts for.
-        mixing_embed_dim: width of the mixer.
-        distance_coeff: weight of the distance between subtasks.
-        switching_coeff: weight of changes of the assignment.
+        local_value_network: actor of :func:`~torchrl_marl.modules.make_ldsa_actor`.
+        group_spec: group of the agents.
+        mixing_embed_dim: width of the mixer's hidden layer.
+        distance_coeff: weight of the distance between subtask representations.
+        switching_coeff: weight of the divergence between consecutive selection probabilities.
         **options: :class:`~torchrl_marl.objectives.value.ValueOptions`.
 
     Raises:
-        ValueError: if the network has no subtasks, or a coefficient is below 0.
+        ValueError: if the network has no subtasks, or a coefficient is negative.
     """
 
     terms = ("loss_distance", "loss_switching")
-    deterministic_sampling_mode: Any = ExplorationType.RANDOM  # subtasks are drawn in training
+    deterministic_sampling_mode: Any = ExplorationType.RANDOM  # sample subtasks in training
 
     def __init__(
         self,
@@ -78,7 +77,7 @@ class LDSALoss(ValueLoss):
 
 
 def subtask_distance(subtasks: Tensor) -> Tensor:
-    """Mean squared distance of the representations ``[K, E]`` of two different subtasks; one of them has no gradient.
+    """Mean squared distance between representations ``[K, E]`` of two subtasks; the second receives no gradient.
 
     Example:
         >>> import torch
@@ -90,11 +89,11 @@ def subtask_distance(subtasks: Tensor) -> Tensor:
 
 
 def subtask_switching(logits: Tensor, is_init: Tensor) -> Tensor:
-    """Mean divergence of each agent's choice of subtasks from the one of the step before, ``KL(p_t || p_{t+1})``.
+    """Mean divergence between the selection probabilities of consecutive steps, ``KL(p_t || p_{t+1})``.
 
     Args:
-        logits: of the choices, ``[*B, T, N, K]``; the earlier step's have no gradient.
-        is_init: whether a step is the first of its episode, ``[*B, T, 1]``, and has none before it.
+        logits: selection logits, ``[*B, T, N, K]``; those of the earlier step receive no gradient.
+        is_init: whether a step is the first of its episode, ``[*B, T, 1]``.
     """
     log_probs = logits.log_softmax(-1)
     before, after = log_probs[..., :-1, :, :].detach(), log_probs[..., 1:, :, :]

@@ -1,4 +1,4 @@
-"""The base of value-based methods: Q-learning of a team's value that a mixer makes of the agents' own."""
+"""Base of the value-based losses: Q-learning of a team value that a mixer computes from the agents' values."""
 
 from __future__ import annotations
 
@@ -35,44 +35,48 @@ class ValueOptions(TypedDict, total=False):
 
 
 class ValueLoss(LossModule):
-    """Q-learning with a decomposed team value; abstract: a method chooses the mixer.
+    """Abstract base of Q-learning with a decomposed team value; subclasses choose the mixer.
 
         Q_tot(s, a) = mixer(Q_1(o_1, a_1), ..., Q_N(o_N, a_N); s)
         y = r + gamma (1 - terminated) Q_tot'(s', a'),   a'_i = argmax_b Q_i(o'_i, b)
         loss_value = mean(distance(Q_tot(s, a), y))
 
-    ``Q_tot'`` are the target networks, which TorchRL's ``SoftUpdate(loss, tau=...)`` or ``HardUpdate`` moves; the
-    greedy next action is the online networks' (double Q-learning), or with ``double_dqn=False`` the target networks'.
+    ``Q_tot'`` is computed by the target networks, which TorchRL's ``SoftUpdate(loss, tau=...)`` or ``HardUpdate``
+    updates. The online networks choose the greedy next action (double Q-learning); with ``double_dqn=False`` the target
+    networks do.
 
-    * The team's reward ``r`` is the mean over agents of ``[*B, N, 1]``, or the team's own ``[*B, 1]``.
-    * A truncated episode is bootstrapped from its last observation, a terminated one is not.
-    * Illegal actions (``action_mask``) are never greedy.
-    * A dead agent (``mask``) adds 0 in the place of its value, now and in the next step, and learns nothing.
-    * Rows that TorchRL's ``loss_mask_key`` leaves out, such as padding, take part in nothing.
-    * Recurrent networks learn from sequences ``[*B, T]``: they are unrolled from the state stored with the first row
-      and start anew at ``"is_init"``; with sequences of whole episodes that is PyMARL's zero state. The target networks
-      are unrolled in the same way, and both go one step on from each row's state to value what was observed next.
+    * The team reward ``r`` is the mean over agents of rewards ``[*B, N, 1]``, or a common reward ``[*B, 1]``.
+    * Truncated episodes bootstrap from their last observation, terminated episodes do not.
+    * The greedy action is chosen among legal actions (``action_mask``).
+    * A dead agent (``mask``) contributes a value of 0 to the mixer, in the current and in the next step, and receives
+      no gradient.
+    * Rows excluded by TorchRL's ``loss_mask_key``, such as padding, do not enter the loss or its diagnostics.
+    * Recurrent networks are trained on sequences ``[*B, T]``, unrolled from the state stored with the first row and
+      reset at ``"is_init"``. For sequences of whole episodes, this is PyMARL's zero initial state. The target networks
+      are unrolled likewise. Next observations are evaluated with the state after each row.
 
-    It is a base of its own, as :class:`torchrl.objectives.QMixerLoss` (0.14.1) has no double Q-learning, knows neither
-    live agents nor action masks nor padding, values next observations of a recurrent network with the memory of the
-    step before, passes its mixer nothing but chosen values and a state, where QPLEX needs more, and writes into its
-    input. The mixers of TorchRL are used.
+    The class does not build on :class:`torchrl.objectives.QMixerLoss` (0.14.1), which supports neither double
+    Q-learning, live-agent and action masks nor padding, evaluates next observations of a recurrent network with the
+    state of the previous step, passes only chosen values and a state to its mixer (QPLEX needs more), and modifies its
+    input. The mixers are TorchRL's where it has them.
 
-    Keys (see :mod:`torchrl_marl.keys`), all renamable with ``set_keys``; the group is that of ``group_spec``.
+    All keys (see :mod:`torchrl_marl.keys`) can be renamed with ``set_keys``; their group is that of ``group_spec``.
 
     Args:
-        local_value_network: writes each agent's ``action_value``, ``[*B, N, A]``. Of a policy, as
-            :func:`~torchrl_marl.modules.make_actor` builds it, the logits are the action values, so that its most
-            likely action is the greedy one.
-        mixer_network: reads ``(group, "chosen_action_value")`` and, if it likes, ``(group, "greedy_action_value")``,
-            ``[*B, N, 1]`` both, ``(group, "action")`` and a state; writes ``"chosen_action_value"``, ``[*B, 1]``.
-        group_spec: the group that the mixer is made for.
-        double_dqn: see above.
+        local_value_network: network that writes the ``action_value`` of each agent, ``[*B, N, A]``. The logits of a
+            policy from :func:`~torchrl_marl.modules.make_actor` serve as action values, so that the policy's mode is
+            the greedy action.
+        mixer_network: mixer that reads ``(group, "chosen_action_value")`` and optionally
+            ``(group, "greedy_action_value")``, both ``[*B, N, 1]``, ``(group, "action")`` and a state; it writes
+            ``"chosen_action_value"``, ``[*B, 1]``.
+        group_spec: group that the mixer is built for.
+        double_dqn: whether the online networks choose the next action.
         loss_function: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
 
     Raises:
-        TypeError: if there is no network.
-        ValueError: if actions are continuous, or in ``forward``, if the data are of other agents than the mixer.
+        TypeError: if ``local_value_network`` is not a TensorDict module.
+        ValueError: if actions are continuous; in ``forward``, if the numbers of agents or actions in the data differ
+            from those of the mixer.
     """
 
     @dataclass
@@ -88,9 +92,9 @@ class ValueLoss(LossModule):
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     default_value_estimator = ValueEstimators.TD0
-    terms: tuple[str, ...] = ()  # that a method adds to the loss
-    takes_steps = trains_in_parts = False  # every update is an optimiser's, of all parameters
-    learns_sequences = False  # that is, from their first step alone
+    terms: tuple[str, ...] = ()  # further loss_* entries of a subclass
+    takes_steps = trains_in_parts = False  # each update is one optimiser step on all parameters
+    learns_sequences = False  # sequences need not start with an episode
 
     local_value_network: TensorDictModuleBase
     local_value_network_params: TensorDictParams
@@ -121,7 +125,7 @@ class ValueLoss(LossModule):
             raise ValueError(f"loss_function must be one of l2, l1, smooth_l1; got {loss_function!r}.")
         super().__init__()
         if isinstance(local_value_network, ProbabilisticTensorDictSequential):
-            local_value_network = local_value_network[:-1]  # of a policy, what it makes its distribution of
+            local_value_network = local_value_network[:-1]  # a policy without its distribution
         device = next((parameter.device for parameter in local_value_network.parameters()), None)
         self.convert_to_functional(cast("Any", local_value_network), "local_value_network", create_target_params=True)
         self.convert_to_functional(mixer_network.to(device), "mixer_network", create_target_params=True)
@@ -135,7 +139,7 @@ class ValueLoss(LossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Entries that ``forward`` reads; ``data.select(*loss.in_keys, strict=False)`` keeps just these."""
+        """Entries that ``forward`` reads, for ``data.select(*loss.in_keys, strict=False)``."""
         keys = self.tensor_keys
         network, states = self.local_value_network.in_keys, self.recurrent_state_keys
         again = [key for key in network if key not in (*states, "is_init")]
@@ -152,39 +156,39 @@ class ValueLoss(LossModule):
 
     @property
     def recurrent_state_keys(self) -> list[NestedKey]:
-        """Entries that the network carries from step to step."""
+        """Recurrent states of the network."""
         network = self.local_value_network
         return [key for key in network.in_keys if _next(key) in network.out_keys]
 
     @property
     def _mixed_keys(self) -> list[NestedKey]:
-        """What the mixer reads of agents: values of chosen and of greedy actions, and the chosen actions."""
+        """Inputs of the mixer: values of chosen and of greedy actions, and the chosen actions."""
         return [(self.group_spec.name, key) for key in ("chosen_action_value", "greedy_action_value", "action")]
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters whose gradients are scaled down to one norm together, by the name under which it is logged."""
+        """Groups of parameters whose gradients are clipped to one joint norm, by the logged name of the norm."""
         return {"grad_norm": list(self.parameters())}
 
     def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: Any) -> ValueLoss:
-        """Choose the targets: one step (``TD0``, the default, with gamma 0.99) or, on sequences, ``TDLambda``."""
+        """Set the targets: one-step (``TD0``, the default, with gamma 0.99) or, on sequences, ``TDLambda``."""
         supported = (ValueEstimators.TD0, ValueEstimators.TDLambda)
         kind = value_type or self.default_value_estimator
         dispatch_value_estimator(self, kind, supported=supported, value_network=None, **hyperparams)
         return self
 
     def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        """The estimator sees rewards under names of its own."""
+        """Do nothing: ``_target`` passes rewards and flags under the estimator's default keys."""
 
     @dispatch  # pyright: ignore[reportArgumentType]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the loss and detached diagnostics.
 
         Args:
-            tensordict: transitions ``[B]`` or, for recurrent networks, sequences of them ``[*B, T]``; not changed.
+            tensordict: transitions ``[B]`` or, for recurrent networks, sequences ``[*B, T]``; it is not modified.
 
         Returns:
-            A TensorDict with ``loss_value``, ``td_error`` (mean distance to the target), ``pred_value`` and
-            ``target_value`` (means).
+            TensorDict with ``loss_value``, ``td_error`` (mean absolute difference to the target), and the means
+            ``pred_value`` and ``target_value``.
         """
         online = self._evaluate(tensordict, target=False)
         value = self._mix(online, tensordict[self.tensor_keys.action], target=False)
@@ -198,24 +202,24 @@ class ValueLoss(LossModule):
         return TensorDict({**losses, **measured})
 
     def _regularizers(self, online: TensorDictBase) -> dict[str, Tensor]:
-        """Further ``loss_*`` terms, of what the online network has written; the hook of methods that add some."""
+        """Further ``loss_*`` terms, computed from the outputs of the online network; a hook for subclasses."""
         return {}
 
     def _parameters_of(self, name: str, *, target: bool) -> AbstractContextManager:
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
         return params.to_module(
             getattr(self, name), preserve_module_state=False
-        )  # else targets would become parameters
+        )  # otherwise, target parameters would be registered as parameters of the loss
 
     def _evaluate(self, tensordict: TensorDictBase, *, target: bool) -> TensorDictBase:
-        """Copy the data, with what the network writes: action values and states after each step."""
+        """Return a copy of the data with the outputs of the network: action values and next recurrent states."""
         data = tensordict.copy()
         with self._parameters_of("local_value_network", target=target):
             self.local_value_network(data)
         return data
 
     def _evaluate_next(self, tensordict: TensorDictBase, *, target: bool) -> TensorDictBase:
-        """The same of what is observed next, one step on from the states after each row's step."""
+        """Evaluate the next observations, with the recurrent state after each row."""
         with set_recurrent_mode(False):
             return self._evaluate(cast("TensorDictBase", tensordict["next"]), target=target)
 
@@ -233,14 +237,14 @@ class ValueLoss(LossModule):
         return self.value_estimator.value_estimate(transition, next_value=next_value)
 
     def _greedy(self, data: TensorDictBase) -> Tensor:
-        """The action of highest value among the legal ones of each agent, ``[*B, N]``."""
+        """Legal action of highest value for each agent, ``[*B, N]``."""
         values: Tensor = data.get(self.tensor_keys.action_value)
         legal = data.get(self.tensor_keys.action_mask, None)
         values = values if legal is None else torch.where(legal, values, torch.finfo(values.dtype).min)
         return values.argmax(-1)
 
     def _mix(self, data: TensorDictBase, action: Tensor, *, target: bool) -> Tensor:
-        """The team's value of joint actions, ``[*B, 1]``; it writes into ``data``."""
+        """Team value of joint actions, ``[*B, 1]``; writes the mixer's inputs into ``data``."""
         key, spec, live = self.tensor_keys.action_value, self.group_spec, data.get(self.tensor_keys.mask, None)
         values = data[key]
         if values.shape[-2:] != (spec.num_agents, spec.num_actions):
@@ -252,7 +256,7 @@ class ValueLoss(LossModule):
         if live is not None:
             live = expand_mask(live, action.shape, data.batch_size, self.tensor_keys.mask).unsqueeze(-1)
             chosen, greedy = torch.where(live, chosen, 0.0), torch.where(live, greedy, 0.0)
-            action = torch.where(live.squeeze(-1), action, 0)  # it enters QPLEX's importance weights
+            action = torch.where(live.squeeze(-1), action, 0)  # an input of QPLEX's importance weights
         data.update(dict(zip(self._mixed_keys, (chosen, greedy, action), strict=True)))
         with self._parameters_of("mixer_network", target=target):
             return self.mixer_network(data)["chosen_action_value"]
@@ -262,14 +266,14 @@ class ValueLoss(LossModule):
         return [] if named is None else list(AUTO_LOSS_MASK_KEYS) if named == "auto" else [named]
 
     def _valid(self, tensordict: TensorDictBase, shape: torch.Size) -> Tensor | None:
-        """Rows that are data and no padding, ``[*B]``; ``None``: all."""
+        """Mask of the rows that are not padding, ``[*B]``; ``None`` if all rows are valid."""
         found = {key: tensordict.get(key, None) for key in self._valid_keys()}
         masks = [expand_mask(mask, shape, shape, key) for key, mask in found.items() if mask is not None]
         return torch.stack(masks).all(0) if masks else None
 
 
 def mixer_state(spec: GroupSpec) -> tuple[NestedKey, tuple[int, ...]]:
-    """Key and shape of what a mixer sees: the root's ``"state"``, or where there is none all agents' observations."""
+    """Key and shape of a mixer's state: ``"state"`` at the root if it exists, otherwise all agents' observations."""
     if spec.state_size is None:
         return (spec.name, "observation"), (spec.num_agents, spec.observation_size)
     return "state", (spec.state_size,)

@@ -58,7 +58,7 @@ $(BIN)/python:
 	touch $@
 
 .venv/test-envs: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable ".[vmas,wandb,plot,dev,gym,mpe,jax]"
+	$(PIP) --editable ".[vmas,wandb,plot,dev,gym,mpe,mamujoco,jax]"
 	touch $@
 
 # Its build looks for psutil in the python3 that is first on the path, and needs a setuptools of before version 81.

@@ -50,6 +50,7 @@ def export_policy(
     input or output                          shape            where
     =======================================  ===============  ==========================================================
     ``observation``                          ``[B, N, O]``    always
+    ``image``                                ``[B, N, ...]``  where an image is beside the observation; ``uint8``
     ``action_mask``                          ``[B, N, C]``    in masked groups; bool, legal actions
     ``recurrent_state``                      ``[B, N, H]``    with a memory; state after the previous step
     ``is_init``                              ``[B, 1]``       with a memory; bool, start of an episode: resets the state
@@ -150,8 +151,9 @@ class _Policy(nn.Module):
         action_mask: Tensor | None = None,
         recurrent_state: Tensor | None = None,
         is_init: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        inputs = {"observation": observation, "action_mask": action_mask}
+        inputs = {"observation": observation, "action_mask": action_mask, "image": image}
         if recurrent_state is not None and is_init is not None:
             fresh = is_init if self._alone else is_init.unsqueeze(-1)
             inputs["recurrent_state"] = torch.where(fresh, 0.0, recurrent_state)
@@ -196,11 +198,11 @@ def _random_inputs(actor: ProbabilisticActor, shape: GroupSpec, number: int) -> 
     """Observations, masks with a legal action, memories and episode starts, with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     rows = (number, shape.num_agents)
-    if shape.image is None:
-        observation = torch.randn(*rows, shape.observation_size, generator=generator)
-    else:
-        observation = torch.randint(256, (*rows, *shape.image), dtype=torch.uint8, generator=generator)
-    inputs = {"observation": observation}
+    inputs = {}
+    if shape.image is None or shape.image_key == "image":
+        inputs["observation"] = torch.randn(*rows, shape.observation_size, generator=generator)
+    if shape.image is not None:
+        inputs[shape.image_key] = torch.randint(256, (*rows, *shape.image), dtype=torch.uint8, generator=generator)
     if shape.masked and shape.num_actions is not None:
         chance = torch.rand(*rows, shape.num_actions, generator=generator)
         inputs["action_mask"] = (chance < 0.5) | (chance == chance.amin(-1, keepdim=True))

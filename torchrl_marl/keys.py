@@ -7,6 +7,7 @@ table uses the group name ``"agents"``. Losses take the name from the actor's ac
 key                                        shape          meaning
 =========================================  =============  ===========================================================
 ``("agents", "observation")``              ``[B, N, O]``  local observations
+``("agents", "image")``                    ``[B, N, …]``  an image (``uint8``) beside the observation, if there is one
 ``("agents", "action")``                   ``[B, N, A]``  actions (``[B, N]`` for a categorical)
 ``("agents", "action_log_prob")``          ``[B, N]``     log-probability of each agent's action when it was collected
 ``("agents", "action_mask")``              ``[B, N, A]``  legal actions (bool), read by the actor of a masked group

@@ -38,7 +38,8 @@ class Lights:
 def images(spec=SPEC, batch=5):
     shape = (batch, spec.num_agents)
     pictures = torch.randint(256, (*shape, *spec.image), dtype=torch.uint8)
-    return TensorDict({"agents": TensorDict({"observation": pictures}, shape)}, batch)
+    beside = {"observation": torch.randn(*shape, spec.observation_size)} if spec.image_key == "image" else {}
+    return TensorDict({"agents": TensorDict({**beside, spec.image_key: pictures}, shape)}, batch)
 
 
 def test_both_layouts_and_scales_of_an_image_are_the_same_to_a_network():
@@ -67,6 +68,26 @@ def test_a_critic_depends_on_the_images_that_it_observes(observes):
     assert torch.equal(first, changed) == (observes == "observation")
 
 
+@pytest.mark.parametrize("space", [{"num_actions": 4}, {"action_low": (-1.0,), "action_high": (1.0,)}])
+def test_an_image_and_a_vector_are_joined_agent_by_agent(space):
+    spec = GroupSpec("agents", 2, observation_size=4, image=(12, 10, 3), image_key="image", **space)
+    torch.manual_seed(0)
+    critic = {"observes": "observation"}
+    networks = [(make_cnn_actor(spec, **SMALL)[0], "logits" if spec.num_actions else "loc")]
+    networks.append((make_cnn_critic(spec, **critic, **SMALL), "state_value"))
+    data = images(spec)
+    for network, entry in networks:
+        before = network(data.clone())["agents", entry]
+        for key in ("image", "observation"):
+            other = data.clone()
+            other["agents", key][:, 1] = 0
+            after = network(other)["agents", entry]
+            assert torch.equal(after[:, 0], before[:, 0])
+            assert not (after[:, 1] == before[:, 1]).all(-1).any()
+    joint = make_cnn_critic(spec, **SMALL)(data.clone())
+    assert joint["agents", "state_value"].shape == (5, 2, 1)
+
+
 def test_what_does_not_fit_is_said_in_one_line():
     with pytest.raises(ValueError, match=r"images \[12, 10, 3\], .*360 numbers.* actor=cnn critic=cnn"):
         make_actor(SPEC)
@@ -80,15 +101,28 @@ def test_what_does_not_fit_is_said_in_one_line():
         make_cnn_critic(SPEC, observes="state")
 
 
+def test_a_game_with_images_beside_vectors_is_trained_loaded_and_exported(tmp_path, monkeypatch):
+    pytest.importorskip("gymnasium")
+    train(monkeypatch, tmp_path, "tests.envs.wrappers.test_custom:Driving")
+    (folder,) = run_folders(tmp_path)
+    spec = GroupSpec("agents", 2, observation_size=4, image=(12, 10, 3), image_key="image", num_actions=4)
+    assert load_policy(folder)(images(spec))["agents", "action"].shape == (5, 2)
+    assert export_policy(folder, format="torch_export", agent=1).exists()
+
+
+def train(monkeypatch, folder, factory):
+    options = ["kernel_sizes=[3,3]", "strides=[2,1]", "num_channels=[4,4]", "features=8", "hidden_sizes=[8]"]
+    networks = ["actor=cnn", "critic=cnn", *(f"{net}.{option}" for net in ("actor", "critic") for option in options)]
+    game = ["env=custom", f"env.factory={factory}", "env.num_envs=4", "env.max_steps=5"]
+    sizes = ["frames_per_batch=40", "total_frames=80", "evaluation.interval=40", "minibatch_size=20"]
+    run_recipe(monkeypatch, folder, *game, *networks, *sizes)
+
+
 def test_a_game_with_images_is_trained_loaded_and_exported(tmp_path, monkeypatch):
     pytest.importorskip("gymnasium")
     assert make_custom(Lights, num_envs=2, seed=0).reset()["agents", "observation"].dtype == torch.uint8
     check_env(make_custom(Lights, num_envs=2, seed=0), num_steps=4)
-    options = ["kernel_sizes=[3,3]", "strides=[2,1]", "num_channels=[4,4]", "features=8", "hidden_sizes=[8]"]
-    networks = ["actor=cnn", "critic=cnn", *(f"{net}.{option}" for net in ("actor", "critic") for option in options)]
-    game = ["env=custom", "env.factory=tests.modules.test_images:Lights", "env.num_envs=4", "env.max_steps=5"]
-    sizes = ["frames_per_batch=40", "total_frames=80", "evaluation.interval=40", "minibatch_size=20"]
-    run_recipe(monkeypatch, tmp_path, *game, *networks, *sizes)
+    train(monkeypatch, tmp_path, "tests.modules.test_images:Lights")
     (folder,) = run_folders(tmp_path)
     assert load_policy(folder)(images())["agents", "action"].shape == (5, 2)
     assert export_policy(folder, format="torch_export", agent=1).exists()

@@ -12,7 +12,7 @@ from torchrl_marl.envs.video import render_episode
 from torchrl_marl.envs.vmas import make_env
 from torchrl_marl.envs.wrappers.custom import make_custom
 from torchrl_marl.envs.wrappers.football import make_football
-from torchrl_marl.envs.wrappers.gymnasium import make_lbforaging, make_pettingzoo, make_rware
+from torchrl_marl.envs.wrappers.gymnasium import make_lbforaging, make_mamujoco, make_pettingzoo, make_rware
 from torchrl_marl.envs.wrappers.jaxmarl import make_jaxmarl
 from torchrl_marl.envs.wrappers.jumanji import make_jumanji
 from torchrl_marl.envs.wrappers.smacv2 import make_smacv2
@@ -34,6 +34,7 @@ __all__ = [
     "make_jaxmarl",
     "make_jumanji",
     "make_lbforaging",
+    "make_mamujoco",
     "make_maze",
     "make_paxmen",
     "make_pettingzoo",

@@ -14,6 +14,7 @@ from torchrl.modules import ConvNet, ProbabilisticActor, ValueNorm
 
 from torchrl_marl.modules.layers import (
     Activation,
+    Chain,
     Networks,
     initialize,
     make_policy,
@@ -28,7 +29,8 @@ __all__ = ["make_cnn_actor", "make_cnn_critic"]
 class _ImageEncoder(nn.Module):
     """Convolutional layers and a linear layer: ``[..., C, H, W]`` or ``[..., H, W, C]`` to ``[..., features]``.
 
-    ``uint8`` values are scaled to [0, 1]. The channel dimension is the smaller of the first and the last dimension.
+    Observations ``[..., O]`` beside the images are appended to the features. ``uint8`` values are scaled to [0, 1]. The
+    channel dimension is the smaller of the first and the last dimension.
     """
 
     def __init__(
@@ -66,16 +68,20 @@ class _ImageEncoder(nn.Module):
                     f"{size[1]} x {size[2]}."
                 )
         self.features = nn.Linear(num_channels[-1] * math.prod(sides), features)
+        beside = shape.image_key == "image"
+        self.num_outputs = features + (shape.observation_size if beside else 0)
+        self.in_keys = [(shape.name, shape.image_key), *([(shape.name, "observation")] if beside else [])]
         for layer in (module for module in self.modules() if isinstance(module, nn.Conv2d | nn.Linear)):
             nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Encode images of any batch shape."""
+    def forward(self, image: Tensor, *beside: Tensor) -> Tensor:
+        """Encode images of any batch shape; append the observations beside them, if any."""
         image = image / 255 if image.dtype == torch.uint8 else image
         image = image.movedim(-1, -3) if self.channels_last else image
-        return self.features(self.convolutions(image)).relu()
+        features = self.features(self.convolutions(image)).relu()
+        return torch.cat([features, *beside], -1) if beside else features
 
 
 def make_cnn_actor(
@@ -94,7 +100,8 @@ def make_cnn_actor(
     """Build a decentralised stochastic policy that observes images, with one network for all agents.
 
     Convolutional layers (:class:`torchrl.modules.ConvNet`, by default those of Mnih et al., 2015) and a linear layer
-    encode each image; the layers after the encoding are those of :func:`~torchrl_marl.modules.make_actor`.
+    encode each image. An observation beside the image (``(group, "image")``) is appended to the encoding. The layers
+    after the encoding are those of :func:`~torchrl_marl.modules.make_actor`.
 
     Args:
         env: the environment, or the shape of a group; observations are ``[N, C, H, W]`` or ``[N, H, W, C]``.
@@ -120,9 +127,10 @@ def make_cnn_actor(
     """
     shape = group_shape(env, group, images=True)
     encoder = _ImageEncoder(shape, num_channels, kernel_sizes, strides, features)
-    head = Networks(shape, hidden_sizes, activation, agent_id=agent_id).each(features, num_outputs(shape))
+    networks = Networks(shape, hidden_sizes, activation, agent_id=agent_id)
+    head = networks.each(encoder.num_outputs, num_outputs(shape))
     initialize(head, activation, output_gain=0.01)
-    return make_policy(shape, (shape.name, "observation"), nn.Sequential(encoder, head), device=device)
+    return make_policy(shape, encoder.in_keys, Chain(encoder, head), device=device)
 
 
 def make_cnn_critic(
@@ -168,12 +176,12 @@ def make_cnn_critic(
     if observes not in ("joint_observation", "observation"):
         raise ValueError(f"observes must be joint_observation or observation; got {observes!r}.")
     encoder = _ImageEncoder(shape, num_channels, kernel_sizes, strides, features)
-    networks = Networks(shape, hidden_sizes, activation, agent_id=agent_id)
+    networks, size = Networks(shape, hidden_sizes, activation, agent_id=agent_id), encoder.num_outputs
     if observes == "observation":
-        head = networks.each(features, 1)
+        head = networks.each(size, 1)
     else:
-        head = nn.Sequential(nn.Flatten(-2, -1), *networks.values(shape.num_agents * features))
+        head = nn.Sequential(nn.Flatten(-2, -1), *networks.values(shape.num_agents * size))
     initialize(head, activation, output_gain=1.0)
     layers = [encoder, head] if value_norm is None else [encoder, head, Denormalize(value_norm)]
-    key = (shape.name, "observation")
-    return TensorDictModule(nn.Sequential(*layers).to(device), in_keys=[key], out_keys=[(shape.name, "state_value")])
+    network = Chain(*layers).to(device)
+    return TensorDictModule(network, in_keys=encoder.in_keys, out_keys=[(shape.name, "state_value")])

@@ -16,7 +16,16 @@ from torchrl_marl.modules.agent_networks import AgentNetworks
 from torchrl_marl.modules.distributions import CensoredTanhNormal, InversionCategorical, InversionMaskedCategorical
 from torchrl_marl.modules.spec import GroupSpec
 
-__all__ = ["Activation", "Networks", "OneHotAgentID", "activation_class", "initialize", "make_policy", "num_outputs"]
+__all__ = [
+    "Activation",
+    "Chain",
+    "Networks",
+    "OneHotAgentID",
+    "activation_class",
+    "initialize",
+    "make_policy",
+    "num_outputs",
+]
 
 Activation = Literal["tanh", "relu"]
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -24,7 +33,7 @@ _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 def make_policy(
     shape: GroupSpec,
-    in_key: NestedKey,
+    in_key: NestedKey | list[NestedKey],
     network: nn.Module,
     *before: TensorDictModuleBase,
     device: torch.device | str | None = None,
@@ -33,14 +42,14 @@ def make_policy(
 
     Args:
         shape: shape of the group.
-        in_key: entry that the network reads, ``[*batch, agents, size]``.
+        in_key: entry that the network reads, ``[*batch, agents, size]``, or a list of entries.
         network: network with ``num_outputs(shape)`` outputs for each agent.
         *before: TensorDict modules that run first, such as a module that writes ``in_key``.
         device: device of the parameters.
     """
     name = shape.name
     if shape.num_actions is None:
-        network = nn.Sequential(network, NormalParamExtractor())
+        network = Chain(network, NormalParamExtractor())
         keys: list[NestedKey] = [(name, "loc"), (name, "scale")]
         bounds = {
             "low": torch.tensor(shape.action_low, device=device),
@@ -54,7 +63,8 @@ def make_policy(
             "distribution_class": InversionMaskedCategorical,
         }
         distribution = masked if shape.masked else {"in_keys": keys, "distribution_class": InversionCategorical}
-    head = TensorDictModule(network.to(device), in_keys=[in_key], out_keys=keys)
+    in_keys = in_key if isinstance(in_key, list) else [in_key]
+    head = TensorDictModule(network.to(device), in_keys=in_keys, out_keys=keys)
     return ProbabilisticActor(
         TensorDictSequential([*before, head]) if before else head,
         out_keys=[(name, "action")],
@@ -67,6 +77,18 @@ def make_policy(
 def num_outputs(shape: GroupSpec) -> int:
     """Number of parameters of an agent's action distribution: logits, or a location and a scale per dimension."""
     return 2 * len(shape.action_low) if shape.num_actions is None else shape.num_actions
+
+
+class Chain(nn.Sequential):
+    """A sequence of modules, the first of which may take several inputs."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Pass the inputs to the first module, and its result on."""
+        first, *others = self
+        result = first(*inputs)
+        for module in others:
+            result = module(result)
+        return result
 
 
 class Networks(NamedTuple):

@@ -26,7 +26,8 @@ class GroupSpec:
         action_high: upper bound of each continuous action; empty if discrete.
         masked: whether the environment writes legal actions under ``(name, "action_mask")``.
         state_size: length of the global ``"state"`` at the root; ``None`` if there is none.
-        image: shape of one agent's observation if that is an image, ``[C, H, W]`` or ``[H, W, C]``.
+        image: shape of the image that an agent observes, ``[C, H, W]`` or ``[H, W, C]``; ``None`` if there is none.
+        image_key: ``"observation"`` if the observation is the image, ``"image"`` if the image is beside it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class GroupSpec:
     masked: bool = False
     state_size: int | None = None
     image: tuple[int, ...] | None = None
+    image_key: str = "observation"
 
     @classmethod
     def from_env(cls, env: EnvBase, group: str | None = None) -> GroupSpec:
@@ -64,8 +66,10 @@ class GroupSpec:
         if (group, "observation") not in observation_spec.keys(True, True):
             raise ValueError(f"({group!r}, 'observation') is not in the environment; it has {_keys(observation_spec)}.")
         observation = observation_spec[group, "observation"]
-        image = observation.ndim == 4 and observation.dtype == torch.uint8
-        if observation.ndim != 2 and not image:
+        image_key = "image" if (group, "image") in observation_spec.keys(True, True) else "observation"
+        seen = observation_spec[group, image_key]
+        image = seen.ndim == 4 and seen.dtype == torch.uint8
+        if observation.ndim != 2 and not (image and image_key == "observation"):
             raise ValueError(
                 f"An MLP needs observations [agents, size]; {group!r} has {tuple(observation.shape)}. A CNN takes "
                 "images [agents, C, H, W] or [agents, H, W, C], which are uint8."
@@ -77,7 +81,8 @@ class GroupSpec:
             name=group,
             num_agents=len(group_map[group]),
             observation_size=observation.shape[1:].numel(),
-            image=tuple(observation.shape[1:]) if image else None,
+            image=tuple(seen.shape[1:]) if image else None,
+            image_key=image_key if image else "observation",
             masked=(group, "action_mask") in observation_spec.keys(True, True),
             state_size=None if state is None else state.shape.numel(),
             **_action_space(env.full_action_spec_unbatched[group, "action"]),
@@ -108,7 +113,7 @@ def group_shape(env: EnvBase | GroupSpec, group: str | None, *, images: bool = F
     if env.image is not None and not images:
         raise ValueError(
             f"The agents of {env.name!r} see images {list(env.image)}, which an MLP would flatten to "
-            f"{env.observation_size:,} numbers: take networks with convolutions, actor=cnn critic=cnn."
+            f"{math.prod(env.image):,} numbers: take networks with convolutions, actor=cnn critic=cnn."
         )
     if group not in (None, env.name):
         raise ValueError(f"group={group!r}, but the shape given is that of {env.name!r}.")

@@ -13,6 +13,7 @@ from tests.recipes.runs import run_folders, run_recipe
 from torchrl_marl.__main__ import main
 from torchrl_marl.envs import check_env, make_custom, make_env, render_episode
 from torchrl_marl.envs.games.streams import draw_below, random_streams
+from torchrl_marl.modules import GroupSpec
 
 
 class Space:
@@ -422,6 +423,81 @@ def test_other_spaces_of_gymnasium_are_flattened_and_choices_numbered():
     assert data["agents", "observation"][0, 0].tolist() == [0.0, 1.0, 0.0, 0.5, -0.5]
     env.step(data.set(("agents", "action"), torch.tensor([[5, 1]])))
     assert [move.tolist() for move in taken[0]] == [[1, 2], [0, 1]]
+
+
+def choosing(mask, mask_space):
+    """A game of one agent with two choices, of two and of three, and a mask for each."""
+    spaces = pytest.importorskip("gymnasium").spaces
+    seen = {"observation": np.zeros(1, np.float32), "action_mask": mask}
+    game = {
+        "observation_space": spaces.Tuple([spaces.Dict(observation=spaces.Box(-1, 1, (1,)), action_mask=mask_space)]),
+        "action_space": spaces.Tuple([spaces.MultiDiscrete([2, 3])]),
+        "reset": lambda self, seed=None: ([seen], {}),
+        "step": lambda self, action: ([seen], 1.0, False, False, {}),
+    }
+    return make_custom(type("Choosing", (), game), num_envs=1, seed=0)
+
+
+def test_masks_of_choices_forbid_every_combination_with_an_illegal_one():
+    spaces = pytest.importorskip("gymnasium").spaces
+    first, second = [1, 0], [0, 1, 1]
+    parts = spaces.Tuple([spaces.MultiBinary(2), spaces.MultiBinary(3)])
+    apart, joined = (np.array(first), np.array(second)), np.array(first + second)
+    for mask, space in ((apart, parts), (joined, spaces.MultiBinary(5))):
+        data = choosing(mask, space).reset()
+        assert data["agents", "action_mask"][0, 0].tolist() == [False, True, True, False, False, False]
+    with pytest.raises(ValueError, match=r"must have a mask for each component, of lengths \[2, 3\]"):
+        choosing(np.ones(6), spaces.MultiBinary(6)).reset()
+
+
+class Driving:
+    """Two agents that see a picture, their speed and a gear."""
+
+    def __init__(self):
+        spaces = pytest.importorskip("gymnasium").spaces
+        picture = spaces.Box(0, 255, (12, 10, 3), np.uint8)
+        seen = spaces.Dict(camera=picture, gear=spaces.Discrete(2), speed=spaces.Box(-1, 1, (2,)))
+        self.observation_space, self.action_space = spaces.Tuple([seen] * 2), spaces.Tuple([spaces.Discrete(4)] * 2)
+
+    def reset(self, seed=None):
+        self.random = np.random.default_rng(seed)
+        return self.seen(), {}
+
+    def step(self, action):
+        return self.seen(), float(sum(action)), False, False, {}
+
+    def seen(self):
+        camera = self.random.integers(0, 256, (2, 12, 10, 3), dtype="uint8")
+        speed = self.random.uniform(-1, 1, (2, 2)).astype(np.float32)
+        self.last = [{"camera": camera[i], "gear": i, "speed": speed[i]} for i in range(2)]
+        return self.last
+
+
+def test_an_image_beside_other_entries_stays_an_image_and_the_others_are_one_vector():
+    env = make_custom(Driving, num_envs=1, seed=0, max_steps=3)
+    check_env_specs(env)
+    data = env.reset()
+    seen = env._games[0].env.last
+    assert data["agents", "image"].dtype == torch.uint8
+    np.testing.assert_array_equal(data["agents", "image"][0], [own["camera"] for own in seen])
+    vectors = [[1.0 - own["gear"], own["gear"], *own["speed"]] for own in seen]
+    np.testing.assert_allclose(data["agents", "observation"][0], vectors)
+    spec = GroupSpec.from_env(env)
+    assert (spec.image, spec.image_key, spec.observation_size) == ((12, 10, 3), "image", 4)
+    split = make_custom(Driving, num_envs=1, seed=0, group_by={"one": ["agent_0"], "two": ["agent_1"]})
+    assert torch.equal(split.reset()["two", "image"], data["agents", "image"][:, 1:])
+
+
+def test_two_images_of_an_agent_are_refused():
+    class Stereo(Driving):
+        def __init__(self):
+            super().__init__()
+            seen = self.observation_space[0]
+            both = type(seen)({**seen.spaces, "mirror": seen["camera"]})
+            self.observation_space = type(self.observation_space)([both] * 2)
+
+    with pytest.raises(ValueError, match=r"may hold one image .* beside other entries; got Dict"):
+        make_custom(Stereo, num_envs=1)
 
 
 def test_observations_of_64_bits_are_cast():

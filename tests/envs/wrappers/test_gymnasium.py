@@ -6,9 +6,10 @@ import torch
 from torchrl.envs.utils import check_env_specs
 
 from tests.recipes.runs import run_folders, run_recipe
-from torchrl_marl.envs import RandomState, make_lbforaging, make_pettingzoo, make_rware
+from torchrl_marl.envs import RandomState, make_lbforaging, make_mamujoco, make_pettingzoo, make_rware
 from torchrl_marl.envs.games.streams import draw_below, random_streams
 
+PACKAGES = {"lbforaging": "lbforaging", "rware": "rware", "mpe": "mpe2", "mamujoco": "gymnasium_robotics"}
 CONTINUOUS = {"N": 3, "continuous_actions": True}
 
 
@@ -31,7 +32,12 @@ def mpe_discrete(**kwargs):
     return mpe(scenario_kwargs={"N": 3}, **kwargs)
 
 
-each_package = pytest.mark.parametrize("make", [lbforaging, rware, mpe, mpe_discrete])
+def mamujoco(**kwargs):
+    pytest.importorskip("gymnasium_robotics")
+    return make_mamujoco("HalfCheetah-6x1", **{"max_steps": 20, **kwargs})
+
+
+each_package = pytest.mark.parametrize("make", [lbforaging, rware, mpe, mpe_discrete, mamujoco])
 
 
 def rollout(env, num_steps):
@@ -80,12 +86,32 @@ class RawMpe:
         return np.stack(list(observation.values())), list(reward.values()), False
 
 
+class RawMamujoco:
+    def __init__(self):
+        from gymnasium_robotics import mamujoco_v1
+
+        self.env = mamujoco_v1.parallel_env("HalfCheetah", "6x1")
+
+    def reset(self, seed):
+        return self.padded(self.env.reset(seed=seed)[0])
+
+    def step(self, action):
+        observation, reward, *_ = self.env.step(dict(zip(self.env.possible_agents, action, strict=True)))
+        return self.padded(observation), list(reward.values()), False
+
+    def padded(self, observation):
+        longest = max(map(len, observation.values()))
+        return np.stack([np.pad(own, (0, longest - len(own))) for own in observation.values()])
+
+
 @each_package
 def test_data_match_the_specs(make):
     check_env_specs(make(num_envs=3, seed=0))
 
 
-@pytest.mark.parametrize(("make", "raw"), [(lbforaging, RawLBForaging), (rware, RawRware), (mpe, RawMpe)])
+@pytest.mark.parametrize(
+    ("make", "raw"), [(lbforaging, RawLBForaging), (rware, RawRware), (mpe, RawMpe), (mamujoco, RawMamujoco)]
+)
 def test_every_step_equals_the_raw_package_resets_included(make, raw):
     data = rollout(make(num_envs=2, seed=7), 50)
     assert data["next", "done"].sum() >= 4
@@ -201,6 +227,7 @@ def test_actions_out_of_range_act_as_the_nearest_in_range():
         (make_lbforaging, "lbforaging.foraging", "gym"),
         (make_rware, "rware.warehouse", "gym"),
         (make_pettingzoo, "mpe2", "mpe"),
+        (make_mamujoco, "gymnasium_robotics.envs.multiagent_mujoco.mujoco_multi", "mamujoco"),
     ],
 )
 def test_missing_package_names_the_command_that_installs_it(monkeypatch, make, module, extra):
@@ -232,13 +259,35 @@ def test_unknown_scenarios_are_named():
         make_pettingzoo("simple_spred_v3", num_envs=1)
 
 
+@pytest.mark.parametrize("scenario", ["HalfCheetah-9x9", "HalfCheetah", "Cheetah-6x1"])
+def test_unknown_bodies_and_partitions_are_named(scenario):
+    pytest.importorskip("gymnasium_robotics")
+    with pytest.raises(ValueError, match=rf"MaMuJoCo has no scenario '{scenario}': .* such as HalfCheetah-6x1"):
+        make_mamujoco(scenario, num_envs=1)
+
+
+def test_agents_with_fewer_joints_have_actions_without_effect_and_all_are_scaled():
+    pytest.importorskip("gymnasium_robotics")
+    env = make_mamujoco("Humanoid-9|8", num_envs=1, seed=0)
+    assert env.action_spec.shape == (1, 2, 9)
+    data, raw = env.reset(), env._games[0].env
+    data["agents", "action"] = torch.ones(1, 2, 9)
+    taken = []
+    raw.single_agent_env.step, step = lambda action: taken.append(action) or step(action), raw.single_agent_env.step
+    env.step(data)
+    np.testing.assert_allclose(taken[0], np.full(17, 0.4), rtol=1e-6)  # the Humanoid's limit
+
+
 def test_agents_that_differ_are_rejected():
     pytest.importorskip("mpe2")
     with pytest.raises(ValueError, match="agents must have equal spaces"):
         make_pettingzoo("simple_tag_v3", num_envs=1)
 
 
-@pytest.mark.parametrize(("name", "package"), [("lbforaging", "lbforaging"), ("rware", "rware"), ("mpe", "mpe2")])
+@pytest.mark.parametrize(
+    ("name", "package"),
+    PACKAGES.items(),
+)
 def test_mars_trains_for_an_iteration(monkeypatch, tmp_path, name, package):
     pytest.importorskip(package)
     run_recipe(monkeypatch, tmp_path, f"env={name}", "total_frames=80", "evaluation.interval=80")

@@ -18,7 +18,7 @@ from torchrl_marl.envs.base import TeamEnv
 __all__ = ["WrapperEnv", "actions_like", "check_options"]
 
 _ROOT = {"state", "step_count", "done", "terminated", "truncated"}
-_GROUP = {"observation", "action_mask", "mask", "reward", "episode_reward"}
+_GROUP = {"observation", "image", "action_mask", "mask", "reward", "episode_reward"}
 
 
 class WrapperEnv(TeamEnv):

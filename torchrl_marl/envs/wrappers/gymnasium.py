@@ -26,7 +26,15 @@ from torchrl_marl.envs.wrappers.spaces import AgentSpaces, Part, group_agents, p
 from torchrl_marl.extras import import_extra
 from torchrl_marl.signatures import hands_on_to, nearest
 
-__all__ = ["SerialGame", "SerialGymEnv", "as_serial_game", "make_lbforaging", "make_pettingzoo", "make_rware"]
+__all__ = [
+    "SerialGame",
+    "SerialGymEnv",
+    "as_serial_game",
+    "make_lbforaging",
+    "make_mamujoco",
+    "make_pettingzoo",
+    "make_rware",
+]
 
 
 class Turn(NamedTuple):
@@ -58,8 +66,8 @@ class SerialGame(ABC):
         """Start the episode of a seed.
 
         Returns:
-            ``observation [N, O]``, or images, and, if the game has them, ``action_mask [N, A]``, ``mask [N]``,
-            ``state [S]`` and the episode's current metrics by name, ``[1]``.
+            ``observation [N, O]``, or images, and, if the game has them, ``image [N, H, W, C]`` beside the observation,
+            ``action_mask [N, A]``, ``mask [N]``, ``state [S]`` and the episode's current metrics by name, ``[1]``.
         """
 
     @abstractmethod
@@ -202,6 +210,8 @@ class _GymGame(SerialGame):
         self.action_spec = joint.action_spec
         kind = np.float32 if len(joint.shape) == 1 else np.uint8
         self.blank = {"observation": np.zeros((len(self.agents), *joint.shape), kind)}
+        if joint.image is not None:
+            self.blank["image"] = np.zeros((len(self.agents), *joint.image), np.uint8)
         if joint.masked:
             choices = np.arange(joint.action_spec.space.n)
             self.blank["action_mask"] = choices < np.array([[own.num_actions] for own in self._spaces])
@@ -260,8 +270,10 @@ class _GymGame(SerialGame):
                 continue
             view = observation[agent]
             if own.masked:
-                seen["action_mask"][index, : own.num_actions] = view["action_mask"]
+                seen["action_mask"][index, : own.num_actions] = own.legal(view["action_mask"])
                 view = view["observation"]
+            if own.image is not None:
+                seen["image"][index] = view[own.image]
             row = seen["observation"][index].reshape(-1)
             view = own.flat(view)
             row[: len(view)] = view
@@ -458,6 +470,50 @@ def make_pettingzoo(
     options["render_mode"] = "rgb_array"
     make = lambda _: as_serial_game(module.parallel_env(**options))  # noqa: E731
     return SerialGymEnv(make, max_steps=max_steps, shared_reward=shared_reward, **batch)
+
+
+@hands_on_to(WrapperEnv.__init__)
+def make_mamujoco(
+    scenario: str = "HalfCheetah-6x1",
+    *,
+    max_steps: int = 1000,
+    scenario_kwargs: Mapping[str, Any] | None = None,
+    **batch: Unpack[BatchOptions],
+) -> EnvBase:
+    """Build multi-agent MuJoCo (MaMuJoCo) from Gymnasium-Robotics: each agent controls some joints of one body.
+
+    Every agent gets the body's reward. Observations are padded with zeros to those of the agent that sees most. If
+    agents have different numbers of joints, actions are padded, too, and scaled from -1 to 1 to the body's limits.
+
+    Args:
+        scenario: body and partition, such as ``HalfCheetah-2x3`` (two agents with three joints each), ``Ant-4x2``,
+            ``Walker2d-2x3``, ``Humanoid-9|8``.
+        max_steps: time limit of an episode, reported as truncation; Gymnasium's own is 1,000.
+        scenario_kwargs: further arguments of ``MultiAgentMujocoEnv``, such as ``{"agent_obsk": 0}``, or of the body's
+            environment in Gymnasium.
+        batch: see :class:`~torchrl_marl.envs.base.BatchOptions`.
+
+    Returns:
+        The environments, with batch size ``[num_envs]``.
+
+    Raises:
+        ImportError: if ``gymnasium-robotics`` is not installed.
+        ValueError: if an argument is out of its range, or there is no such body, partition or option.
+    """
+    build = import_extra("gymnasium_robotics.envs.multiagent_mujoco.mujoco_multi", "mamujoco").parallel_env
+    body, _, partition = scenario.partition("-")
+
+    def make(_: int) -> SerialGame:
+        try:
+            env = build(body, partition, render_mode="rgb_array", **(scenario_kwargs or {}))
+        except Exception as error:  # the package raises Exception itself for an unknown partition
+            raise ValueError(
+                f"MaMuJoCo has no scenario {scenario!r}: {error!r}; a scenario is a body and its partition among "
+                "agents, such as HalfCheetah-6x1, HalfCheetah-2x3, Ant-4x2 or Walker2d-2x3"
+            ) from error
+        return as_serial_game(env, group_by="padding")
+
+    return SerialGymEnv(make, max_steps=max_steps, shared_reward=False, **batch)
 
 
 def _registered(package: str, scenario: str) -> dict[str, Any]:

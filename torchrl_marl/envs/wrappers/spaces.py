@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,12 +35,40 @@ class AgentSpaces(NamedTuple):
         return self.observation.spaces["observation"] if self.masked else self.observation
 
     @property
+    def image(self) -> str | None:
+        """Key of the image in a ``Dict`` of an image and other entries.
+
+        Raises:
+            ValueError: if there are several images, or nothing beside an image.
+        """
+        parts = getattr(self.seen, "spaces", None)
+        parts = parts if isinstance(parts, Mapping) else {}
+        images = [key for key, space in parts.items() if _is_image(space)]
+        if images and (len(images) > 1 or len(parts) == 1):
+            raise ValueError(
+                "a Dict of observations may hold one image (uint8 in three dimensions) beside other entries; got "
+                f"{self.seen}"
+            )
+        return images[0] if images else None
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """Shape of the image beside the vector of other entries."""
+        return None if self.image is None else tuple(self.seen.spaces[self.image].shape)
+
+    @property
+    def vector(self) -> Any:
+        """The space of what it sees, without an image beside other entries."""
+        if self.image is None:
+            return self.seen
+        return type(self.seen)({key: space for key, space in self.seen.spaces.items() if key != self.image})
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """``[size]``, or that of an image: ``uint8`` in three dimensions. Anything else is made a vector."""
-        space, kind = self.seen, type(self.seen).__name__
+        space, kind = self.vector, type(self.vector).__name__
         if kind in ("Box", "MultiBinary"):
-            image = len(space.shape) == 3 and getattr(space, "dtype", None) == np.uint8
-            return tuple(space.shape) if image else (int(np.prod(space.shape)),)
+            return tuple(space.shape) if _is_image(space) else (int(np.prod(space.shape)),)
         gymnasium = sys.modules.get("gymnasium")
         if gymnasium is None or not getattr(space, "is_np_flattenable", False):
             raise ValueError(
@@ -63,10 +92,30 @@ class AgentSpaces(NamedTuple):
         )
 
     def flat(self, view: Any) -> np.ndarray:
-        """What the agent sees as a vector."""
+        """What the agent sees as a vector, without an image beside other entries."""
         if type(self.seen).__name__ in ("Box", "MultiBinary"):
             return np.ravel(view)
-        return sys.modules["gymnasium"].spaces.flatten(self.seen, view)
+        return sys.modules["gymnasium"].spaces.flatten(self.vector, view)
+
+    def legal(self, mask: Any) -> np.ndarray:
+        """Legal choices, ``[num_actions]``: of ``MultiDiscrete`` actions, the combinations of legal components.
+
+        Args:
+            mask: legal actions; of ``MultiDiscrete`` a tuple with the mask of each component, or the concatenation.
+
+        Raises:
+            ValueError: if the lengths differ from those of the components.
+        """
+        if not hasattr(self.action, "nvec"):
+            return np.asarray(mask)
+        sizes = self.action.nvec.tolist()
+        parts = mask if isinstance(mask, tuple | list) else np.split(np.ravel(mask), np.cumsum(sizes)[:-1])
+        if [len(part) for part in parts] != sizes:
+            raise ValueError(
+                f"the action_mask of {self.action} must have a mask for each component, of lengths {sizes}, as a tuple "
+                f"or one after the other; got {mask}"
+            )
+        return functools.reduce(np.logical_and.outer, parts).ravel()
 
     def move(self, choice: Any, *, scaled: bool) -> Any:
         """What the environment takes for a network's choice; ``scaled`` if that is from -1 to 1."""
@@ -79,12 +128,17 @@ class AgentSpaces(NamedTuple):
         return (low + (choice + 1) / 2 * (high - low)).astype(np.float32) if scaled else choice
 
 
+def _is_image(space: Any) -> bool:
+    return type(space).__name__ == "Box" and len(space.shape) == 3 and space.dtype == np.uint8
+
+
 class Part(NamedTuple):
     """What the agents of a group have in common.
 
     Attributes:
         members: their indices.
         shape: of an observation.
+        image: shape of the image beside it, if there is one.
         action_spec: of all of them, ``[n]`` or ``[n, A]``.
         masked: whether they have an action mask.
         scaled: whether actions are from -1 to 1 in place of each agent's own bounds.
@@ -92,6 +146,7 @@ class Part(NamedTuple):
 
     members: list[int]
     shape: tuple[int, ...]
+    image: tuple[int, ...] | None
     action_spec: TensorSpec
     masked: bool
     scaled: bool
@@ -108,7 +163,7 @@ def part_of(spaces: Sequence[AgentSpaces], members: list[int], *, pad: bool) -> 
     """
     own = [spaces[index] for index in members]
     shapes, counts = [one.shape for one in own], [one.num_actions for one in own]
-    differ = any(one.action != own[0].action for one in own)
+    differ, beside = any(one.action != own[0].action for one in own), {one.image_shape for one in own}
     if not pad and (differ or any((one.shape, one.masked) != (shapes[0], own[0].masked) for one in own)):
         kinds = "; ".join(dict.fromkeys(f"observations {one.observation} with actions {one.action}" for one in own))
         raise ValueError(
@@ -117,10 +172,10 @@ def part_of(spaces: Sequence[AgentSpaces], members: list[int], *, pad: bool) -> 
             f"have {kinds}"
         )
     images, discrete = {shape for shape in shapes if len(shape) > 1}, [count for count in counts if count is not None]
-    if (images and len(set(shapes)) > 1) or len(discrete) not in (0, len(own)):
+    if (images and len(set(shapes)) > 1) or len(beside) > 1 or len(discrete) not in (0, len(own)):
         raise ValueError(
             "agents can be padded whose actions are all discrete or all continuous and whose images are of one size; "
-            f"got observations {shapes} and actions {[one.action for one in own]}"
+            f"got observations {[one.seen for one in own]} and actions {[one.action for one in own]}"
         )
     shape = max(shapes)
     if discrete:
@@ -129,7 +184,7 @@ def part_of(spaces: Sequence[AgentSpaces], members: list[int], *, pad: bool) -> 
         spec = Bounded(-1.0, 1.0, torch.Size([len(own), max(one.action.shape[0] for one in own)]), dtype=torch.float32)
     else:
         spec = actions_like(own[0].action, len(own))
-    return Part(members, shape, spec, any(one.masked for one in own) or len(set(discrete)) > 1, differ)
+    return Part(members, shape, beside.pop(), spec, any(one.masked for one in own) or len(set(discrete)) > 1, differ)
 
 
 def group_agents(

@@ -11,8 +11,8 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
 
-from tests.recipes.runs import curves, run_folders, run_recipe
-from tests.recipes.test_mars_vmas import VALUE_BASED, assert_same_traces, last_value, send_after
+from tests.recipes.runs import VALUE_BASED, curves, run_folders, run_recipe
+from tests.recipes.test_mars_vmas import assert_same_traces, last_value, send_after
 from tests.recipes.test_options import rates
 from torchrl_marl.envs import make_env
 from torchrl_marl.evaluation import evaluate

@@ -109,7 +109,7 @@ class AgentSpaces(NamedTuple):
         if not hasattr(self.action, "nvec"):
             return np.asarray(mask)
         sizes = self.action.nvec.tolist()
-        parts = mask if isinstance(mask, tuple | list) else np.split(np.ravel(mask), np.cumsum(sizes)[:-1])
+        parts = mask if isinstance(mask, tuple) else np.split(np.ravel(mask), np.cumsum(sizes)[:-1])
         if [len(part) for part in parts] != sizes:
             raise ValueError(
                 f"the action_mask of {self.action} must have a mask for each component, of lengths {sizes}, as a tuple "
@@ -175,7 +175,7 @@ def part_of(spaces: Sequence[AgentSpaces], members: list[int], *, pad: bool) -> 
     if (images and len(set(shapes)) > 1) or len(beside) > 1 or len(discrete) not in (0, len(own)):
         raise ValueError(
             "agents can be padded whose actions are all discrete or all continuous and whose images are of one size; "
-            f"got observations {[one.seen for one in own]} and actions {[one.action for one in own]}"
+            f"got observations {[one.image_shape or one.shape for one in own]} and actions {[one.action for one in own]}"
         )
     shape = max(shapes)
     if discrete:

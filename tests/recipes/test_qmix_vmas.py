@@ -96,19 +96,20 @@ def test_evaluated_actions_are_greedy(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_compiled_update_and_compiled_acting_train_as_uncompiled_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler, compiled = torch.compile, []
+    compiler, given = torch.compile, []
 
     def traced(function: Callable, *, fullgraph: bool = False, **_: Any) -> Callable:
-        compiled.append(function)
+        given.append(function)
         return compiler(function, fullgraph=fullgraph, backend="aot_eager")
 
-    monkeypatch.setattr(torch, "compile", traced)
-    for choice in ("False", "True"):
-        train(monkeypatch, tmp_path / choice, "env=coordsum", "total_frames=80", f"compile={choice}")
-        assert len(compiled) == 3 * (choice == "True")  # the loss, a step of policy and game, and new episodes
-    plain, traced = (curves(run_folders(tmp_path / name)[0]) for name in ("False", "True"))
-    assert plain.keys() == traced.keys()
-    values = [[float(row.split(",")[1]) for row in text.split()] for run in (plain, traced) for text in run.values()]
+    for name, compile in (("plain", lambda function, **_: function), ("traced", traced)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", compile)
+            train(patch, tmp_path / name, "env=coordsum", "total_frames=80", "compile=true")
+    assert len(given) == 3  # the loss, a step of policy and game, and new episodes
+    plain, compiled = (curves(run_folders(tmp_path / name)[0]) for name in ("plain", "traced"))
+    assert plain.keys() == compiled.keys()
+    values = [[float(row.split(",")[1]) for row in text.split()] for run in (plain, compiled) for text in run.values()]
     half = len(values) // 2
     for one, other in zip(values[:half], values[half:], strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)

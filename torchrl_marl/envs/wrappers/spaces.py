@@ -175,7 +175,8 @@ def part_of(spaces: Sequence[AgentSpaces], members: list[int], *, pad: bool) -> 
     if (images and len(set(shapes)) > 1) or len(beside) > 1 or len(discrete) not in (0, len(own)):
         raise ValueError(
             "agents can be padded whose actions are all discrete or all continuous and whose images are of one size; "
-            f"got observations {[one.image_shape or one.shape for one in own]} and actions {[one.action for one in own]}"
+            f"got observations {[one.image_shape or one.shape for one in own]} and actions "
+            f"{[one.action for one in own]}"
         )
     shape = max(shapes)
     if discrete:

@@ -269,7 +269,7 @@ def test_unknown_bodies_and_partitions_are_named(scenario):
 def test_agents_with_fewer_joints_have_actions_without_effect_and_all_are_scaled():
     pytest.importorskip("gymnasium_robotics")
     env = make_mamujoco("Humanoid-9|8", num_envs=1, seed=0)
-    assert env.action_spec.shape == (1, 2, 9)
+    assert env.full_action_spec["agents", "action"].shape == (1, 2, 9)
     data, raw = env.reset(), env._games[0].env
     data["agents", "action"] = torch.ones(1, 2, 9)
     taken = []

@@ -15,8 +15,6 @@ from torchrl_marl.modules import with_recurrent_state
 
 __all__ = ["Episodes", "ended_episode_returns", "episode_returns", "evaluate"]
 
-_METRIC_OF = {"won": "win_rate"}  # metrics are named for their mean over episodes
-
 
 class Episodes(NamedTuple):
     """``E`` finished episodes."""
@@ -127,8 +125,8 @@ def episode_info(data: TensorDictBase) -> dict[str, Tensor]:
     """
     entries = data.get(("next", "info"), TensorDict()).items()
     size = data.batch_size
-    numbers = {_METRIC_OF.get(name, name): value for name, value in entries if value.numel() == size.numel()}
-    return {name: value.reshape(size).float() for name, value in numbers.items()}
+    numbers = {name: value.reshape(size).float() for name, value in entries if value.numel() == size.numel()}
+    return {"win_rate" if name == "won" else name: value for name, value in numbers.items()}
 
 
 def episode_returns(data: TensorDictBase) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
@@ -70,7 +71,8 @@ class _ImageEncoder(nn.Module):
         self.features = nn.Linear(num_channels[-1] * math.prod(sides), features)
         beside = shape.image_key == "image"
         self.num_outputs = features + (shape.observation_size if beside else 0)
-        self.in_keys = [(shape.name, shape.image_key), *([(shape.name, "observation")] if beside else [])]
+        keys = ["image", "observation"] if beside else ["observation"]
+        self.in_keys: list[NestedKey] = [(shape.name, key) for key in keys]
         for layer in (module for module in self.modules() if isinstance(module, nn.Conv2d | nn.Linear)):
             nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
             if layer.bias is not None:

@@ -7,6 +7,11 @@ Checkpoints are scored by the mean return of all agents; evaluations also log th
 Every value of config/groups_vmas.yaml and every argument of the classes it names can be overridden; -m runs grids.
 """
 
+from torchrl_marl.run.names import check_names
+
+if __name__ == "__main__":
+    check_names(__file__)  # a misspelt name is answered before the imports below, which take seconds
+
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

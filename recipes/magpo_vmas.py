@@ -7,6 +7,11 @@ The learner alone is evaluated, stored as the policy and recorded: each agent ac
 Every value of config/magpo_vmas.yaml and every argument of the classes it names can be overridden; -m runs grids.
 """
 
+from torchrl_marl.run.names import check_names
+
+if __name__ == "__main__":
+    check_names(__file__)  # a misspelt name is answered before the imports below, which take seconds
+
 from functools import partial
 from pathlib import Path
 

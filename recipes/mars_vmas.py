@@ -5,6 +5,11 @@
 Every value of config/mars_vmas.yaml and every argument of the classes it names can be overridden; -m runs grids.
 """
 
+from torchrl_marl.run.names import check_names
+
+if __name__ == "__main__":
+    check_names(__file__)  # a misspelt name is answered before the imports below, which take seconds
+
 from functools import partial
 from pathlib import Path
 

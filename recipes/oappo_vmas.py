@@ -8,6 +8,11 @@ The loop is that of mars_vmas.py: `loss.phases` yields the turns of the agents a
 Every value of config/oappo_vmas.yaml and every argument of the classes it names can be overridden; -m runs grids.
 """
 
+from torchrl_marl.run.names import check_names
+
+if __name__ == "__main__":
+    check_names(__file__)  # a misspelt name is answered before the imports below, which take seconds
+
 from mars_vmas import CONFIG, train
 
 from torchrl_marl.run import recipe

@@ -7,6 +7,11 @@ Pass the printed override to a recipe, such as recipes/mars_vmas.py. Every value
 of the functions it names can be overridden.
 """
 
+from torchrl_marl.run.names import check_names
+
+if __name__ == "__main__":
+    check_names(__file__)  # a misspelt name is answered before the imports below, which take seconds
+
 from pathlib import Path
 
 import torch

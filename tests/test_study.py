@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from tests.recipes.runs import RECIPES
 from torchrl_marl.modules import GroupSpec, make_actor, make_critic
 from torchrl_marl.run.checks import check_keys
-from torchrl_marl.run.config import _groups, _load, recipe
+from torchrl_marl.run.config import recipe
+from torchrl_marl.run.names import config_groups, load_config
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(RECIPES.parent / "benchmarks"))  # as a script has it
@@ -36,7 +37,7 @@ def composed(command: str) -> DictConfig:
     with initialize_config_dir(str(CONFIG), version_base=None):
         config = compose(name, overrides=[*overrides, "method=its", "environment=its"])  # Hydra's, once it runs
     resolved = DictConfig(OmegaConf.to_container(config, resolve=True))
-    check_keys(resolved, DictConfig(OmegaConf.merge(dict.fromkeys(_groups(CONFIG)), _load(CONFIG, name))))
+    check_keys(resolved, DictConfig(OmegaConf.merge(dict.fromkeys(config_groups(CONFIG)), load_config(CONFIG, name))))
     return resolved
 
 

@@ -1,14 +1,18 @@
-"""Passing options through functions, and checks of names and values."""
+"""Passing options through functions, reading arguments without an import, and checks of names and values."""
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-__all__ = ["check_at_least_0", "check_choice", "hands_on_to", "nearest", "take_options"]
+__all__ = ["check_at_least_0", "check_choice", "hands_on_to", "nearest", "source_arguments", "take_options"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -88,3 +92,71 @@ def check_at_least_0(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a number of at least 0; got {value}.")
+
+
+def source_arguments(target: str) -> set[str] | None:
+    """Names of the arguments of a function or class, read from its source: nothing is imported.
+
+    Args:
+        target: dotted name.
+
+    Returns:
+        The names, those of ``**options: Unpack[Options]`` among them; ``None`` if the source alone does not tell them.
+
+    Example:
+        >>> sorted(source_arguments("torchrl_marl.signatures.take_options"))
+        ['kind', 'options']
+    """
+    try:
+        return _arguments(*_definition(*target.rpartition(".")[::2]))
+    except (AttributeError, LookupError, OSError, SyntaxError, ValueError):
+        return None
+
+
+@functools.cache
+def _parsed(module: str) -> ast.Module:
+    package, *parts = module.split(".")
+    file = Path(getattr(importlib.util.find_spec(package), "origin", None) or "")
+    for part in parts:
+        inner = file.parent / part
+        file = inner / "__init__.py" if inner.is_dir() else inner.with_suffix(".py")
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _definition(module: str, name: str) -> tuple[str, ast.stmt]:
+    """The statement that defines a name, and its module, through ``from MODULE import NAME``."""
+    for node in _parsed(module).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return module, node
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    return _definition(str(node.module), alias.name)
+    raise LookupError(name)
+
+
+def _arguments(module: str, node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.ClassDef) and not node.decorator_list:
+        for part in node.body:
+            if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+                return _arguments(module, part) - {part.args.args[0].arg}
+        return _arguments(*_definition(module, ast.unparse(node.bases[0])))
+    decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list")]  # noqa: B009
+    if not isinstance(node, ast.FunctionDef) or not all(text.startswith("hands_on_to(") for text in decorators):
+        raise LookupError(node)
+    names = {argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+    if (options := node.args.kwarg) is None:
+        return names
+    kind, _, typed = ast.unparse(options.annotation or ast.Constant("")).rstrip("]").partition("[")
+    if kind != "Unpack":
+        raise LookupError(kind)
+    return names | _fields(*_definition(module, typed))
+
+
+def _fields(module: str, node: ast.stmt) -> set[str]:
+    """Names of a ``TypedDict``, inherited ones among them."""
+    if not isinstance(node, ast.ClassDef):
+        raise LookupError(node)
+    names = {ast.unparse(part.target) for part in node.body if isinstance(part, ast.AnnAssign)}
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id != "TypedDict"]
+    return names.union(*(_fields(*_definition(module, base)) for base in bases))

@@ -428,3 +428,15 @@ def test_sable_needs_whole_sequences():
     data = play(actor, "categorical")
     with pytest.raises(ValueError, match=r"Sable trains on sequences \[B, T, agents, features\]"):
         actor.get_dist(data.reshape(-1))
+
+
+@every_network
+def test_another_number_of_agents_is_refused_with_what_serves_any(network):
+    actor, critic = build(network, "categorical", dtype=torch.float32)
+    agents = {"observation": torch.zeros(2, AGENTS + 1, OBSERVATION)}
+    data = TensorDict({"agents": agents, **{key: torch.zeros(2, *SABLE_STATE[key]) for key in SABLE_STATE}}, 2)
+    for part in (actor, critic):
+        with pytest.raises(
+            ValueError, match=r"^The policy was trained with 3 agents.* got 4: .*actor\.agent_id=false\."
+        ):
+            part(data.clone())

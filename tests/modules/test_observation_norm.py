@@ -5,7 +5,14 @@ from tensordict import TensorDict
 
 from tests.recipes.runs import run_folders, run_recipe
 from torchrl_marl.export import export_policy
-from torchrl_marl.modules import GroupSpec, ObservationNorm, make_actor, make_critic
+from torchrl_marl.modules import (
+    GroupSpec,
+    ObservationNorm,
+    make_actor,
+    make_critic,
+    make_recurrent_actor,
+    make_recurrent_critic,
+)
 from torchrl_marl.run.checkpoints import load_policy
 from torchrl_marl.run.records import read_metric
 
@@ -57,10 +64,32 @@ def test_networks_do_not_see_the_scale_of_observations(observes):
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_keeps_its_statistics_and_learns_from_a_ratio_of_1(tmp_path, monkeypatch):
+@pytest.mark.parametrize("observes", ["joint_observation", "state", "observation"])
+def test_networks_with_a_memory_do_not_see_the_scale_either(observes):
+    spec = GroupSpec("agents", num_agents=2, observation_size=3, num_actions=4, state_size=5)
+    torch.manual_seed(0)
+    data = observed(torch.randn(200, 2, 3)).set("state", torch.randn(200, 5))
+    data["agents", "recurrent_state"] = data["agents", "critic_state"] = torch.randn(200, 2, 8)
+    data["agents_critic_state"] = torch.randn(200, 8)
+    scaled = data.clone().set(KEY, 50 + 1000 * data[KEY]).set("state", 50 + 1000 * data["state"])
+    for build in (make_recurrent_actor, lambda *a, **k: make_recurrent_critic(*a, observes=observes, **k)):
+        results = []
+        for batch in (data, scaled):
+            torch.manual_seed(1)
+            network = build(spec, recurrent_size=8, normalize_observations=True)
+            for norm in (module for module in network.modules() if isinstance(module, ObservationNorm)):
+                norm.update(batch)
+            written = network(batch.clone())
+            results.append(written["agents", "logits" if build is make_recurrent_actor else "state_value"])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+def test_a_run_keeps_its_statistics_and_learns_from_a_ratio_of_1(network, tmp_path, monkeypatch):
     norms = ["actor.normalize_observations=true", "critic.normalize_observations=true"]
     small = ["env=coordsum", "env.num_envs=8", "frames_per_batch=80", "total_frames=240", "evaluation.interval=80"]
-    run_recipe(monkeypatch, tmp_path, *small, *norms, "epochs=1", "minibatch_size=80")
+    memory = [] if network == "mlp" else ["actor=gru", "critic=gru", "chunk_length=5"]
+    run_recipe(monkeypatch, tmp_path, *small, *norms, *memory, "epochs=1", "minibatch_size=80")
     (folder,) = run_folders(tmp_path)
     ratios = [read_metric(folder, f"train/agents/{name}_ratio")[1] for name in ("min", "max")]
     np.testing.assert_allclose(ratios, np.ones((2, 3)), rtol=1e-5)

@@ -174,3 +174,12 @@ def test_what_hydra_refuses_is_one_line_of_what_was_typed(tmp_path, monkeypatch,
     with pytest.raises(SystemExit, match=r"^optimizer\._target_ must name a function or a class[^\n]*$"):
         run_recipe(monkeypatch, tmp_path, "optimizer._target_=torch.optim.Adamm")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_offers_none(tmp_path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no episode")
+
+    monkeypatch.setattr("torchrl_marl.run.run.evaluate", fail)
+    with pytest.raises(RuntimeError, match=r"no episode\. There is no checkpoint yet that could be resumed\.$"):
+        run_recipe(monkeypatch, tmp_path)

@@ -5,6 +5,7 @@ from torchrl_marl.modules.agent_networks import AgentNetworks, agent_policy
 from torchrl_marl.modules.autoregressive import AutoregressiveActor, AutoregressiveCritic
 from torchrl_marl.modules.clusters import AgentAutoencoder, cluster_agents, encode_agents
 from torchrl_marl.modules.images import make_cnn_actor, make_cnn_critic
+from torchrl_marl.modules.layers import make_policy, num_outputs
 from torchrl_marl.modules.mat import make_mat
 from torchrl_marl.modules.mixers import QPLEXMixer
 from torchrl_marl.modules.observation_norm import ObservationNorm
@@ -42,8 +43,10 @@ __all__ = [
     "make_critic",
     "make_ldsa_actor",
     "make_mat",
+    "make_policy",
     "make_recurrent_actor",
     "make_recurrent_critic",
     "make_sable",
+    "num_outputs",
     "with_recurrent_state",
 ]

@@ -275,7 +275,8 @@ class AutoregressiveActor(ProbabilisticActor):
         networks = cast("_ParallelPass", self[0])
         group, space = networks.group, networks.space
         encoding, encoder_state = networks.encoder.act(
-            _observed(tensordict, networks.observed_keys), _state(tensordict, networks.encoder, group)
+            _observed(tensordict, networks.observed_keys, networks.num_agents),
+            _state(tensordict, networks.encoder, group),
         )
         noise = space.noise(encoding) if exploration_type() is ExplorationType.RANDOM else None
         mask = tensordict.get((group, "action_mask")) if networks.masked else None
@@ -343,7 +344,7 @@ class AutoregressiveCritic(TensorDictModuleBase):
         super().__init__()
         self.encoder = encoder
         self.head = head if value_norm is None else nn.Sequential(head, Denormalize(value_norm))
-        self.group = shape.name
+        self.group, self.num_agents = shape.name, shape.num_agents
         self.observed_keys = _observed_keys(shape, observes)
         self.in_keys = [*self.observed_keys, *_state_keys(encoder, self.group), (self.group, "encoding")]
         self.out_keys = [(self.group, "state_value")]
@@ -353,7 +354,8 @@ class AutoregressiveCritic(TensorDictModuleBase):
         encoding = tensordict.get((self.group, "encoding"), None)
         if encoding is None:
             encoding = self.encoder(
-                _observed(tensordict, self.observed_keys), _state(tensordict, self.encoder, self.group)
+                _observed(tensordict, self.observed_keys, self.num_agents),
+                _state(tensordict, self.encoder, self.group),
             )
         return tensordict.set((self.group, "state_value"), self.head(encoding))
 
@@ -370,7 +372,9 @@ class AutoregressiveCritic(TensorDictModuleBase):
         Returns:
             The same TensorDict.
         """
-        observed, observed_next = (_observed(rows, self.observed_keys) for rows in (tensordict, tensordict["next"]))
+        observed, observed_next = (
+            _observed(rows, self.observed_keys, self.num_agents) for rows in (tensordict, tensordict["next"])
+        )
         state = _state(tensordict, self.encoder, self.group)
         encoding, following = self.encoder.bootstrap(observed, observed_next, state)
         tensordict.set(("next", self.group, "state_value"), self.head(following))
@@ -385,7 +389,7 @@ class _ParallelPass(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.space = encoder, decoder, space
-        self.group, self.masked = shape.name, shape.masked
+        self.group, self.num_agents, self.masked = shape.name, shape.num_agents, shape.masked
         self.observed_keys = _observed_keys(shape, observes)
         states = [*_state_keys(encoder, self.group), *_state_keys(decoder, self.group)]
         self.in_keys = [*self.observed_keys, (self.group, "action"), *dict.fromkeys(states)]
@@ -393,7 +397,8 @@ class _ParallelPass(TensorDictModuleBase):
         self.out_keys = [*self.parameter_keys, (self.group, "encoding")]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        encoding = self.encoder(_observed(tensordict, self.observed_keys), _state(tensordict, self.encoder, self.group))
+        observed = _observed(tensordict, self.observed_keys, self.num_agents)
+        encoding = self.encoder(observed, _state(tensordict, self.encoder, self.group))
         tensordict.set((self.group, "encoding"), encoding)
         agents = encoding.ndim - 2
         action = self.space.decoder_input(tensordict.get((self.group, "action")))
@@ -416,9 +421,15 @@ def _observed_keys(shape: GroupSpec, observes: Observes) -> list[NestedKey]:
     return [observation] if observes == "observation" else [observation, "state"]
 
 
-def _observed(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> Tensor:
+def _observed(tensordict: TensorDictBase, keys: Sequence[NestedKey], num_agents: int) -> Tensor:
     """Each agent's observation, the state if among the keys, and a one-hot agent id, ``[*batch, N, O]``."""
     observation, *states = (tensordict[key] for key in keys)
+    if observation.shape[-2] != num_agents:
+        raise ValueError(
+            f"The policy was trained with {num_agents} agents, whose ids it reads, and got {observation.shape[-2]}: "
+            "agents that act one after the other are as many as in training; one for any number is trained with "
+            "actor=mlp actor.agent_id=false."
+        )
     ids = torch.eye(observation.shape[-2], dtype=observation.dtype, device=observation.device)
     common = [*(state.unsqueeze(-2) for state in states), ids]
     return torch.cat([observation, *(x.expand(*observation.shape[:-1], x.shape[-1]) for x in common)], -1)

@@ -32,6 +32,7 @@ from torchrl.modules import ProbabilisticActor, ValueNorm, recurrent_mode
 from torchrl_marl.modules.agent_networks import AgentNetworks
 from torchrl_marl.modules.gru_sequence import gru_sequence
 from torchrl_marl.modules.layers import Activation, Networks, activation_class, initialize, make_policy, num_outputs
+from torchrl_marl.modules.observation_norm import ObservationNorm
 from torchrl_marl.modules.protocols import Priming, named_parts
 from torchrl_marl.modules.spec import GroupSpec, group_shape
 from torchrl_marl.modules.value_norm import Denormalize
@@ -218,6 +219,7 @@ def make_recurrent_actor(
     activation: Activation = "tanh",
     share_parameters: bool = True,
     agent_id: bool = True,
+    normalize_observations: bool = False,
     device: torch.device | str | None = None,
 ) -> ProbabilisticActor:
     """Build a decentralised recurrent policy: MLP, GRU, MLP, from each agent's own history to its actions.
@@ -235,6 +237,8 @@ def make_recurrent_actor(
         share_parameters: one network for all agents, or one for each.
         agent_id: append a one-hot agent id to the observation, so that agents with a shared network can differ. Agents
             with separate networks get no id.
+        normalize_observations: whether to normalise observations by running statistics
+            (:class:`~torchrl_marl.modules.ObservationNorm`).
         device: device of the parameters.
 
     Returns:
@@ -255,10 +259,11 @@ def make_recurrent_actor(
     """
     shape = group_shape(env, group)
     embedding = Networks(shape, hidden_sizes, activation, share_parameters, agent_id)
+    key, inputs = (shape.name, "observation"), _embed(embedding, shape.observation_size)
     memory = RecurrentModule(
-        _embed(embedding, shape.observation_size),
+        nn.Sequential(ObservationNorm(key, shape.observation_size), inputs) if normalize_observations else inputs,
         _gru(embedding, recurrent_size),
-        in_key=(shape.name, "observation"),
+        in_key=key,
         state_key=(shape.name, "recurrent_state"),
         state_shape=(shape.num_agents, recurrent_size),
     )
@@ -278,6 +283,7 @@ def make_recurrent_critic(
     activation: Activation = "tanh",
     share_parameters: bool = True,
     agent_id: bool = True,
+    normalize_observations: bool = False,
     value_norm: ValueNorm | None = None,
     device: torch.device | str | None = None,
 ) -> TensorDictSequential:
@@ -296,6 +302,8 @@ def make_recurrent_critic(
         activation: activation of the hidden layers.
         share_parameters: one network for all agents, or one for each.
         agent_id: append a one-hot agent id to an agent's own observation (shared ``"observation"`` critics only).
+        normalize_observations: whether to normalise the critic's inputs by running statistics
+            (:class:`~torchrl_marl.modules.ObservationNorm`).
         value_norm: running statistics of values, see :class:`~torchrl_marl.modules.Denormalize`.
         device: device of the parameters.
 
@@ -323,10 +331,13 @@ def make_recurrent_critic(
     else:
         inputs, joined = heads.joint_input(observes)
         layers = heads.values(recurrent_size)
+    key = "state" if observes == "state" else (shape.name, "observation")
+    size = shape.state_size if observes == "state" else shape.observation_size
+    norm = [ObservationNorm(key, size or 0)] if normalize_observations else []
     memory = RecurrentModule(
-        nn.Sequential(*joined, _embed(embedding, inputs)),
+        nn.Sequential(*norm, *joined, _embed(embedding, inputs)),
         _gru(embedding, recurrent_size),
-        in_key="state" if observes == "state" else (shape.name, "observation"),
+        in_key=key,
         state_key=f"{shape.name}_critic_state" if team else (shape.name, "critic_state"),
         state_shape=(recurrent_size,) if team else (shape.num_agents, recurrent_size),
     )

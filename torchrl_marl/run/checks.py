@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeGuard, Union, get_args, get_origin
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from typing_extensions import get_type_hints
 
-from torchrl_marl.signatures import nearest
+from torchrl_marl.run.names import check_known
 
 __all__ = ["check_device", "check_keys", "check_types", "check_values"]
 
@@ -33,14 +33,6 @@ def check(cfg: DictConfig, key: str, allowed: str, is_allowed: _Test, path: str 
             f" Write {value:.0f}." if isinstance(value, float) and value.is_integer() and is_allowed(int(value)) else ""
         )
         raise SystemExit(f"{path}{key} must be {allowed}; got {'null' if value is None else value}.{hint}")
-
-
-def fail(key: str, what: str, known: Iterable[str]) -> NoReturn:
-    """End the program with the known names nearest to ``key``."""
-    known = list(dict.fromkeys(known))
-    similar = nearest(key, known) or sorted(known)
-    hint = f"; nearest: {', '.join(similar)}" if similar else ""
-    raise SystemExit(f"{key} is not {what}{hint}.")
 
 
 def in_one_line(error: Exception) -> str:
@@ -69,7 +61,7 @@ def check_choices(cfg: DictConfig, overrides: Iterable[str], groups: Mapping[str
 
 
 def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
-    """End the program if the configuration holds an unknown key.
+    """End the program if the configuration holds an unknown key or a value of another type than its target takes.
 
     Args:
         cfg: the configuration; keys of a node with a ``_target_`` must be arguments of the target.
@@ -80,19 +72,16 @@ def check_keys(cfg: DictConfig, reference: DictConfig, path: str = "") -> None:
         SystemExit: with the key and the nearest names, or with the overrides that remove the YAML file's keys for
             another target.
     """
+    check_known(cfg, reference, lambda target, path: arguments_of(_located(target, path)), path)
+    _check_all_types(cfg, path)
+
+
+def _check_all_types(cfg: DictConfig, path: str) -> None:
+    """:func:`check_types` of all that the keys name, as :func:`check_known` goes through them."""
     target = cfg.get("_target_")
-    known = arguments_of(_located(target, path)) if "_target_" in cfg else reference
-    keys = [key for key in cfg if not str(key).startswith("_")]
-    foreign = [f"~{path}{key}" for key in keys if key in reference and key not in known]
-    if foreign:
-        raise SystemExit(f"{target} does not take all that the recipe sets; leave it out with {' '.join(foreign)}")
-    for key in keys:
-        if key not in known:
-            reader = f"an argument of {target}" if target else "a key of the configuration"
-            fail(f"{path}{key}", reader, [f"{path}{name}" for name in known])
+    for key in cfg:
         if isinstance(cfg[key], DictConfig) and (not target or "_target_" in cfg[key]):
-            default = reference.get(key)
-            check_keys(cfg[key], default if isinstance(default, DictConfig) else DictConfig({}), f"{path}{key}.")
+            _check_all_types(cfg[key], f"{path}{key}.")
     if target:
         check_types(cfg, get_object(target), path)
 

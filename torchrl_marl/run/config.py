@@ -27,6 +27,7 @@ from torchrl_marl.run import checks
 from torchrl_marl.run.checkpoints import check_resumable, find_checkpoint, read_metadata
 from torchrl_marl.run.compiling import choose_compilation
 from torchrl_marl.run.logger import MetricLog
+from torchrl_marl.run.names import checked_override, config_groups, load_config
 from torchrl_marl.run.settings import check_setting, read_settings, store_settings
 from torchrl_marl.trust import foreign_code
 
@@ -37,11 +38,6 @@ __all__ = ["Recipe", "end_if_refused", "recipe"]
 _RESUMABLE = {"total_frames", "evaluation", "logger", "device", "num_threads", "compile", "folder"}
 
 _INTERVAL = 30_000  # frames between evaluations, or one episode of all environments where that is more
-_ADAPTIVE = "the default collector adapts to the loss and the environment"
-_GONE = {
-    "collector=compiled": f"compile=true compiles collection, too: {_ADAPTIVE}",
-    "collector=sequences": f"leave it out: {_ADAPTIVE}",
-}
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -155,8 +151,8 @@ class Recipe:
     def _checked(self, cfg: DictConfig) -> DictConfig:
         """Return the composed configuration, or the one to resume, after all checks."""
         overrides = HydraConfig.get().overrides.task
-        own = _load(self._folder, str(HydraConfig.get().job.config_name))
-        groups = _groups(self._folder)
+        own = load_config(self._folder, str(HydraConfig.get().job.config_name))
+        groups = config_groups(self._folder)
         try:
             resolved = DictConfig(OmegaConf.to_container(cfg, resolve=True))
         except OmegaConfBaseException as error:
@@ -195,44 +191,37 @@ class Recipe:
         return resolved
 
     def _checked_override(self, argument: str) -> str:
-        """Check the root key of an override; keys below are checked by ``check_keys``."""
+        """Check the root key and the choice of an override; keys below are checked by ``check_keys``."""
         if (
             argument.startswith("hydra/launcher=submitit")
             and find_spec("hydra_plugins.hydra_submitit_launcher") is None
         ):
             raise SystemExit(f'{argument} needs the launcher: pip install "torchrl_marl[scale]"')
-        name, groups = self._name, _groups(self._folder)
-        known = [*groups, *map(str, _load(self._folder, name))]
+        name, known = self._name, [*config_groups(self._folder), *map(str, load_config(self._folder, self._name))]
         if (removed := re.fullmatch(r"~([A-Za-z_]\w*)(=.*)?", argument)) and removed[1] in known:
             raise SystemExit(
                 f"{argument}: {name} needs {removed[1]}; it can be changed ({removed[1]}=...), not left out."
             )
-        match = re.fullmatch(r"(\+{0,2})([A-Za-z_]\w*)((?:\.\w+)*)=(.*)", argument, flags=re.DOTALL)
-        if match is None or match[2] == "hydra":
-            return argument
-        plus, root, below, value = match.groups()
-        if root not in known:
-            checks.fail(root + below, "a key of the configuration", known)
+        word = checked_override(self._folder, name, argument)
+        root = re.split(r"[.=]", argument.lstrip("+"), maxsplit=1)[0]
         if root in self._unread:
             raise SystemExit(f"{argument} has no effect: {name} has no use for {root}; leave it out.")
-        if below:
-            return argument if plus else f"++{argument}"
         if root == "setting":
             store_settings(self._folder, argument, self._takes_setting)
-        if root in groups and re.fullmatch(r"[\w/-]+(\s*,\s*[\w/-]+)*", value):  # Hydra checks choice(...) and the like
-            choices = [*sorted(groups[root]), *(read_settings(self._folder) if root == "setting" else ())]
-            for choice in re.split(r"\s*,\s*", value):
-                _check_choice(root, choice, choices)
-        listed = root in ("experiment", "setting")  # by recipes, without a choice
-        return argument.lstrip("+") if listed else argument
+        return word
 
     def _help(self, overrides: Sequence[str]) -> str:
         """What can be chosen here, and all that these overrides come to, with what the classes take beyond it."""
-        cfg, own = self.compose(overrides), _load(self._folder, self._name)
-        keys = {*map(str, own), *(group for group in _groups(self._folder) if group in cfg), "experiment", "setting"}
+        cfg, own = self.compose(overrides), load_config(self._folder, self._name)
+        keys = {
+            *map(str, own),
+            *(group for group in config_groups(self._folder) if group in cfg),
+            "experiment",
+            "setting",
+        }
         keys -= {"defaults", *self._unread}
         lines = [sys.modules["__main__"].__doc__ or "", "Choices (GROUP=CHOICE):"]
-        for group, choices in sorted(_groups(self._folder).items()):
+        for group, choices in sorted(config_groups(self._folder).items()):
             if group not in keys:
                 continue
             fitting = [choice for choice in sorted(choices) if self._fits(group, choice, keys)]
@@ -247,28 +236,21 @@ class Recipe:
     def _fits(self, group: str, choice: str, keys: set[str]) -> bool:
         """Whether this loop can train what a choice names, by what it sets and by its own choices of other groups."""
         node = DictConfig(OmegaConf.load(self._folder / group / f"{choice}.yaml"))
-        defaults, own = node.get("defaults", []), _load(self._folder, self._name).get(group, {})
+        defaults, own = node.get("defaults", []), load_config(self._folder, self._name).get(group, {})
         for entry in defaults:
             if str(entry).endswith(f"@{group}"):  # the file of another group, put in this place
                 node[group] = OmegaConf.load(self._folder / f"{str(entry).strip('/').partition('@')[0]}.yaml")
         target = node.get(group, node).get("_target_")
         taken = set(map(str, own)) if target is None else {*checks.arguments_of(get_object(target)), "_target_"}
-        groups = set() if "_target_" in node else set(map(str, node)) & set(_groups(self._folder))
+        groups = set() if "_target_" in node else set(map(str, node)) & set(config_groups(self._folder))
         fits = self._takes_setting(choice) if group == "loss" else set(map(str, own)) <= taken and groups <= keys
         overrides = [entry for entry in defaults if isinstance(entry, DictConfig)]
         chosen = [(str(key).rpartition("/")[2], value) for entry in overrides for key, value in entry.items()]
         return fits and all(self._fits(other, value, keys) for other, value in chosen if other in keys)
 
     def _takes_setting(self, loss: str) -> bool:
-        node = _load(self._folder / "loss", loss)
+        node = load_config(self._folder / "loss", loss)
         return checks.trains(self._networks, node.get("loss", node))
-
-
-def _check_choice(group: str, choice: str, choices: Sequence[str]) -> None:
-    if (chosen := f"{group}={choice}") in _GONE:
-        raise SystemExit(f"{chosen} is no choice any more: {_GONE[chosen]}.")
-    if choice not in choices:
-        checks.fail(chosen, "a choice", [f"{group}={known}" for known in choices])
 
 
 def end_if_refused(error: Exception, script: str) -> None:
@@ -330,17 +312,3 @@ def _stored_config(resume: str, overrides: Iterable[str]) -> DictConfig:
         )
     stored.resume = str(checkpoint)
     return stored
-
-
-@functools.cache
-def _groups(folder: Path) -> dict[str, list[str]]:
-    """Configuration groups and their choices."""
-    return {path.name: [file.stem for file in path.glob("*.yaml")] for path in folder.iterdir() if path.is_dir()}
-
-
-@functools.cache
-def _load(folder: Path, name: str) -> DictConfig:
-    """A recipe's file composed with the files in its ``defaults``."""
-    own = DictConfig(OmegaConf.load(folder / f"{name}.yaml"))
-    files = [entry for entry in own.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
-    return DictConfig(OmegaConf.merge(*(_load(folder, file) for file in files), own))

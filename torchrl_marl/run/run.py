@@ -462,9 +462,11 @@ class Run:
             raise
         except Exception as error:
             self.fail()
+            stored = self._checkpoints.latest
+            onward = f"Last good checkpoint: {stored}. Go on with 'resume=\"{self.folder}\"'"
             raise RuntimeError(
                 f"Stopped after {self._progress['frames']:,} frames. {type(error).__name__}: {error}. "
-                f"Last good checkpoint: {self._checkpoints.latest}. Go on with 'resume=\"{self.folder}\"'"
+                f"{onward if stored else 'There is no checkpoint yet that could be resumed.'}"
             ) from error
 
     def interrupt(self) -> None:

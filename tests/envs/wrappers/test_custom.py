@@ -609,3 +609,17 @@ def test_a_recipe_finds_the_factory_in_the_current_folder(
     printed = capsys.readouterr().out
     assert re.search(r"mars on found_here:Named after 80 frames: mean return", printed)
     assert 'group "agents", 3 agents: red, blue, green' in printed
+
+
+@pytest.mark.parametrize("how", ["name", "{ends: [blue_0, red_0], middle: [red_1]}"])
+def test_check_groups_as_training_does(how, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["torchrl-marl", "check", f"{__name__}:Arena", "--group-by", how])
+    main()
+    found = re.findall(r'group "(\w+)", \d agents?: (.*)', capsys.readouterr().out)
+    groups = (
+        {"red": "red_0, red_1", "blue": "blue_0"} if how == "name" else {"ends": "blue_0, red_0", "middle": "red_1"}
+    )
+    assert dict(found) == groups
+    monkeypatch.setattr(sys, "argv", ["torchrl-marl", "check", f"{__name__}:Arena", "--group-by", "nam"])
+    with pytest.raises(SystemExit, match=r"^torchrl_marl check: group_by must be padding, spaces, name .* got 'nam'$"):
+        main()

@@ -62,17 +62,14 @@ def main() -> None:
 
 
 def _follow(args: argparse.Namespace) -> None:
-    if args.command == "ls":
-        print_recipes()
-    elif args.command == "cp":
-        try:
-            print(*copy_recipe(args.recipe, args.folder), sep="\n")
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"torchrl_marl cp: {error}") from error
-    else:
+    if args.command not in ("ls", "cp"):
         from torchrl_marl.commands import follow  # takes seconds: what trains and plays
 
-        follow(args)
+        return follow(args)
+    try:
+        print_recipes() if args.command == "ls" else print(*copy_recipe(args.recipe, args.folder), sep="\n")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"torchrl_marl {args.command}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class CompiledCollector:
     operations; a second graph starts new episodes where episodes have ended. The policy draws from Torch's generator,
     as without compilation. The first batch waits about ten seconds for the compiler, in VMAS up to a minute.
 
-    VMAS's step and resets are graphs (:class:`~torchrl_marl.envs.vmas_graph.VmasGraphs`) that are checked against VMAS
+    VMAS's step and resets are graphs (``VmasGraphs``) that are checked against VMAS
     while they run: they equal VMAS up to rounding, or the collector falls back to VMAS with a warning.
 
     Every batch owns its memory, laid out by step: ``[num_envs, num_steps]`` is a view. A policy's large states

@@ -69,7 +69,7 @@ def make_custom(
             ``"name"`` groups by name without the trailing number, as TorchRL does (``red_0`` and ``red_1`` become
             ``"red"``); ``"spaces"`` groups agents with equal spaces; a mapping lists agent names by group;
             ``"padding"`` makes a single group. Unequal spaces within a group are padded, see
-            :func:`~torchrl_marl.envs.wrappers.spaces.part_of`. ``None`` makes a single group and requires equal spaces.
+            ``envs/wrappers/spaces.py``. ``None`` makes a single group and requires equal spaces.
         state: whether to keep PettingZoo's ``state()``, which ``critic.observes=state`` reads.
         seed: random seed; ``None`` draws a seed from Torch's global generator.
         device: device of the tensors.

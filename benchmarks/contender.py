@@ -23,6 +23,7 @@ class Setting:
     epochs: int = 10
     minibatch_size: int = 1000
     width: int = 256  # of the hidden layers
+    recurrent: bool = False  # a layer, a GRU and a layer in place of two layers; trained on whole sequences
     lr: float = 5e-5
     gamma: float = 0.9
     lmbda: float = 0.9

@@ -15,16 +15,25 @@ from contender import Setting, Stopwatch, Timing, main
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
-from torchrl_marl.collectors import CompiledCollector, minibatches
+from torchrl_marl.collectors import CompiledCollector
 from torchrl_marl.envs import make_coordsum, make_env
-from torchrl_marl.modules import make_actor, make_critic
-from torchrl_marl.objectives import MAPPOLoss, standardize
+from torchrl_marl.modules import (
+    collection_policy,
+    make_actor,
+    make_critic,
+    make_recurrent_actor,
+    make_recurrent_critic,
+    with_recurrent_state,
+)
+from torchrl_marl.objectives import MAPPOLoss
 from torchrl_marl.run.update import make_update
 
 
 def task(setting: Setting) -> EnvBase:
-    """A scenario of VMAS, or CoordSum with ten actions."""
+    """A scenario of VMAS (simple_spread with discrete actions, as JaxMARL's), or CoordSum with ten actions."""
     options = {"num_envs": setting.num_envs, "max_steps": setting.max_steps, "seed": setting.seed}
+    if setting.scenario == "simple_spread":
+        options["continuous_actions"] = False
     if setting.scenario == "CoordSum":
         return make_coordsum(f"CoordSum-{setting.num_agents}x10", **options)
     return make_env(setting.scenario, **options, scenario_kwargs={"n_agents": setting.num_agents})
@@ -36,9 +45,15 @@ def run(
     torch.set_num_threads(setting.threads)
     torch.manual_seed(setting.seed)
     env = task(setting)
-    sizes = [setting.width, setting.width]
-    actor = make_actor(env, agent_id=False, hidden_sizes=sizes)  # the peers' networks have no agent id
-    critic = make_critic(env, hidden_sizes=sizes)
+    width = [setting.width]
+    if setting.recurrent:
+        sizes = {"hidden_sizes": width, "recurrent_size": setting.width, "head_sizes": width}
+        actor, critic = make_recurrent_actor(env, agent_id=False, **sizes), make_recurrent_critic(env, **sizes)
+    else:
+        actor = make_actor(env, agent_id=False, hidden_sizes=2 * width)  # the peers' networks have no agent id
+        critic = make_critic(env, hidden_sizes=2 * width)
+    policy = collection_policy(actor, critic)
+    env = with_recurrent_state(env, policy)
     loss = MAPPOLoss(
         actor,
         critic,
@@ -51,19 +66,17 @@ def run(
     optimizer = torch.optim.Adam(loss.parameters(), lr=setting.lr, fused=compiled)
     update = make_update(loss, optimizer, max_grad_norm=setting.max_grad_norm, compile=compiled)
     if compiled:
-        collector = CompiledCollector(env, actor, frames_per_batch=setting.frames)
+        collector = CompiledCollector(env, policy, frames_per_batch=setting.frames)
     else:
         options = {"total_frames": -1, "auto_register_policy_transforms": False}
-        collector = Collector(env, actor, frames_per_batch=setting.frames, **options)
+        collector = Collector(env, policy, frames_per_batch=setting.frames, **options)
     stopwatch = stopwatch or Stopwatch()
     for batch in stopwatch.watch(itertools.islice(collector, iterations)):
-        with torch.no_grad():
-            loss.value_estimator(batch)
-            loss.update_value_norm(batch)
-            batch["advantage"] = standardize(batch["advantage"])
-        rows = batch.reshape(-1).select(*loss.in_keys, strict=False)
+        loss.prepare(batch)
         diagnostics = [
-            update(minibatch) for _ in range(setting.epochs) for minibatch in minibatches(rows, setting.minibatch_size)
+            update(minibatch)
+            for phase in loss.phases(batch, chunk_length=setting.max_steps if setting.recurrent else None)
+            for minibatch in phase.minibatches(setting.minibatch_size, epochs=setting.epochs)
         ]
         {name: torch.stack([step[name] for step in diagnostics]).mean() for name in diagnostics[0]}
     collector.shutdown()

@@ -12,7 +12,8 @@ from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 from torch.compiler import skip_all_guards_unsafe
 from torch.func import functional_call, grad_and_value
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.adam import adam
 
 from torchrl_marl.compilation import INDUCTOR_OPTIONS, compile_whole, or_uncompiled
 from torchrl_marl.distributed import average_gradients, broadcast_state, world_size
@@ -26,6 +27,11 @@ _OPTIONS: dict[str, Any] = {
     **INDUCTOR_OPTIONS,
     "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,  # guards on globals take a fifth of a small step
 }
+_AT_ONCE: dict[str, Any] = {
+    **INDUCTOR_OPTIONS,
+    "guard_filter_fn": skip_all_guards_unsafe,
+    "cpp_wrapper": not torch.cuda.is_available(),  # a Python wrapper takes a tenth of a small step
+}
 
 
 def make_update(
@@ -36,9 +42,9 @@ def make_update(
     Processes started by torchrun average their gradients with equal weights and start with the parameters of the first
     process. Phases without an optimiser (``loss.takes_steps``) call ``loss.step``.
 
-    The update does not synchronise with an accelerator. With ``compile``, the loss, its gradients and their norm are
-    one graph, and only the optimiser's step runs in Python: use an optimiser with ``fused=True``. Noise is drawn from
-    Torch's generator, as without compilation.
+    The update does not synchronise with an accelerator. With ``compile``, the loss, its gradients, their norm and
+    Adam's step are one graph; other optimisers take their step in Python. The first step of an Adam without a state
+    runs uncompiled and creates the state. Noise is drawn from Torch's generator, as without compilation.
 
     Args:
         loss: the loss; gradients are those of the sum of all its entries ``loss_*``.
@@ -73,15 +79,19 @@ def make_update(
         raise ValueError(f"max_grad_norm must be a number above 0 (inf: no limit); got {max_grad_norm}.")
     broadcast_state(loss)
     objective = _Objective(loss)
-    at_once = compile and _replaceable(objective)
-    if at_once:
-        differentiate = _compiled_at_once(objective, loss.gradient_groups(), max_grad_norm)
+    groups, at_once = loss.gradient_groups(), compile and _replaceable(objective)
+    steps_at_once = at_once and _is_plain_adam(optimizer)
+    if at_once and not steps_at_once:
+        differentiate = _compiled_at_once(objective, groups, max_grad_norm)
     else:
-        differentiate = _backward(objective, loss.gradient_groups(), max_grad_norm, compile=compile)
+        differentiate = _backward(objective, groups, max_grad_norm, compile=compile and not at_once)
+    descend = _compiled_at_once(objective, groups, max_grad_norm, optimizer) if steps_at_once else differentiate
 
     def update(minibatch: TensorDictBase) -> dict[str, Tensor]:
         if loss.takes_steps:
             return dict(loss.step(minibatch).items())
+        if steps_at_once and optimizer.state:
+            return descend(minibatch)
         measured = differentiate(minibatch)
         optimizer.step()
         optimizer.zero_grad()
@@ -107,41 +117,109 @@ def _backward(objective: _Objective, groups: _Groups, max_grad_norm: float, *, c
     return differentiate
 
 
-def _compiled_at_once(objective: _Objective, groups: _Groups, max_grad_norm: float) -> _Differentiate:
-    """The results of ``_backward`` from one compiled graph for each kind of minibatch.
+def _compiled_at_once(
+    objective: _Objective, groups: _Groups, max_grad_norm: float, optimizer: Optimizer | None = None
+) -> _Differentiate:
+    """The results of ``_backward`` and the step of ``optimizer``, from one compiled graph for each kind of minibatch.
 
     Dynamo's guards would take a tenth of a small step. In their place stand the entries and the size of the minibatch,
     and the settings of the loss.
     """
     parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    buffers = dict(objective.named_buffers()) if objective.loss.moves_buffers else {}
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     names_of = {norm: [name_of[id(p)] for p in group if p.requires_grad] for norm, group in groups.items()}
+    step = _AdamStep(optimizer, name_of) if optimizer is not None else None
 
-    def gradients(minibatch: TensorDictBase) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        def evaluate(values: dict[str, Tensor]) -> tuple[Tensor, Any]:
-            return functional_call(objective, values, (minibatch,), tie_weights=False)
+    def gradients(minibatch: TensorDictBase, state: list[Any]) -> tuple[dict[str, Tensor], ...]:
+        def evaluate(values: dict[str, Tensor], held: dict[str, Tensor]) -> tuple[Tensor, Any]:
+            moved = {name: buffer.clone() for name, buffer in held.items()}  # torch.func lets no argument be moved
+            total, measured = functional_call(objective, {**values, **moved}, (minibatch,), tie_weights=False)
+            return total, (measured, moved)
 
         values = {name: parameter.detach() for name, parameter in parameters.items()}
-        found, (_, measured) = grad_and_value(evaluate, has_aux=True)(values)
+        found, (_, (measured, moved)) = grad_and_value(evaluate, has_aux=True)(values, buffers)
         clipped, norms = {}, {}
         for norm, names in names_of.items():
-            norms[norm] = nn.utils.get_total_norm([found[name] for name in names])
+            norms[norm] = nn.utils.get_total_norm([found[name] for name in names], foreach=False)
             scale = (max_grad_norm / (norms[norm] + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
             clipped |= {name: scale * found[name] for name in names}
-        return clipped, {**measured, **norms}
+        if step is not None:
+            step(values, clipped, state)
+            clipped = {}
+        return clipped, moved, {**measured, **norms}
 
     compiled: dict[Any, Callable[..., Any]] = {}
 
+    @torch.no_grad()
     def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
         case = minibatch.batch_size, *minibatch.keys(True, True), *_settings(objective.loss)
         if case not in compiled:
-            compiled[case] = compile_whole(gradients, **INDUCTOR_OPTIONS, guard_filter_fn=skip_all_guards_unsafe)
-        found, measured = compiled[case](minibatch)
+            compiled[case] = compile_whole(gradients, **_AT_ONCE)
+        found, moved, measured = compiled[case](minibatch, [] if step is None else step.state())
+        for name, buffer in moved.items():
+            buffers[name].copy_(buffer)  # AOTAutograd loses such a write within the graph
         for name, gradient in found.items():
             parameters[name].grad = gradient
         return measured
 
     return differentiate
+
+
+class _AdamStep:
+    """Adam's step for a graph: Torch's function, with moments and learning rates as arguments of the graph."""
+
+    def __init__(self, optimizer: Optimizer, name_of: Mapping[int, str]) -> None:
+        self._optimizer = optimizer
+        self._groups = [
+            (group, {name_of[id(p)]: p for p in group["params"] if id(p) in name_of})
+            for group in optimizer.param_groups
+        ]
+        self._rates = [
+            (group["lr"], torch.tensor(group["lr"], device=group["params"][0].device)) for group, _ in self._groups
+        ]
+
+    def state(self) -> list[Any]:
+        """Learning rate and moments of each group."""
+        for at, (group, _) in enumerate(self._groups):
+            if group["lr"] != self._rates[at][0]:
+                self._rates[at] = group["lr"], self._rates[at][1].fill_(group["lr"])
+        state, names = self._optimizer.state, ("exp_avg", "exp_avg_sq", "step")
+        return [
+            (rate, *([state[p][name] for p in parameters.values()] for name in names))
+            for (_, rate), (_, parameters) in zip(self._rates, self._groups, strict=True)
+        ]
+
+    def __call__(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor], state: list[Any]) -> None:
+        """Move the values and the state in place."""
+        compiling = torch.compiler.is_compiling()
+        for (group, own), (rate, moments, squares, steps) in zip(self._groups, state, strict=True):
+            adam(
+                [values[name] for name in own],
+                [gradients[name] for name in own],
+                moments,
+                squares,
+                [],
+                steps,
+                foreach=True,
+                capturable=compiling,  # without a host's wait for the number of steps
+                lr=rate if compiling else group["lr"],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+                decoupled_weight_decay=group["decoupled_weight_decay"],
+            )
+
+
+def _is_plain_adam(optimizer: Optimizer) -> bool:
+    """Whether the optimiser is Adam in a form that :class:`_AdamStep` can take."""
+    return type(optimizer) in (Adam, AdamW) and not any(
+        group["amsgrad"] or group["differentiable"] or isinstance(group["lr"], Tensor)
+        for group in optimizer.param_groups
+    )
 
 
 def _settings(loss: RatioLoss) -> list[tuple[str, object]]:
@@ -169,7 +247,7 @@ def _replaceable(objective: _Objective) -> bool:
     modules = list(objective.modules())
     held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     tied = len(held) > len(set(held))  # functional_call would replace only one of the tied parameters
-    # torch.func.grad forbids a forward that moves buffers; parameters that a phase does not train get gradients of zero
-    # from it in place of none, with which optimisers move them; and averages of gradients come before their norm
-    foreign = any(isinstance(m, TensorDictParams) or getattr(m, "moves_buffers", False) for m in modules)
+    # Parameters that a phase does not train get gradients of zero from torch.func in place of none, with which
+    # optimisers move them; and averages of gradients come before their norm
+    foreign = any(isinstance(module, TensorDictParams) for module in modules)
     return not tied and not foreign and not objective.loss.trains_in_parts and world_size() == 1

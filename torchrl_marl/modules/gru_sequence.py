@@ -1,21 +1,29 @@
 """A GRU over a sequence as one operator, which a compiler takes as it is.
 
-Traced step by step, a sequence of 128 steps is thousands of operations, which Inductor compiles for minutes. The loop
-here is Python's, over few operations that write where their results belong; what does not depend on the step before is
-outside of it, in the backward pass all but one product with a matrix.
+Traced step by step, a sequence of 128 steps is thousands of operations, which Inductor compiles for minutes. The
+operator runs in blocks of at most 32 steps, each one compiled function; what does not depend on the step before is
+outside of them, in the backward pass all but one product with a matrix.
 
-Shape suffixes: T steps, R rows, H features, G = 3 H of the gates (reset, update, candidate).
+Shape suffixes: T steps, K steps of a block, R rows, H features, G = 3 H of the gates (reset, update, candidate).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import skip_all_guards_unsafe
 from torch.library import custom_op, register_fake
 
+from torchrl_marl.compilation import INDUCTOR_OPTIONS, compile_whole
+
 __all__ = ["gru_sequence"]
+
+_LONGEST_BLOCK = 32
 
 
 def gru_sequence(projected: Tensor, state: Tensor, restart: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -41,21 +49,22 @@ def _run(
     projected_TRG: Tensor, state_TRH: Tensor, restart_TR1: Tensor, weight_GH: Tensor, bias_G: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return states, candidates, gates of reset and update, and products with the states before."""
-    after, candidate, gates, recurrent = _empty_like(state_TRH, 1, 1, 2, 3)
-    size, turned = state_TRH.shape[-1], weight_GH.t()
-    halves = [2 * size, size]
-    steps = (
-        *(state_TRH, restart_TR1, *projected_TRG.split(halves, -1), recurrent, *recurrent.split(halves, -1)),
-        *(gates, *gates.split(size, -1), candidate, after),
-    )
-    now = state_TRH[0]
-    for stored, anew, own, own_n, product, other, other_n, gate, r, z, n, out in _each(*steps):
-        before = torch.where(anew, stored, now)
-        torch.addmm(bias_G, before, turned, out=product)
-        torch.add(own, other, out=gate).sigmoid_()
-        torch.addcmul(own_n, r, other_n, out=n).tanh_()
-        now = torch.lerp(n, before, z, out=out)
-    return after, candidate, gates, recurrent
+    return _in_blocks(_block, (projected_TRG, state_TRH, restart_TR1), state_TRH[0], weight_GH.t(), bias_G)
+
+
+def _block(
+    projected_KRG: Tensor, state_KRH: Tensor, restart_KR1: Tensor, now_RH: Tensor, turned_HG: Tensor, bias_G: Tensor
+) -> tuple[Tensor, ...]:
+    size, results = now_RH.shape[-1], []
+    for own, stored, anew in zip(projected_KRG.unbind(), state_KRH.unbind(), restart_KR1.unbind(), strict=True):
+        before = torch.where(anew, stored, now_RH)
+        product = torch.addmm(bias_G, before, turned_HG)
+        gates = (own[:, : 2 * size] + product[:, : 2 * size]).sigmoid()
+        r, z = gates.chunk(2, -1)
+        n = torch.addcmul(own[:, 2 * size :], r, product[:, 2 * size :]).tanh()
+        now_RH = torch.lerp(n, before, z)
+        results.append((now_RH, n, gates, product))
+    return (now_RH, *map(torch.stack, zip(*results, strict=True)))
 
 
 @custom_op("torchrl_marl::gru_sequence_backward", mutates_args=())
@@ -71,17 +80,44 @@ def _run_back(
         restart_TR1: where the state before is a stored one.
         weight_GH: of the products.
     """
-    after, before = _empty_like(grad_TRH, 1, 1)
-    slope = slope_TRG.unflatten(-1, (3, -1))
-    scaled = torch.empty_like(slope[0], memory_format=torch.contiguous_format)
-    scaled_RG, later = scaled.flatten(-2), torch.zeros_like(after[0])
-    steps = (grad_TRH, slope, kept_TRH, restart_TR1, after, after.unsqueeze(-2), before)
-    for grad, by_product, kept, anew, total, total_once, start in reversed(_each(*steps)):
-        torch.add(grad, later, out=total)
-        torch.mul(by_product, total_once, out=scaled)
-        torch.mul(total, kept, out=start).addmm_(scaled_RG, weight_GH)
-        later = start.masked_fill(anew, 0.0)
+    sequences = grad_TRH, slope_TRG, kept_TRH, restart_TR1
+    after, before = _in_blocks(_block_back, sequences, torch.zeros_like(grad_TRH[0]), weight_GH, backwards=True)
     return after, before
+
+
+def _block_back(
+    grad_KRH: Tensor, slope_KRG: Tensor, kept_KRH: Tensor, restart_KR1: Tensor, later_RH: Tensor, weight_GH: Tensor
+) -> tuple[Tensor, ...]:
+    results = []
+    steps = (sequence.unbind() for sequence in (grad_KRH, slope_KRG, kept_KRH, restart_KR1))
+    for grad, slope, kept, anew in reversed(list(zip(*steps, strict=True))):
+        total = grad + later_RH
+        start = torch.addmm(total * kept, slope * total.repeat(1, 3), weight_GH)
+        later_RH = torch.where(anew, 0.0, start)
+        results.insert(0, (total, start))
+    return (later_RH, *map(torch.stack, zip(*results, strict=True)))
+
+
+def _in_blocks(
+    block: FunctionType, sequences: Sequence[Tensor], carried: Tensor, *constants: Tensor, backwards: bool = False
+) -> tuple[Tensor, ...]:
+    """Run a function of blocks of steps, which returns what it carries on to the next block and its results."""
+    steps = len(sequences[0])
+    size = max(size for size in range(1, min(steps, _LONGEST_BLOCK) + 1) if steps % size == 0)
+    shapes = tuple((x.shape[1:], x.dtype, x.device) for x in (*sequences, carried, *constants))
+    run, results = _compiled(block, size, shapes), []
+    blocks = list(zip(*(sequence.contiguous().split(size) for sequence in sequences), strict=True))
+    with torch.no_grad():
+        for parts in reversed(blocks) if backwards else blocks:
+            carried, *found = run(*parts, carried.contiguous(), *constants)
+            results.append(found)
+        return tuple(map(torch.cat, zip(*(reversed(results) if backwards else results), strict=True)))
+
+
+@lru_cache
+def _compiled(block: FunctionType, size: int, shapes: tuple[object, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    options = {"guard_filter_fn": skip_all_guards_unsafe, "cpp_wrapper": not torch.cuda.is_available()}
+    return compile_whole(block, **INDUCTOR_OPTIONS, **options)
 
 
 @register_fake("torchrl_marl::gru_sequence")
@@ -125,7 +161,3 @@ class _Sequence(torch.autograd.Function):
 def _empty_like(like: Tensor, *times: int) -> tuple[Tensor, ...]:
     """Uninitialised entries, so many times as wide."""
     return tuple(like.new_empty(*like.shape[:-1], factor * like.shape[-1]) for factor in times)
-
-
-def _each(*sequences: Tensor) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(sequence.unbind() for sequence in sequences), strict=True))

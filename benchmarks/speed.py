@@ -18,7 +18,7 @@ from pathlib import Path
 from contender import Setting, Timing
 
 HERE = Path(__file__).resolve().parent
-NUM_AGENTS = {"navigation": 4, "balance": 3}  # VMAS's defaults; BenchMARL's own are 3 and 4
+NUM_AGENTS = {"navigation": 4, "balance": 3, "simple_spread": 3}  # VMAS's defaults; BenchMARL's own are 3 and 4
 OURS = "torchrl_marl"
 
 
@@ -43,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torchrl-script", type=Path, help="TorchRL's sota-implementations/multiagent/mappo_ippo.py")
     parser.add_argument("--benchmarl-python", type=Path, help="Python interpreter that has BenchMARL")
-    parser.add_argument("--scenario", nargs="+", choices=NUM_AGENTS, default=list(NUM_AGENTS))
+    parser.add_argument("--jax-python", type=Path, help="Python interpreter that has JaxMARL; simple_spread alone")
+    parser.add_argument("--scenario", nargs="+", choices=NUM_AGENTS, default=["navigation", "balance"])
+    parser.add_argument("--recurrent", action="store_true", help="networks with a GRU; JaxMARL and ours alone")
     parser.add_argument(
         "--size",
         nargs=2,
@@ -68,6 +70,10 @@ def commands(arguments: argparse.Namespace) -> dict[str, tuple[list[str], list[s
     """What each contender's command is before and after the number of iterations and the setting."""
     ours, torchrl = ([sys.executable, str(HERE / name)] for name in ("ours.py", "peers_torchrl.py"))
     found: dict[str, tuple[list[str], list[str]]] = {OURS: (ours, [])}
+    if arguments.jax_python:
+        found[f"{OURS}, compiled"] = (ours, ["compile"])
+        found["JAX"] = ([str(arguments.jax_python), str(HERE / "peers_jax.py")], [])
+        return found
     if arguments.compiled:
         found[f"{OURS}, compiled"] = (ours, ["compile"])
     if arguments.torchrl_script:
@@ -93,6 +99,7 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
             epochs=arguments.epochs,
             minibatch_size=minibatch_size,
             width=width,
+            recurrent=arguments.recurrent,
             threads=arguments.threads,
         )
 

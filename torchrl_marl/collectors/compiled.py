@@ -345,8 +345,16 @@ def _named(module: GraphModule, results: Sequence[Tensor]) -> _Entries:
 
 
 def _apart(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous copies without aliases, as when Dynamo traced them."""
-    return [value.clone(memory_format=torch.contiguous_format) for value in inputs]
+    """Contiguous tensors without aliases, as when Dynamo traced them; copies where VMAS's are not."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    for value in inputs:
+        memory = value.untyped_storage().data_ptr()
+        if memory in seen or not value.is_contiguous():
+            value = value.clone(memory_format=torch.contiguous_format)
+        seen.add(memory)
+        found.append(value)
+    return found
 
 
 def _contiguous(state: TensorDictBase) -> _Entries:

@@ -23,11 +23,11 @@ def test_more_functions_of_the_same_code_than_dynamo_keeps_graphs_for_are_compil
 
 
 def test_without_a_compiler_a_function_runs_uncompiled_and_a_warning_says_once_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setattr("torchrl_marl.compilation._warned", set())
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     functions = [compile_whole(adder(number)) for number in (1, 2)]
-    with pytest.warns(UserWarning, match=r"goes on uncompiled.*apt install g\+\+ python3-dev") as warned:
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.warns(UserWarning, match=r"goes on uncompiled.*apt install g\+\+ python3-dev") as warned:
         values = [function(torch.ones(())).item() for function in functions for _ in range(2)]
     assert values == [2.0, 2.0, 3.0, 3.0]
     assert sum("goes on uncompiled" in str(warning.message) for warning in warned) == 1  # Torch warns of its own

@@ -104,6 +104,35 @@ def test_a_compiled_update_leads_to_the_same_parameters(device):
     )
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_adams_step_in_the_graph_follows_groups_schedules_and_a_restored_state(kind, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile(function, backend="aot_eager"))
+    fresh, rows = build()
+
+    def start(loss, compile):
+        options = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-5}
+        optimizer = kind(loss.parameter_groups(critic_lr=3e-2), **options)
+        return optimizer, make_update(loss, optimizer, max_grad_norm=0.1, compile=compile)
+
+    trained = {}
+    for compiled in (True, False):
+        loss = copy.deepcopy(fresh)
+        optimizer, update = start(loss, compiled)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=4)
+        for step in range(3):
+            update(rows)
+            scheduler.step()
+            if step == 1:
+                stored = copy.deepcopy(optimizer.state_dict())
+                optimizer, update = start(loss, compiled)
+                optimizer.load_state_dict(stored)
+                scheduler.optimizer = optimizer
+        trained[compiled] = [list(loss.parameters()), [optimizer.state[p] for p in loss.parameters()]]
+    torch.testing.assert_close(trained[True], trained[False], rtol=1e-4, atol=1e-6)
+    assert optimizer.param_groups[0]["lr"] < 0.5 * 1e-2
+
+
 class Doubled(torch.nn.Module):
     """A layer whose weight is that of another one as well."""
 
@@ -203,6 +232,9 @@ def test_every_methods_losses_and_gradients_are_the_uncompiled_ones(method, kind
 
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **kw: compile(function, backend=backend))
+    monkeypatch.setattr(
+        "torchrl_marl.modules.gru_sequence._compiled", lambda block, *_: block
+    )  # which would be graphs of their own
     torch.manual_seed(0)
     env = make_coordsum("CoordSum-3x4", num_envs=4, seed=0)
     parts = networks(env, method, kind)

@@ -172,28 +172,30 @@ class _AdamStep:
     def __init__(self, optimizer: Optimizer, name_of: Mapping[int, str]) -> None:
         self._optimizer = optimizer
         self._groups = [
-            (group, {name_of[id(p)]: p for p in group["params"] if id(p) in name_of})
-            for group in optimizer.param_groups
+            {name_of[id(p)]: p for p in group["params"] if id(p) in name_of} for group in optimizer.param_groups
         ]
         self._rates = [
-            (group["lr"], torch.tensor(group["lr"], device=group["params"][0].device)) for group, _ in self._groups
+            torch.full((), group["lr"], device=group["params"][0].device) for group in optimizer.param_groups
         ]
+        self._written = [group["lr"] for group in optimizer.param_groups]
 
     def state(self) -> list[Any]:
         """Learning rate and moments of each group."""
-        for at, (group, _) in enumerate(self._groups):
-            if group["lr"] != self._rates[at][0]:
-                self._rates[at] = group["lr"], self._rates[at][1].fill_(group["lr"])
+        for index, group in enumerate(self._optimizer.param_groups):  # other objects after load_state_dict
+            if group["lr"] != self._written[index]:
+                self._written[index] = group["lr"]
+                self._rates[index].fill_(group["lr"])
         state, names = self._optimizer.state, ("exp_avg", "exp_avg_sq", "step")
         return [
-            (rate, *([state[p][name] for p in parameters.values()] for name in names))
-            for (_, rate), (_, parameters) in zip(self._rates, self._groups, strict=True)
+            (rate, *([state[p][name] for p in own.values()] for name in names))
+            for rate, own in zip(self._rates, self._groups, strict=True)
         ]
 
     def __call__(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor], state: list[Any]) -> None:
         """Move the values and the state in place."""
         compiling = torch.compiler.is_compiling()
-        for (group, own), (rate, moments, squares, steps) in zip(self._groups, state, strict=True):
+        for group, own, parts in zip(self._optimizer.param_groups, self._groups, state, strict=True):
+            rate, moments, squares, steps = parts
             adam(
                 [values[name] for name in own],
                 [gradients[name] for name in own],

@@ -93,7 +93,7 @@ class ValueLoss(LossModule):
     tensor_keys: _AcceptedKeys
     default_value_estimator = ValueEstimators.TD0
     terms: tuple[str, ...] = ()  # further loss_* entries of a subclass
-    takes_steps = trains_in_parts = False  # each update is one optimiser step on all parameters
+    takes_steps = trains_in_parts = moves_buffers = False  # each update is one optimiser step on all parameters
     learns_sequences = False  # sequences need not start with an episode
 
     local_value_network: TensorDictModuleBase

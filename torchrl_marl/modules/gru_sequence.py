@@ -49,7 +49,9 @@ def _run(
     projected_TRG: Tensor, state_TRH: Tensor, restart_TR1: Tensor, weight_GH: Tensor, bias_G: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return states, candidates, gates of reset and update, and products with the states before."""
-    return _in_blocks(_block, (projected_TRG, state_TRH, restart_TR1), state_TRH[0], weight_GH.t(), bias_G)
+    sequences = projected_TRG, state_TRH, restart_TR1
+    after, candidate, gates, recurrent = _in_blocks(_block, sequences, state_TRH[0], weight_GH.t(), bias_G)
+    return after, candidate, gates, recurrent
 
 
 def _block(

@@ -8,11 +8,9 @@ observation with a value for each agent.
 from __future__ import annotations
 
 import os
-
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-
 import time
 from functools import partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +23,7 @@ Array = jax.Array
 
 
 class Transition(NamedTuple):
-    """A step of all environments: `[envs, agents, ...]`, but for `start` and the states of the critic, `[envs, ...]`."""
+    """A step of all environments: `[envs, agents, ...]`; `[envs, ...]` for `start` and the critic's state."""
 
     observation: Array
     action: Array
@@ -74,8 +72,10 @@ def forward(layers: list, inputs: Array, state: Array, start: Array) -> tuple[Ar
     return affine(last, jnp.tanh(affine(second, hidden))), state
 
 
-def run(iterations: int, setting: Setting) -> list[Timing]:
+def run(iterations: int, setting: Setting) -> list[Timing]:  # noqa: C901
     """Train; every timing is of a whole iteration, and counted as update."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # by flags alone XLA keeps several threads
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     env = jaxmarl.make("MPE_simple_spread_v3", num_agents=setting.num_agents)
     agents, envs, steps = env.agents, setting.num_envs, setting.max_steps
     size, actions = env.observation_space(agents[0]).shape[0], env.action_space(agents[0]).n
@@ -185,6 +185,4 @@ def run(iterations: int, setting: Setting) -> list[Timing]:
 
 
 if __name__ == "__main__":
-    main(
-        run, lambda: f"JaxMARL {jaxmarl.__version__ if hasattr(jaxmarl, '__version__') else ''}, jax {jax.__version__}"
-    )
+    main(run, lambda: f"jaxmarl {version('jaxmarl')}, jax {version('jax')}")

@@ -34,6 +34,14 @@ def test_the_source_tells_the_arguments_that_the_signature_has(target: str) -> N
     assert source_arguments(target) == expected
 
 
+def test_a_package_that_imports_from_itself_does_not_tell_the_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "circular_names.py").write_text("from circular_names import build")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert source_arguments("circular_names.build") is None
+
+
 @pytest.mark.parametrize(
     ("words", "answer"),
     [

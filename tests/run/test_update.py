@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from omegaconf import ListConfig
 
 from torchrl_marl.collectors import NextStepKeys, minibatches
 from torchrl_marl.envs import make_aerocombat, make_coordsum
@@ -131,6 +132,36 @@ def test_adams_step_in_the_graph_follows_groups_schedules_and_a_restored_state(k
         trained[compiled] = [list(loss.parameters()), [optimizer.state[p] for p in loss.parameters()]]
     torch.testing.assert_close(trained[True], trained[False], rtol=1e-4, atol=1e-6)
     assert optimizer.param_groups[0]["lr"] < 0.5 * 1e-2
+
+
+class Idle(torch.nn.Module):
+    """A layer without an effect on what passes through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, values):
+        return values
+
+
+def test_adams_step_in_the_graph_leaves_parameters_without_an_effect_and_follows_its_own_settings(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+    fresh, rows = build()
+    fresh.critic_network.module.append(Idle())
+    trained = {}
+    for compiled in (True, False):
+        loss = copy.deepcopy(fresh)
+        optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-2, weight_decay=0.1)
+        update = make_update(loss, optimizer, max_grad_norm=0.1, compile=compiled)
+        for betas, decay in (((0.9, 0.999), 0.1), ((0.9, 0.999), 0.1), ((0.5, 0.9), 3.0)):
+            optimizer.param_groups[0].update(betas=ListConfig(betas), weight_decay=decay)
+            update(rows)
+        trained[compiled] = list(loss.parameters())
+        (idle,) = (module.weight for module in loss.modules() if isinstance(module, Idle))
+        assert torch.equal(idle, torch.ones(2))
+    torch.testing.assert_close(trained[True], trained[False], rtol=1e-4, atol=1e-6)
 
 
 class Doubled(torch.nn.Module):

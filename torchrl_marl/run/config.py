@@ -213,15 +213,11 @@ class Recipe:
     def _help(self, overrides: Sequence[str]) -> str:
         """What can be chosen here, and all that these overrides come to, with what the classes take beyond it."""
         cfg, own = self.compose(overrides), load_config(self._folder, self._name)
-        keys = {
-            *map(str, own),
-            *(group for group in config_groups(self._folder) if group in cfg),
-            "experiment",
-            "setting",
-        }
+        groups = config_groups(self._folder)
+        keys = {*map(str, own), *(group for group in groups if group in cfg), "experiment", "setting"}
         keys -= {"defaults", *self._unread}
         lines = [sys.modules["__main__"].__doc__ or "", "Choices (GROUP=CHOICE):"]
-        for group, choices in sorted(config_groups(self._folder).items()):
+        for group, choices in sorted(groups.items()):
             if group not in keys:
                 continue
             fitting = [choice for choice in sorted(choices) if self._fits(group, choice, keys)]

@@ -44,7 +44,8 @@ def make_update(
 
     The update does not synchronise with an accelerator. With ``compile``, the loss, its gradients, their norm and
     Adam's step are one graph; other optimisers take their step in Python. The first step of an Adam without a state
-    runs uncompiled and creates the state. Noise is drawn from Torch's generator, as without compilation.
+    runs uncompiled and creates the state; parameters without a gradient in that step stay as they are. Noise is drawn
+    from Torch's generator, as without compilation.
 
     Args:
         loss: the loss; gradients are those of the sum of all its entries ``loss_*``.
@@ -123,7 +124,7 @@ def _compiled_at_once(
     """The results of ``_backward`` and the step of ``optimizer``, from one compiled graph for each kind of minibatch.
 
     Dynamo's guards would take a tenth of a small step. In their place stand the entries and the size of the minibatch,
-    and the settings of the loss.
+    and the settings of the loss and of the optimiser.
     """
     parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
     buffers = dict(objective.named_buffers()) if objective.loss.moves_buffers else {}
@@ -154,6 +155,7 @@ def _compiled_at_once(
     @torch.no_grad()
     def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
         case = minibatch.batch_size, *minibatch.keys(True, True), *_settings(objective.loss)
+        case += () if step is None else tuple(step.settings())
         if case not in compiled:
             compiled[case] = compile_whole(gradients, **_AT_ONCE)
         found, moved, measured = compiled[case](minibatch, [] if step is None else step.state())
@@ -179,6 +181,13 @@ class _AdamStep:
         ]
         self._written = [group["lr"] for group in optimizer.param_groups]
 
+    def settings(self) -> list[Any]:
+        """Values of each group that are constants of the graph."""
+        names = "eps", "weight_decay", "maximize", "decoupled_weight_decay"
+        groups = self._optimizer.param_groups
+        self._settings = [(*group["betas"], *(group[name] for name in names)) for group in groups]
+        return self._settings
+
     def state(self) -> list[Any]:
         """Learning rate and moments of each group."""
         for index, group in enumerate(self._optimizer.param_groups):  # other objects after load_state_dict
@@ -186,6 +195,7 @@ class _AdamStep:
                 self._written[index] = group["lr"]
                 self._rates[index].fill_(group["lr"])
         state, names = self._optimizer.state, ("exp_avg", "exp_avg_sq", "step")
+        self._groups = [{name: p for name, p in own.items() if p in state} for own in self._groups]
         return [
             (rate, *([state[p][name] for p in own.values()] for name in names))
             for rate, own in zip(self._rates, self._groups, strict=True)
@@ -194,8 +204,9 @@ class _AdamStep:
     def __call__(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor], state: list[Any]) -> None:
         """Move the values and the state in place."""
         compiling = torch.compiler.is_compiling()
-        for group, own, parts in zip(self._optimizer.param_groups, self._groups, state, strict=True):
-            rate, moments, squares, steps = parts
+        names = "beta1", "beta2", "eps", "weight_decay", "maximize", "decoupled_weight_decay"
+        groups = zip(self._optimizer.param_groups, self._groups, self._settings, state, strict=True)
+        for group, own, settings, (rate, moments, squares, steps) in groups:
             adam(
                 [values[name] for name in own],
                 [gradients[name] for name in own],
@@ -207,12 +218,7 @@ class _AdamStep:
                 capturable=compiling,  # without a host's wait for the number of steps
                 lr=rate if compiling else group["lr"],
                 amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                decoupled_weight_decay=group["decoupled_weight_decay"],
+                **dict(zip(names, settings, strict=True)),
             )
 
 

@@ -109,7 +109,7 @@ def source_arguments(target: str) -> set[str] | None:
     """
     try:
         return _arguments(*_definition(*target.rpartition(".")[::2]))
-    except (AttributeError, LookupError, OSError, SyntaxError, ValueError):
+    except (AttributeError, LookupError, OSError, RecursionError, SyntaxError, ValueError):
         return None
 
 

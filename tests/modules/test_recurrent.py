@@ -27,6 +27,7 @@ from torchrl_marl.modules import (
     make_recurrent_critic,
     with_recurrent_state,
 )
+from torchrl_marl.modules.gru_sequence import gru_sequence
 
 AGENTS, OBSERVATION, ACTIONS, STATE, HIDDEN = 3, 5, 4, 6, 7
 SPACES = {
@@ -597,3 +598,18 @@ def test_a_compiled_sequence_has_the_states_and_gradients_of_the_loop_over_steps
 
     compiled = torch.compile(gradients, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(values, inputs, state), gradients(values, inputs, state))
+
+
+def test_compiled_blocks_of_sequences_are_kept_apart_by_the_layout_of_weights(monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        "torchrl_marl.modules.gru_sequence._compiled", lambda block, size, shapes: kept.append((block, shapes)) or block
+    )
+    torch.manual_seed(0)
+    projected, state, bias = torch.randn(4, 2, 9), torch.randn(4, 2, 3), torch.randn(9)
+    restart, weight = torch.zeros(4, 2, 1, dtype=torch.bool), torch.randn(9, 3)
+    turned = weight.t().contiguous().t()
+    results = [gru_sequence(projected, state, restart, own, bias) for own in (weight, turned, weight)]
+    assert torch.equal(results[0], results[2])
+    assert_close(results[0], results[1], **TOLERANCE)
+    assert kept[0] == kept[2] != kept[1]

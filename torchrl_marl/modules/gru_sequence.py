@@ -106,8 +106,8 @@ def _in_blocks(
     """Run a function of blocks of steps, which returns what it carries on to the next block and its results."""
     steps = len(sequences[0])
     size = max(size for size in range(1, min(steps, _LONGEST_BLOCK) + 1) if steps % size == 0)
-    shapes = tuple((x.shape[1:], x.dtype, x.device) for x in (*sequences, carried)), tuple(x.stride() for x in constants)
-    run, results = _compiled(block, size, shapes), []
+    kinds = tuple((x.shape[1:], x.dtype, x.device) for x in (*sequences, carried)), tuple(x.stride() for x in constants)
+    run, results = _compiled(block, size, kinds), []
     blocks = list(zip(*(sequence.contiguous().split(size) for sequence in sequences), strict=True))
     with torch.no_grad():
         for parts in reversed(blocks) if backwards else blocks:

@@ -25,7 +25,14 @@ from tests.objectives.value.factories import (
     with_targets,
 )
 from torchrl_marl.collectors import ChunkReplayBuffer, epsilon_greedy
-from torchrl_marl.modules import GroupSpec, make_actor, make_ldsa_actor, make_recurrent_actor, with_recurrent_state
+from torchrl_marl.modules import (
+    GroupSpec,
+    ObservationNorm,
+    make_actor,
+    make_ldsa_actor,
+    make_recurrent_actor,
+    with_recurrent_state,
+)
 from torchrl_marl.modules.subtasks import SubtaskHead
 from torchrl_marl.objectives import LDSALoss, QMIXLoss, QPLEXLoss, ValueLoss, VDNLoss
 from torchrl_marl.objectives.value.ldsa import subtask_distance, subtask_switching
@@ -122,6 +129,32 @@ def test_gradients_never_reach_targets(name):
     shifted["next", "agents", "reward"] += 1
     assert run(loss, shifted)["pred_value"] == output["pred_value"]
     assert not torch.equal(torch.autograd.grad(run(loss, shifted)["loss_value"], online[:1])[0], gradient)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_target_networks_normalise_observations_as_the_online_ones_do(restored):
+    spec = GroupSpec("agents", AGENTS, OBSERVATION, num_actions=ACTIONS)
+
+    def start():
+        actor = make_actor(spec, hidden_sizes=[8], normalize_observations=True)
+        loss = QMIXLoss(actor, spec)
+        return loss, SoftUpdate(loss, tau=0.5), next(m for m in actor.modules() if isinstance(m, ObservationNorm))
+
+    data = TensorDict({"agents": {"observation": 5 + 3 * torch.randn(20, AGENTS, OBSERVATION)}}, 20)
+    loss, targets, norm = start()
+    norm.update(data)
+    if restored:
+        stored = loss.state_dict()
+        loss, targets, norm = start()
+        loss.load_state_dict(stored)
+        norm.update(data + 1)
+    targets.step()  # parameters are the same: so are the values
+    found = []
+    for params in (loss.local_value_network_params, loss.target_local_value_network_params):
+        with params.to_module(loss.local_value_network):
+            found.append(loss.local_value_network(data.clone())["agents", "logits"])
+    assert norm.count == 20 * AGENTS * (1 + restored)
+    assert_close(*found, rtol=0, atol=0)
 
 
 @every_loss

@@ -129,6 +129,9 @@ class ValueLoss(LossModule):
         device = next((parameter.device for parameter in local_value_network.parameters()), None)
         self.convert_to_functional(cast("Any", local_value_network), "local_value_network", create_target_params=True)
         self.convert_to_functional(mixer_network.to(device), "mixer_network", create_target_params=True)
+        for name, buffer in (buffers := dict(self.named_buffers())).items():
+            # targets share the running statistics of observations, since updaters move parameters alone
+            buffers.get(f"target_{name}", buffer).set_(buffer)  # pyright: ignore[reportArgumentType]
         self.group_spec, self.double_dqn, self.loss_function = group_spec, double_dqn, loss_function
         name = group_spec.name
         written = {key[-1]: key for key in local_value_network.out_keys if isinstance(key, tuple)}

@@ -577,8 +577,9 @@ def test_networks_run_where_they_are_told(shape, share):
 
 
 @pytest.mark.parametrize("agents", [None, 2], ids=["shared", "own"])
-def test_a_compiled_sequence_has_the_states_and_gradients_of_the_loop_over_steps(agents):
-    """Also where a transform takes the gradients, as a compiled update does."""
+def test_a_compiled_sequence_has_the_states_and_gradients_of_the_loop_over_steps(agents, monkeypatch):
+    """Also where a transform takes the gradients, as a compiled update does; here in blocks of 3, 3 and 1 steps."""
+    monkeypatch.setattr("torchrl_marl.modules.gru_sequence._LONGEST_BLOCK", 3)
     torch.compiler.reset()
     torch.manual_seed(0)
     gru = MultiAgentGRU(3, 4) if agents is None else AgentNetworks([MultiAgentGRU(3, 4) for _ in range(agents)])

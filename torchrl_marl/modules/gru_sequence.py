@@ -9,6 +9,7 @@ Shape suffixes: T steps, K steps of a block, R rows, H features, G = 3 H of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import FunctionType
@@ -105,12 +106,13 @@ def _in_blocks(
 ) -> tuple[Tensor, ...]:
     """Run a function of blocks of steps, which returns what it carries on to the next block and its results."""
     steps = len(sequences[0])
-    size = max(size for size in range(1, min(steps, _LONGEST_BLOCK) + 1) if steps % size == 0)
+    size = math.ceil(steps / math.ceil(steps / _LONGEST_BLOCK))  # the last block may be shorter
     kinds = tuple((x.shape[1:], x.dtype, x.device) for x in (*sequences, carried)), tuple(x.stride() for x in constants)
-    run, results = _compiled(block, size, kinds), []
+    results = []
     blocks = list(zip(*(sequence.contiguous().split(size) for sequence in sequences), strict=True))
     with torch.no_grad():
         for parts in reversed(blocks) if backwards else blocks:
+            run = _compiled(block, len(parts[0]), kinds)
             carried, *found = run(*parts, carried.contiguous(), *constants)
             results.append(found)
         return tuple(map(torch.cat, zip(*(reversed(results) if backwards else results), strict=True)))

@@ -127,7 +127,8 @@ def _compiled_at_once(
     and the settings of the loss and of the optimiser.
     """
     parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
-    buffers = dict(objective.named_buffers()) if objective.loss.moves_buffers else {}
+    moves_buffers = any(getattr(module, "moves_buffers", False) for module in objective.modules())
+    buffers = dict(objective.named_buffers()) if moves_buffers else {}
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     names_of = {norm: [name_of[id(p)] for p in group if p.requires_grad] for norm, group in groups.items()}
     step = _AdamStep(optimizer, name_of) if optimizer is not None else None
@@ -225,7 +226,10 @@ class _AdamStep:
 def _is_plain_adam(optimizer: Optimizer) -> bool:
     """Whether the optimiser is Adam in a form that :class:`_AdamStep` can take."""
     return type(optimizer) in (Adam, AdamW) and not any(
-        group["amsgrad"] or group["differentiable"] or isinstance(group["lr"], Tensor)
+        group["amsgrad"]
+        or group["differentiable"]
+        or isinstance(group["lr"], Tensor)
+        or (group["params"][0].is_cuda and not group["fused"])  # which counts steps on the CPU
         for group in optimizer.param_groups
     )
 

@@ -327,6 +327,17 @@ PLAN = [
         baseline="qmix",
         core_hours=0.3,
     ),
+    Part(  # the value-based methods of MARPO's Table 1, on the smallest map
+        "smax_value",
+        grid(
+            ["qmix_vmas.py"],
+            ["loss=qmix", "loss=ldsa"],
+            ["env=jaxmarl env.scenario=smax-3m total_frames=200000 evaluation.interval=20000 evaluation.video=false"],
+        ),
+        num_seeds=3,
+        baseline="qmix",
+        core_hours=0.3,
+    ),
     retuned(
         "balance",
         f"{MARPO_RECIPE} env.scenario=balance",

@@ -1,6 +1,7 @@
 """What mixers can and cannot represent: reductions, monotonicity, individual and joint greedy actions, matrix games."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -13,14 +14,15 @@ from tests.objectives.value.factories import (
     ACTIONS,
     AGENTS,
     LOSSES,
+    SIZE,
     make_loss,
     make_spec,
     make_table,
     make_transitions,
     with_targets,
 )
-from torchrl_marl.modules import QPLEXMixer
-from torchrl_marl.objectives import QMIXLoss, QPLEXLoss, VDNLoss
+from torchrl_marl.modules import QPLEXMixer, make_actor, make_ldsa_actor
+from torchrl_marl.objectives import LDSALoss, QMIXLoss, QPLEXLoss, VDNLoss
 
 
 def set_constant(network, value):
@@ -229,3 +231,24 @@ def test_qplex_learns_the_optimum_of_non_monotonic_games_where_qmix_never_does(p
     greedy, errors = learn(lambda: QMixer((1,), 32, 2, device=None), payoff)
     assert (greedy != 0).any(-1).all()
     assert errors.min() > 32
+
+
+@pytest.mark.parametrize(
+    ("method", "make"), [(QMIXLoss, make_actor), (LDSALoss, partial(make_ldsa_actor, recurrent_size=SIZE))]
+)
+def test_team_values_start_near_zero_whatever_the_units_of_the_state(method, make):
+    """As in SMAX, whose positions are in tens: with Torch's initial values, some 30 where returns are below 2."""
+    torch.manual_seed(0)
+    network, largest = make(make_spec()), {}
+    for scale in (0.01, 1.0):
+        loss = with_targets(method(network, make_spec(), mixer_init_scale=scale))
+        loss.make_value_estimator(gamma=0.9)
+        data = make_transitions(loss)
+        data["agents", "observation"] *= 30
+        largest[scale] = loss(data)["pred_value"].abs()
+    assert largest[0.01] < 0.1 < 10 * largest[0.01] < largest[1.0]
+
+
+def test_an_initial_scale_that_leaves_no_mixer_is_refused():
+    with pytest.raises(ValueError, match=r"mixer_init_scale must be above 0, got 0\."):
+        QMIXLoss(make_table(), make_spec(), mixer_init_scale=0)

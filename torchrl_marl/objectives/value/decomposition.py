@@ -61,6 +61,8 @@ class QMIXLoss(ValueLoss):
         local_value_network: network of the agents' action values.
         group_spec: group of the agents.
         mixing_embed_dim: width of the mixer's hidden layer.
+        mixer_init_scale: factor of Torch's initial parameters of the mixer. At 1, states whose entries are far above 1,
+            such as SMAX's, start with team values tens of times as large as the returns, and little is learnt.
         **options: :class:`~torchrl_marl.objectives.value.ValueOptions`.
     """
 
@@ -70,9 +72,10 @@ class QMIXLoss(ValueLoss):
         group_spec: GroupSpec,
         *,
         mixing_embed_dim: int = 32,
+        mixer_init_scale: float = 0.01,
         **options: Unpack[ValueOptions],
     ) -> None:
-        mixer = qmix_mixer(group_spec, mixing_embed_dim)
+        mixer = qmix_mixer(group_spec, mixing_embed_dim, mixer_init_scale)
         super().__init__(local_value_network, mixer, group_spec, **options)
 
 
@@ -118,9 +121,14 @@ class QPLEXLoss(ValueLoss):
         super().__init__(local_value_network, network, group_spec, **options)
 
 
-def qmix_mixer(spec: GroupSpec, mixing_embed_dim: int) -> TensorDictModule:
+def qmix_mixer(spec: GroupSpec, mixing_embed_dim: int, init_scale: float) -> TensorDictModule:
     """Return TorchRL's ``QMixer`` for a group; see :class:`QMIXLoss`."""
+    if not init_scale > 0:
+        raise ValueError(f"mixer_init_scale must be above 0, got {init_scale}.")
     key, shape = mixer_state(spec)
     mixer = QMixer(torch.Size(shape), mixing_embed_dim, spec.num_agents, device="cpu")
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.mul_(init_scale)
     mixed = (spec.name, "chosen_action_value")
     return TensorDictModule(mixer, in_keys=[mixed, key], out_keys=["chosen_action_value"])

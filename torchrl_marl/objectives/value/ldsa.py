@@ -37,6 +37,7 @@ class LDSALoss(ValueLoss):
         local_value_network: actor of :func:`~torchrl_marl.modules.make_ldsa_actor`.
         group_spec: group of the agents.
         mixing_embed_dim: width of the mixer's hidden layer.
+        mixer_init_scale: see :class:`~torchrl_marl.objectives.QMIXLoss`.
         distance_coeff: weight of the distance between subtask representations.
         switching_coeff: weight of the divergence between consecutive selection probabilities.
         **options: :class:`~torchrl_marl.objectives.value.ValueOptions`.
@@ -54,6 +55,7 @@ class LDSALoss(ValueLoss):
         group_spec: GroupSpec,
         *,
         mixing_embed_dim: int = 32,
+        mixer_init_scale: float = 0.01,
         distance_coeff: float = 1e-3,
         switching_coeff: float = 1e-3,
         **options: Unpack[ValueOptions],
@@ -61,7 +63,7 @@ class LDSALoss(ValueLoss):
         if not any(isinstance(module, SubtaskHead) for module in local_value_network.modules()):
             raise ValueError("LDSALoss needs agents that choose subtasks: actor=torchrl_marl.modules.make_ldsa_actor.")
         check_at_least_0(distance_coeff=distance_coeff, switching_coeff=switching_coeff)
-        mixer = qmix_mixer(group_spec, mixing_embed_dim)
+        mixer = qmix_mixer(group_spec, mixing_embed_dim, mixer_init_scale)
         super().__init__(local_value_network, mixer, group_spec, **options)
         self.distance_coeff, self.switching_coeff = distance_coeff, switching_coeff
 

@@ -20,8 +20,8 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """Point links to files beyond docs/ to the repository, where they can be read."""
-    repository = config.repo_url or "https://github.com/torchrl-marl/torchrl_marl"
+    """Point links to files beyond docs/ to the repository; without its address, ``repo_url``, leave their text."""
+    repository = config.repo_url
     here = Path(config.docs_dir, page.file.src_path).parent
 
     def absolute(match: re.Match[str]) -> str:
@@ -29,6 +29,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
         target = Path(os.path.normpath(here / path))
         if "://" in path or not path or target.is_relative_to(config.docs_dir) or not target.exists():
             return match[0]
+        if not repository:
+            return match[1].removeprefix("[").removesuffix("](")
         kind = "tree" if target.is_dir() else "blob"
         return f"{match[1]}{repository}/{kind}/main/{target.relative_to(ROOT)}{'#' + anchor if anchor else ''})"
 

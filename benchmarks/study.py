@@ -325,18 +325,7 @@ PLAN = [
         ),
         num_seeds=3,
         baseline="qmix",
-        core_hours=0.3,
-    ),
-    Part(  # the value-based methods of MARPO's Table 1, on the smallest map
-        "smax_value",
-        grid(
-            ["qmix_vmas.py"],
-            ["loss=qmix", "loss=ldsa"],
-            ["env=jaxmarl env.scenario=smax-3m total_frames=200000 evaluation.interval=20000 evaluation.video=false"],
-        ),
-        num_seeds=3,
-        baseline="qmix",
-        core_hours=0.3,
+        core_hours=0.6,
     ),
     retuned(
         "balance",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from tests.recipes.runs import RECIPES, TINY, run_folders, sizes
@@ -252,8 +253,11 @@ def test_what_the_recipe_refuses_ends_the_search_with_the_same_line(
 def test_a_method_that_has_neither_a_space_nor_a_clip_is_not_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match=r"^config/spaces.yaml has no loss=qmix; it has default, "):
-        tune(monkeypatch, tmp_path, "qmix_vmas", "loss=qmix")
+    spaces = yaml.safe_load((RECIPES / "config" / "spaces.yaml").read_text())
+    del spaces["methods"]["hatrpo"]
+    monkeypatch.setattr(yaml, "safe_load", lambda _: spaces)
+    with pytest.raises(SystemExit, match=r"^config/spaces.yaml has no loss=hatrpo; it has default, "):
+        tune(monkeypatch, tmp_path, "oappo_vmas", "loss=hatrpo")
 
 
 def test_what_only_a_constructor_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,10 +254,10 @@ def test_a_method_that_has_neither_a_space_nor_a_clip_is_not_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spaces = yaml.safe_load((RECIPES / "config" / "spaces.yaml").read_text())
-    del spaces["methods"]["hatrpo"]
+    del spaces["methods"]["mars"]
     monkeypatch.setattr(yaml, "safe_load", lambda _: spaces)
-    with pytest.raises(SystemExit, match=r"^config/spaces.yaml has no loss=hatrpo; it has default, "):
-        tune(monkeypatch, tmp_path, "oappo_vmas", "loss=hatrpo")
+    with pytest.raises(SystemExit, match=r"^config/spaces.yaml has no loss=mars; it has default, "):
+        tune(monkeypatch, tmp_path, "mars_vmas", "loss=mars")
 
 
 def test_what_only_a_constructor_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

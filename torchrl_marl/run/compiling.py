@@ -11,6 +11,7 @@ __all__ = ["choose_compilation"]
 _SAVED_IN_A_STEP = {"torchrl_marl.envs.vmas": 5e-3, "torchrl_marl.envs.games": 1.3e-3}  # of all environments
 _SAVED_IN_AN_UPDATE = 3e-3
 _SAVED_IN_A_ROW = 2e-6  # of a minibatch
+_SAVED_WITH_A_GUIDER = 25e-3  # more in an update of guider and learner, benchmarks/results/autoregressive.md
 _COMPILING_MLPS, _COMPILING_OTHERS = 30, 120
 
 
@@ -33,6 +34,7 @@ def choose_compilation(cfg: DictConfig) -> tuple[bool, str]:
         and cfg.chunk_length is None
     )
     saved = updates * (_SAVED_IN_AN_UPDATE + cfg.minibatch_size * _SAVED_IN_A_ROW)
+    saved += updates * _SAVED_WITH_A_GUIDER * ("guider" in cfg)
     if "_target_" not in cfg.collector:
         module = get_object(cfg.env._target_).__module__
         saved += steps * sum(seconds for name, seconds in _SAVED_IN_A_STEP.items() if module.startswith(name))

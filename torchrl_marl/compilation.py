@@ -11,12 +11,18 @@ from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch.compiler import skip_all_guards_unsafe
 
-__all__ = ["INDUCTOR_OPTIONS", "compile_whole", "keep_compiled_code", "or_uncompiled"]
+__all__ = ["GUARDLESS_OPTIONS", "INDUCTOR_OPTIONS", "compile_whole", "keep_compiled_code", "or_uncompiled"]
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     "fallback_random": True,  # Torch's generators, as uncompiled, rather than numbers of its own
     "cpp.use_decompose_tanh": True,  # by exp, to 1e-7: a third of the time of a rollout on a CPU went into tanh
+}
+GUARDLESS_OPTIONS: dict[str, Any] = {  # for small functions whose caller checks what guards would
+    **INDUCTOR_OPTIONS,
+    "guard_filter_fn": skip_all_guards_unsafe,
+    "cpp_wrapper": not torch.cuda.is_available(),  # a Python wrapper takes a tenth of a small step
 }
 
 

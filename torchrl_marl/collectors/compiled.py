@@ -10,12 +10,13 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torch.compiler import skip_all_guards_unsafe
 from torch.fx import GraphModule
 from torchrl.envs import EnvBase, ExplorationType, VmasEnv, set_exploration_type
 from torchrl.envs.transforms import Compose, InitTracker, RewardSum, StepCounter, TensorDictPrimer, TransformedEnv
 
 from torchrl_marl.collectors.sequences import memory_keys
-from torchrl_marl.compilation import INDUCTOR_OPTIONS, compile_whole
+from torchrl_marl.compilation import GUARDLESS_OPTIONS, compile_whole
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.vmas_graph import VmasGraphs
 
@@ -329,9 +330,8 @@ def _compiled(method: Callable[..., Any], compile: bool | str) -> Callable[..., 
     """
     if not compile:
         return method
-    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    if compile is True:
-        options |= INDUCTOR_OPTIONS | {"cpp_wrapper": not torch.cuda.is_available()}
+    guards = {"guard_filter_fn": skip_all_guards_unsafe}  # all that another backend takes
+    options = GUARDLESS_OPTIONS if compile is True else guards
     compiled = compile_whole(method.__func__, backend=compile, **options)
     return lambda *arguments: compiled(method.__self__, *arguments)
 

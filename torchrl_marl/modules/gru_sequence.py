@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import skip_all_guards_unsafe
 from torch.library import custom_op, register_fake
 
-from torchrl_marl.compilation import INDUCTOR_OPTIONS, compile_whole
+from torchrl_marl.compilation import GUARDLESS_OPTIONS, compile_whole
 
 __all__ = ["gru_sequence"]
 
@@ -120,8 +119,7 @@ def _in_blocks(
 
 @lru_cache
 def _compiled(block: FunctionType, size: int, shapes: tuple[object, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    options = {"guard_filter_fn": skip_all_guards_unsafe, "cpp_wrapper": not torch.cuda.is_available()}
-    return compile_whole(block, **INDUCTOR_OPTIONS, **options)
+    return compile_whole(block, **GUARDLESS_OPTIONS)
 
 
 @register_fake("torchrl_marl::gru_sequence")

@@ -10,12 +10,11 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
-from torch.compiler import skip_all_guards_unsafe
 from torch.func import functional_call, grad_and_value
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.adam import adam
 
-from torchrl_marl.compilation import INDUCTOR_OPTIONS, compile_whole, or_uncompiled
+from torchrl_marl.compilation import GUARDLESS_OPTIONS, INDUCTOR_OPTIONS, compile_whole, or_uncompiled
 from torchrl_marl.distributed import average_gradients, broadcast_state, world_size
 from torchrl_marl.objectives import RatioLoss
 
@@ -26,11 +25,6 @@ _Differentiate = Callable[[TensorDictBase], dict[str, Tensor]]
 _OPTIONS: dict[str, Any] = {
     **INDUCTOR_OPTIONS,
     "guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe,  # guards on globals take a fifth of a small step
-}
-_AT_ONCE: dict[str, Any] = {
-    **INDUCTOR_OPTIONS,
-    "guard_filter_fn": skip_all_guards_unsafe,
-    "cpp_wrapper": not torch.cuda.is_available(),  # a Python wrapper takes a tenth of a small step
 }
 
 
@@ -158,7 +152,7 @@ def _compiled_at_once(
         case = minibatch.batch_size, *minibatch.keys(True, True), *_settings(objective.loss)
         case += () if step is None else tuple(step.settings())
         if case not in compiled:
-            compiled[case] = compile_whole(gradients, **_AT_ONCE)
+            compiled[case] = compile_whole(gradients, **GUARDLESS_OPTIONS)
         found, moved, measured = compiled[case](minibatch, [] if step is None else step.state())
         for name, buffer in moved.items():
             buffers[name].copy_(buffer)  # AOTAutograd loses such a write within the graph

@@ -98,9 +98,9 @@ def test_a_compiled_update_and_compiled_acting_train_as_uncompiled_ones(
 ) -> None:
     compiler, given = torch.compile, []
 
-    def traced(function: Callable, *, fullgraph: bool = False, **_: Any) -> Callable:
+    def traced(function: Callable, *, fullgraph: bool = False, dynamic: bool | None = None, **_: Any) -> Callable:
         given.append(function)
-        return compiler(function, fullgraph=fullgraph, backend="aot_eager")
+        return compiler(function, fullgraph=fullgraph, dynamic=dynamic, backend="aot_eager")
 
     for name, compile in (("plain", lambda function, **_: function), ("traced", traced)):
         with monkeypatch.context() as patch:

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -196,6 +197,25 @@ def test_a_traced_update_is_the_uncompiled_one(case, monkeypatch):
     if case == "noise":  # which Adam's first step amplifies
         traced, plain = traced[0][0], plain[0][0]
     torch.testing.assert_close(traced, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_are_constants_of_a_compiled_update_though_runs_before_it_had_others(monkeypatch):
+    """In a grid over tasks, where Dynamo would take what has changed for a variable: slower, and checks may fail."""
+    compile, given = torch.compile, []
+
+    def backend(graph, inputs):
+        given.append(inputs)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, options, **kinds: compile(function, backend=backend, **kinds)
+    )
+    torch.manual_seed(0)
+    for scenario in ("CoordSum-3x10", "CoordSum-5x20"):
+        loss, rows = build(make_game=partial(make_coordsum, scenario), functional=True)
+        torch.testing.assert_close(trained(loss, rows, compile=True), trained(loss, rows), rtol=1e-4, atol=1e-5)
+    assert len(given) == 2
+    assert all(isinstance(value, torch.Tensor) for inputs in given for value in inputs)
 
 
 def test_settings_of_a_loss_that_change_between_compiled_updates_take_effect(monkeypatch):

@@ -98,7 +98,8 @@ def make_update(
 def _backward(objective: _Objective, groups: _Groups, max_grad_norm: float, *, compile: bool) -> _Differentiate:
     """Back-propagate; parameters that do not affect the loss have no gradient."""
     parameters = list(objective.parameters())
-    evaluate = or_uncompiled(torch.compile(objective, options=_OPTIONS), objective) if compile else objective
+    compiled = torch.compile(objective, dynamic=False, options=_OPTIONS) if compile else objective
+    evaluate = or_uncompiled(compiled, objective)
 
     def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
         total, measured = evaluate(minibatch)

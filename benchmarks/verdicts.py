@@ -1,0 +1,248 @@
+"""The results page and every verdict, from the stored episodes: `python benchmarks/verdicts.py --output runs/results`.
+
+Writes PAGE/README.md and PAGE/page.html: for each table of results/ the learning curves, the score of every method,
+aggregates over tasks, and the rows of results/plan.md that compare methods, with the verdict of its rule "better":
+confirmed if the 95 % interval of the probability that a run of A beats one of B lies above 0.5 and the 95 % interval of
+the mean difference, in spreads over seeds averaged over tasks, above 0; contradicted if both lie below; else undecided,
+with both intervals. Comparisons of one row are corrected by Holm's method. A score is the absolute metric of a run.
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from math import sqrt
+from pathlib import Path
+from statistics import mean, variance
+from typing import Any, NamedTuple
+
+import numpy as np
+from episodes import FRAMES, RUN, absolute_returns, read_table
+from pandas import DataFrame
+from power import RESULTS, t_quantile
+
+from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves
+from torchrl_marl.evaluation.page import Page
+from torchrl_marl.evaluation.statistics import (
+    iqm,
+    min_max_normalize,
+    performance_profile,
+    probability_of_improvement,
+    sample_efficiency,
+    stratified_bootstrap_interval,
+)
+
+Scores = Mapping[str, Mapping[str, Sequence[float]]]
+"""Scores of runs, by task and method."""
+
+
+class Comparison(NamedTuple):
+    """A row of results/plan.md that says that one method is better than others."""
+
+    row: str
+    suite: str  # results/SUITE.csv.gz
+    method: str
+    others: Sequence[str]
+    tasks: Sequence[str] = ()  # all of the suite
+
+
+COMPARISONS = [
+    *(Comparison("M1", "tuned", "mars", ("mappo", "maspo"), (task,)) for task in ("balance", "navigation")),
+    *(Comparison("M1", "tuned", "mars", ("mappo", "maspo"), (task,)) for task in ("PaxMen-4", "AeroCombat-2v2")),
+    Comparison("M1, four tasks", "tuned", "mars", ("mappo", "maspo")),
+    Comparison("M8", "mars_ablations", "mars", ("maspo_asymmetric", "mappo_asymmetric")),
+    *(Comparison("P1", "marpo", "marpo", ("mappo",), (task,)) for task in ("balance", "navigation")),
+    Comparison("P1, three tasks", "marpo", "marpo", ("mappo",)),
+    Comparison("P3, two tasks", "marpo", "marpo", ("mappo", "rpo"), ("reverse_transport", "balance")),
+    Comparison("Q", "spread_discrete", "mappo", ("qmix", "vdn")),
+    *(
+        Comparison("G1, G2", "coordsum", "magpo", ("mappo", "ippo", "ctds", "mat_mappo", "sable_mappo"), (task,))
+        for task in ("CoordSum-3x10", "CoordSum-5x20")
+    ),
+    Comparison("G3, one task", "coordsum", "magpo", ("ctds",), ("CoordSum-3x10",)),
+    Comparison("G1, G2", "magpo_navigation", "magpo", ("mappo", "ippo", "ctds", "mat_mappo", "sable_mappo")),
+]
+
+
+class Estimate(NamedTuple):
+    """An estimate with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def difference(scores: Scores, method: str, other: str, *, level: float = 0.05) -> Estimate:
+    """Mean difference of two methods in standard deviations over seeds, averaged over tasks, with its t-interval.
+
+    The standard deviation of a task is pooled over both methods; a task without any spread counts as no difference.
+    """
+    effects, squares, freedom = [], 0.0, 0
+    for of_task in scores.values():
+        one, two = of_task[method], of_task[other]
+        own = len(one) + len(two) - 2
+        spread = sqrt(((len(one) - 1) * variance(one) + (len(two) - 1) * variance(two)) / own)
+        effects.append((mean(one) - mean(two)) / spread if spread else 0.0)
+        squares, freedom = squares + 1 / len(one) + 1 / len(two), freedom + own
+    half = t_quantile(1 - level / 2, freedom) * sqrt(squares) / len(effects)
+    return Estimate(mean(effects), mean(effects) - half, mean(effects) + half)
+
+
+def improvement(scores: Scores, method: str, other: str, *, level: float = 0.05) -> Estimate:
+    """Probability that a run of a method beats one of another, averaged over tasks, with its bootstrap interval."""
+    pair = tuple(np.stack([of_task[name] for of_task in scores.values()], -1) for name in (method, other))
+    low, high = stratified_bootstrap_interval(pair, probability_of_improvement, confidence=1 - level)
+    return Estimate(probability_of_improvement(*pair), low, high)
+
+
+def verdict(probability: Estimate, effect: Estimate) -> str:
+    """The plan's rule "better"."""
+    if probability.low > 0.5 and effect.low > 0:
+        return "confirmed"
+    return "contradicted" if probability.high < 0.5 and effect.high < 0 else "undecided"
+
+
+def verdicts(scores: Scores, method: str, others: Sequence[str]) -> list[tuple[str, Estimate, Estimate, str]]:
+    """Compare a method with others by Holm's method: the clearest first, at a level that rises as long as it decides.
+
+    Returns:
+        For each other method its name, both estimates at the level of its turn, and the verdict.
+    """
+    rows, hypotheses = [], len(others)
+    for other in sorted(others, key=lambda other: -abs(difference(scores, method, other).value)):
+        estimates = [bound(scores, method, other, level=0.05 / hypotheses) for bound in (improvement, difference)]
+        rows.append((other, *estimates, verdict(*estimates)))
+        decided = all(row[-1] != "undecided" for row in rows)
+        hypotheses -= decided and hypotheses > 1
+    return rows
+
+
+def main_effects(scores: Scores, *, level: float = 0.05) -> Iterable[tuple[int, str, str, Estimate]]:
+    """Effects of the axes of a design whose methods are words joined by "+", one for each axis.
+
+    The effect of a level is the mean difference of all pairs of cells that differ from the axis's first level in
+    nothing else, in standard deviations over seeds, averaged over tasks.
+
+    Yields:
+        Axis, level, first level, and the effect with its t-interval.
+    """
+    cells = [tuple(method.split("+")) for method in next(iter(scores.values()))]
+    runs = [seeds for of_task in scores.values() for seeds in of_task.values()]
+    freedom = sum(len(seeds) - 1 for seeds in runs)
+    spread = {
+        task: sqrt(mean(variance(seeds) for seeds in of_task.values())) or 1.0 for task, of_task in scores.items()
+    }
+    for axis in range(len(cells[0])):
+        first, *others = dict.fromkeys(cell[axis] for cell in cells)
+        for other in others:
+            swapped = {cell: (*cell[:axis], other, *cell[axis + 1 :]) for cell in cells if cell[axis] == first}
+            pairs = [("+".join(one), "+".join(two)) for one, two in swapped.items() if two in cells]
+            effects, squares = [], 0.0
+            for task, of_task in scores.items():
+                for one, two in pairs:
+                    effects.append((mean(of_task[two]) - mean(of_task[one])) / spread[task])
+                    squares += 1 / len(of_task[one]) + 1 / len(of_task[two])
+            half = t_quantile(1 - level / 2, freedom) * sqrt(squares) / len(effects)
+            yield axis, other, first, Estimate(mean(effects), mean(effects) - half, mean(effects) + half)
+
+
+def curves(table: DataFrame) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """By task and method, the frames of evaluations ``[evaluations]`` and mean returns ``[runs, evaluations]``."""
+    evaluations = table[table[FRAMES].notna()].groupby([*RUN, FRAMES], sort=False)["return"].mean().reset_index()
+    found: dict[str, dict[str, tuple[Any, Any]]] = {}
+    for (task, method), runs in evaluations.groupby(["task", "method"], sort=False):
+        wide = runs.pivot(index="seed", columns=FRAMES, values="return").dropna(axis="columns")
+        found.setdefault(task, {})[method] = wide.columns.to_numpy(float), wide.to_numpy()
+    return found
+
+
+def estimate(values: Any, statistic: Any) -> tuple[Any, Any, Any]:
+    return (statistic(values), *stratified_bootstrap_interval(values, statistic))
+
+
+def add_suite(page: Page, suite: str, table: DataFrame) -> None:
+    """Add a suite's curves, scores, and aggregates over its tasks if all methods played all of them."""
+    page.heading(suite)
+    scores, over_frames = absolute_returns(table), curves(table)
+    bands = {
+        task: {
+            method: Band(frames, *estimate(returns[:, None], sample_efficiency))
+            for method, (frames, returns) in of_task.items()
+        }
+        for task, of_task in over_frames.items()
+    }
+    figure = draw_curves(bands, ylabel="evaluation return")
+    page.figure(figure, f"{suite}_curves", f"{suite}: IQM over seeds with its 95 % bootstrap interval.")
+    rows = [
+        (task, method, str(len(runs)), *(str(Estimate(*estimate(np.array(runs)[:, None], s))) for s in (iqm, np.mean)))
+        for task, of_task in scores.items()
+        for method, runs in of_task.items()
+    ]
+    page.table(["task", "method", "seeds", "IQM of the absolute metric", "mean"], rows, text_columns=2)
+    methods = list(dict.fromkeys(method for of_task in scores.values() for method in of_task))
+    counts = {len(of_task.get(method, ())) for of_task in scores.values() for method in methods}
+    if len(scores) > 1 and len(counts) == 1:
+        add_aggregates(page, suite, scores, over_frames, methods)
+
+
+def add_aggregates(page: Page, suite: str, scores: Scores, over_frames: Any, methods: Sequence[str]) -> None:
+    """Add sample efficiency and performance profiles, normalised by the lowest and highest value of a task."""
+    tasks, percent, thresholds = list(scores), np.linspace(0, 100, 101), np.linspace(0, 1, 101)
+    values = {
+        task: np.concatenate(
+            [*(returns.ravel() for _, returns in over_frames[task].values()), *map(np.array, scores[task].values())]
+        )
+        for task in tasks
+    }
+    low, high = (np.array([bound(values[task]) for task in tasks]) for bound in (np.min, np.max))
+    efficiency, profiles = {}, {}
+    for method in methods:
+        along = np.stack(
+            [
+                [np.interp(percent, 100 * frames / frames[-1], run) for run in returns]
+                for frames, returns in (over_frames[task][method] for task in tasks)
+            ],
+            -1,
+        )
+        normalized = np.moveaxis(min_max_normalize(along, low, high), -1, 1)
+        ends = min_max_normalize(np.stack([scores[task][method] for task in tasks], -1), low, high)
+        efficiency[method] = Band(percent, *estimate(normalized, sample_efficiency))
+        profiles[method] = Band(thresholds, *estimate(ends, lambda runs: 100 * performance_profile(runs, thresholds)))
+    text = f"{suite} over {len(tasks)} tasks, normalised by the lowest and highest value of each, with 95 % intervals."
+    page.figure(draw_aggregates(efficiency, profiles), f"{suite}_aggregates", text)
+
+
+def write_page(output: Path) -> Path:
+    """Write the page; return its address."""
+    read = cache(lambda suite: read_table(RESULTS / f"{suite}.csv.gz"))
+    page = Page(output, title="Results, rebuilt from the stored episodes")
+    page.heading("Verdicts")
+    page.paragraph(" ".join(str(__doc__).split("\n\n")[1].split()))
+    rows = []
+    for row, suite, method, others, tasks in COMPARISONS:
+        scores = {task: runs for task, runs in absolute_returns(read(suite)).items() if not tasks or task in tasks}
+        where = ", ".join(tasks or scores)
+        rows += [
+            (row, where, f"{method} over {other}", *map(str, rest)) for other, *rest in verdicts(scores, method, others)
+        ]
+    page.table(["row", "tasks", "better", "probability", "difference, in spreads", "verdict"], rows, text_columns=3)
+    suites = sorted(path.name.removesuffix(".csv.gz") for path in RESULTS.glob("*.csv.gz"))
+    if "composition" in suites:
+        page.heading("Main effects of the composition")
+        cells = [
+            (f"{level} instead of {first}", str(effect))
+            for _, level, first, effect in main_effects(absolute_returns(read("composition")))
+        ]
+        page.table(["axis", "effect, in spreads over seeds"], cells)
+    for suite in suites:
+        add_suite(page, suite, read(suite))
+    page.write()
+    return output / "page.html"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/results"))
+    print(write_page(parser.parse_args().output))

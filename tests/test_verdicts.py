@@ -1,0 +1,72 @@
+"""The rules of results/plan.md, on scores whose answers follow by hand."""
+
+from collections.abc import Mapping
+from math import sqrt
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def rules(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import verdicts
+
+    return verdicts
+
+
+CLOSE = {
+    "task": {"a": [1.0, 2.0, 3.0, 4.0, 5.0], "b": [1.5, 2.5, 3.5, 4.5, 0.5], "far": [-9.0, -8.0, -7.0, -6.0, -5.0]}
+}
+
+
+def test_a_difference_is_in_pooled_spreads_with_students_interval(rules):
+    found = rules.difference(CLOSE, "a", "far")
+    spread = sqrt(2.5)  # the variance of five neighbours, in both methods
+    assert found.value == pytest.approx(10 / spread)
+    assert found.high - found.value == pytest.approx(2.306 * sqrt(2 / 5), rel=2e-3)  # t of 8 degrees of freedom
+
+
+def test_two_tasks_are_averaged_and_halve_the_variance(rules):
+    twice = {"one": CLOSE["task"], "two": {name: [-x for x in runs] for name, runs in CLOSE["task"].items()}}
+    found = rules.difference(twice, "a", "far")
+    assert found.value == pytest.approx(0)
+    assert found.high == pytest.approx(2.120 * sqrt(4 / 5) / 2, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "other", "expected"), [("a", "far", "confirmed"), ("far", "a", "contradicted"), ("a", "b", "undecided")]
+)
+def test_a_verdict_needs_both_intervals(rules, method, other, expected):
+    assert rules.verdicts(CLOSE, method, [other])[0][-1] == expected
+
+
+def test_holm_corrects_by_the_number_of_hypotheses_that_are_left(rules):
+    (first, _, one, sure), (second, _, two, open_) = rules.verdicts(CLOSE, "a", ["b", "far"])
+    assert (first, sure, second, open_) == ("far", "confirmed", "b", "undecided")
+    assert one == rules.difference(CLOSE, "a", "far", level=0.025)
+    assert two == rules.difference(CLOSE, "a", "b", level=0.05)
+    third = rules.verdicts({"task": CLOSE["task"] | {"c": CLOSE["task"]["b"]}}, "a", ["b", "c"])[1]
+    assert third[2] == rules.difference(CLOSE, "a", "b", level=0.025)  # the first did not decide
+
+
+def test_a_main_effect_is_the_mean_over_pairs_that_differ_in_one_axis(rules):
+    def runs(value: float) -> list[float]:
+        return [value - 1, value, value + 1]  # a standard deviation of 1
+
+    cells: Mapping[str, list[float]] = {
+        "clip+own": runs(0),
+        "clip+reuse": runs(2),
+        "barrier+own": runs(3),
+        "kl+own": runs(-1),
+    }
+    found = {(level, first): effect for _, level, first, effect in rules.main_effects({"task": cells})}
+    assert {pair: effect.value for pair, effect in found.items()} == {
+        ("barrier", "clip"): pytest.approx(3),
+        ("kl", "clip"): pytest.approx(-1),
+        ("reuse", "own"): pytest.approx(2),
+    }
+    assert found["reuse", "own"].high - 2 == pytest.approx(2.306 * sqrt(2 / 3), rel=2e-3)  # of all four cells

@@ -47,7 +47,7 @@ class Part:
         return range(self.first_seed, self.first_seed + self.num_seeds)
 
 
-def grid(*choices: Sequence[str]) -> list[str]:
+def grid(*choices: Iterable[str]) -> list[str]:
     """One command for each choice of one word, or of several, from every list."""
     return [" ".join(words) for words in itertools.product(*choices)]
 
@@ -201,10 +201,8 @@ def tuned(
     )
 
 
-SMALL_VMAS = (
-    "total_frames=240000 evaluation.interval=24000 evaluation.video=false env.num_envs=240 "
-    "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]"
-)
+SMALL_MLPS = "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]"
+SMALL_VMAS = f"total_frames=240000 evaluation.interval=24000 evaluation.video=false env.num_envs=240 {SMALL_MLPS}"
 
 
 def tuned_vmas(scenario: str) -> Part:
@@ -263,6 +261,53 @@ XUANCE = (  # the settings of XuanCe's published curves
 )
 OURS = "env.num_envs=200 frames_per_batch=5000 minibatch_size=1000"
 MARPO_RECIPE = "marpo_vmas.py chunk_length=5"
+
+APART = "actor.share_parameters=false actor.agent_id=false"  # in every cell, since agents that take turns need it
+GAIN = "loss.gain._target_=torchrl_marl.objectives.surrogates.{}_gain loss.gain._partial_=true"
+REGIONS = {"clip": "", "quadratic": GAIN.format("quadratic"), "barrier": GAIN.format("barrier")}
+
+
+def cells() -> Iterable[str]:
+    """The cells of the composition that exist: trust region + reflection + data + order."""
+    for reflection, coefficient in (("off", 0), ("on", 0.3)):
+        together = f"{MARPO_RECIPE} loss=marpo loss.reflection_coeff={coefficient}"
+        for region, gain in REGIONS.items():
+            bounds = "loss.layout=rpo loss.clip_epsilon=[0.5,1.0] loss.next_clip_epsilon=[0.5,1.0]"
+            yield f"{together} {bounds} {gain} method={region}+{reflection}+own+together"
+        interval = "loss.layout=paper loss.kl_bias=0.19"
+        yield f"{together} {interval} method=interval+{reflection}+own+together"
+    for data, method in (("own", "happo"), ("reuse", "oappo loss.own_weight=0.7 loss.kl_threshold=0.1")):
+        for region, gain in REGIONS.items():
+            in_turns = f"oappo_vmas.py loss={method} loss.clip_epsilon=[0.5,1.0]"
+            yield f"{in_turns} {gain} method={region}+off+{data}+turns"
+
+
+def composition(name: str, task: str, core_hours: float) -> Part:
+    """The screening on one task."""
+    commands = grid(cells(), [f"{APART} optimizer.lr=2e-3 {task}"])
+    return Part(name, commands, num_seeds=3, baseline="clip+off+own+together", core_hours=core_hours)
+
+
+SCREENING = [
+    *(
+        composition(f"composition_{task}", f"env=vmas env.scenario={task} {SMALL_VMAS}", 0.5)
+        for task in ("balance", "reverse_transport")
+    ),
+    composition(
+        "composition_maze",
+        "env=maze env.scenario=black_blue_red env.num_envs=256 actor.hidden_sizes=[32] critic.hidden_sizes=[32] "
+        "total_frames=256000 frames_per_batch=6400 minibatch_size=6400 evaluation.interval=64000 evaluation.episodes=1 "
+        "evaluation.video=false",
+        0.3,
+    ),
+    composition(
+        "composition_coordsum",
+        "env=coordsum env.scenario=CoordSum-3x10 env.num_envs=64 frames_per_batch=6400 minibatch_size=1600 "
+        f"{SMALL_MLPS} total_frames=256000 evaluation.interval=25600 evaluation.video=false",
+        0.4,
+    ),
+    composition("composition_spread", f"{SPREAD.replace('1000000', '500000')} {SPREAD_CRITIC} {OURS}", 0.6),
+]
 
 PLAN = [
     retuned(
@@ -340,6 +385,7 @@ PLAN = [
             "rpo": reflections((0.4, 0.1, "2e-3"), (0.4, 1, "4e-3"), (0.4, 0.3, "2e-3")),
         },
     ),
+    *SCREENING,
 ]
 
 STUDIES = {

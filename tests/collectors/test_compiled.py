@@ -11,7 +11,16 @@ from torchrl.envs import RewardScaling, StepCounter, TransformedEnv
 from torchrl.modules import EGreedyModule
 
 from torchrl_marl.collectors import CompiledCollector, SequenceCollector, compiled, epsilon_greedy
-from torchrl_marl.envs import RandomState, make_aerocombat, make_coordsum, make_env, make_maze, make_paxmen
+from torchrl_marl.envs import (
+    RandomState,
+    make_aerocombat,
+    make_coordsum,
+    make_env,
+    make_maze,
+    make_paxmen,
+    preserve_random_state,
+)
+from torchrl_marl.evaluation import evaluate
 from torchrl_marl.modules import (
     collection_policy,
     make_actor,
@@ -88,6 +97,17 @@ def assert_same(ours, theirs, tolerance):
                 assert_close(our[key], value, **limits, msg=lambda text, key=key: f"{key}: {text}")
             else:
                 assert our[key].batch_size == value.batch_size, key
+
+
+def assert_evaluates(collector, policy, env, tolerance, max_steps):
+    """As ``evaluate`` plays the policy, twice."""
+    assert collector.acts_as(policy)
+    with preserve_random_state():
+        expected = evaluate(env, policy, seed=5, max_steps=max_steps).metrics()
+        played = [collector.evaluate(env, seed=5, max_steps=max_steps).metrics() for _ in range(2)]
+    for metrics in played:
+        assert_close(metrics, expected, rtol=tolerance, atol=tolerance)
+    assert len(set(expected["return"])) > 1
 
 
 @pytest.mark.parametrize("recurrent", [False, True], ids=["mlp", "gru"])
@@ -175,10 +195,13 @@ def test_batches_of_agents_that_act_in_turn_are_those_of_a_sequence_collector(na
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_batches_are_those_of_torchrls_collector(device):
     torch.compiler.reset()
-    ours = take(CompiledCollector(*game_and_policy("CoordSum-3x4", device=device), frames_per_batch=44))
+    collector = CompiledCollector(*game_and_policy("CoordSum-3x4", device=device), frames_per_batch=44)
+    ours = take(collector)
     theirs = take(torchrls(*game_and_policy("CoordSum-3x4", device=device), 44))
     assert ours[0]["next", "agents", "reward"].any()
     assert_same(ours, theirs, tolerance=1e-5)
+    other, _ = game_and_policy("CoordSum-3x4", num_envs=6, device=device)
+    assert_evaluates(collector, collector.policy, other, 1e-5, max_steps=7)
 
 
 def test_a_compiled_collector_follows_the_policys_parameters_and_no_other_collectors_game():
@@ -276,6 +299,8 @@ def test_compiled_batches_of_vmas_are_those_of_torchrls_collector(device):
     assert theirs[1]["next", "terminated"].any()
     assert theirs[1]["next", "truncated"].any()
     assert_same(ours, theirs, tolerance=1e-4)
+    other, _ = vmas_and_policy(Ending, max_steps=25, num_envs=6, device=device)
+    assert_evaluates(collector, collector.policy, other, 1e-4, max_steps=25)
     assert not collector._game._graphs.refused
 
 
@@ -311,6 +336,34 @@ def test_a_stored_random_state_brings_back_vmass_batches_in_another_process():
     RandomState(env).load_state_dict(saved)
     other.reset()
     assert (next(iter(other)) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "max_steps"),
+    [("CoordSum-3x4", 7), (Ending, 25)],  # where episodes are of different lengths
+)
+def test_a_collector_evaluates_as_evaluate_does_and_its_next_batch_is_as_without(name, max_steps):
+    options, taken = {"recurrent": True, "max_steps": max_steps}, []
+    for evaluating in (True, False):
+        env, policy = vmas_and_policy(name, **options)
+        collector = CompiledCollector(env, policy, frames_per_batch=16, compile=False)
+        torch.manual_seed(1)
+        data = iter(collector)
+        first = next(data).clone()
+        if evaluating:  # in two parts, of four copies and of two
+            with preserve_random_state():
+                other, _ = vmas_and_policy(name, num_envs=6, **options)
+            assert_evaluates(collector, policy, other, 1e-5, max_steps)
+        taken.append([first, next(data)])
+    assert_same(*taken, tolerance=0)
+
+
+def test_a_collector_knows_whose_actions_it_plays():
+    env, actor = game_and_policy("CoordSum-3x4")
+    collector = CompiledCollector(env, actor, frames_per_batch=8, compile=False)
+    assert not collector.acts_as(game_and_policy("CoordSum-3x4")[1])
+    env, policy = game_and_guider("CoordSum-3x4", make_mat)  # agents in turn: parameters depend on what is drawn
+    assert not CompiledCollector(env, policy, frames_per_batch=8, compile=False).acts_as(policy)
 
 
 def test_environments_that_are_no_pure_functions_are_refused():

@@ -647,3 +647,18 @@ def test_mars_learns_navigation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rows = curves(run_folders(tmp_path)[0])["eval/reward/episode_reward_mean"].split()
     before, after = (float(row.split(",")[1]) for row in (rows[0], rows[-1]))
     assert after > before + 0.8  # of at most 4.3; a policy that learns nothing stays within 0.2
+
+
+def test_a_compiled_run_is_evaluated_by_its_collector_as_an_uncompiled_one(tmp_path, monkeypatch):
+    for module in ("collectors.compiled", "run.update"):  # what is compiled is the matter of other tests
+        monkeypatch.setattr(f"torchrl_marl.{module}.compile_whole", lambda function, **_: function)
+    played, plain = [], CompiledCollector.evaluate
+    count = lambda *arguments, **options: played.append(1) or plain(*arguments, **options)  # noqa: E731
+    monkeypatch.setattr(CompiledCollector, "evaluate", count)
+    evaluated = []
+    for compile in ("true", "false"):
+        run_recipe(monkeypatch, tmp_path / compile, "env=coordsum", f"compile={compile}")
+        (folder,) = run_folders(tmp_path / compile)
+        evaluated.append(json.loads((folder / "evaluations.json").read_text()))
+    assert len(played) == 4  # before training and every 80 of 240 frames
+    assert evaluated[0] == evaluated[1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
 from torch import Tensor
 from torch.compiler import skip_all_guards_unsafe
 from torch.fx import GraphModule
@@ -19,6 +20,8 @@ from torchrl_marl.collectors.sequences import memory_keys
 from torchrl_marl.compilation import GUARDLESS_OPTIONS, compile_whole
 from torchrl_marl.envs import TensorEnv, preserve_random_state
 from torchrl_marl.envs.vmas_graph import VmasGraphs
+from torchrl_marl.evaluation.episodes import Episodes, first_episodes, so_far
+from torchrl_marl.modules import AutoregressiveActor, with_recurrent_state
 
 __all__ = ["CompiledCollector"]
 
@@ -107,6 +110,44 @@ class CompiledCollector:
         """Close the environment."""
         self.env.close(raise_if_closed=False)
 
+    def acts_as(self, actor: TensorDictModuleBase) -> bool:
+        """Whether the policy's most likely actions are those of an actor, so that :meth:`evaluate` plays the actor."""
+        heads = _heads(actor)
+        return bool(heads) and heads == self._scribe.heads
+
+    @torch.no_grad()
+    def evaluate(self, env: EnvBase, *, seed: int, max_steps: int) -> Episodes:
+        """Play one episode in every copy of an environment with the policy's most likely actions.
+
+        The result is that of :func:`torchrl_marl.evaluation.evaluate` up to rounding, but the episodes are played in
+        the collector's environment, by the compiled functions of collection. They start from the states of ``env``,
+        as many at a time as the collector has environments. The state of the collector's environment is restored.
+
+        Args:
+            env: batch of environments of the same game, not the collector's own.
+            seed: seed of the initial states.
+            max_steps: maximum length of an episode.
+
+        Raises:
+            ValueError: if an episode does not end within ``max_steps``.
+        """
+        env.set_seed(seed)
+        first, parts = _leaves(with_recurrent_state(env, self.policy).reset()), []
+        copies, following, restore = self.env.batch_size.numel(), self._first, self._game.hold()
+        self._scribe.greedy.fill_(True)
+        try:
+            for rows in torch.arange(env.batch_size.numel(), device=env.device).split(copies):
+                filled = rows.repeat(-(-copies // len(rows)))[:copies]
+                self._first = {key: value[filled] for key, value in first.items()}
+                self._game.load(_game(env)[0], filled)
+                played: list[Any] = [so_far(self._collect()) for _ in range(0, max_steps, self.num_steps)]
+                parts.append(first_episodes(torch.cat(played, -1)[: len(rows), :max_steps]))
+        finally:
+            self._scribe.greedy.fill_(False)
+            self._first = following
+            restore()
+        return Episodes.joined(parts)
+
     @torch.no_grad()
     def _collect(self) -> TensorDictBase:
         root, root_steps = _memory(self.num_steps + 1, self._shapes["root"], self._states)
@@ -146,6 +187,8 @@ class _Scribe:
 
     def __init__(self, policy: TensorDictModuleBase, first: TensorDictBase, *, described: Iterable[NestedKey]) -> None:
         self.policy, self.batch_size = policy, first.batch_size
+        self.heads = _heads(policy)
+        self.greedy = torch.zeros((), dtype=torch.bool, device=first.device)  # an input of the graph
         groups = first.items(True, False)
         self._groups = {key: value.batch_size[1:] for key, value in groups if isinstance(value, TensorDictBase)}
         self._carried = set(_leaves(first)) - _FLAGS
@@ -163,6 +206,11 @@ class _Scribe:
     def act(self, now: _Entries, then: _Entries, following: _Entries) -> TensorDictBase:
         """Run the policy on the entries ``now``; write its outputs, and its memory after the step."""
         data = self.policy(self.nest(now, self.batch_size))
+        for head in self.heads:
+            with set_exploration_type(ExplorationType.DETERMINISTIC):
+                likely = head(data.copy())
+            for key in head.dist_sample_keys:
+                data.set(key, torch.where(self.greedy, likely.get(key), data.get(key)))
         memory = _leaves(data.pop("next")) if "next" in data.keys() else {}
         if _INIT in now:
             memory[_INIT] = torch.zeros_like(now[_INIT])
@@ -206,6 +254,14 @@ class _TensorGame:
 
     def end(self) -> None:
         self._game.state = self._tensordict(self._state)
+
+    def hold(self) -> Callable[[], None]:
+        """Return a function that restores the present state."""
+        return partial(setattr, self._game, "state", self._game.state)
+
+    def load(self, game: Any, rows: Tensor) -> None:
+        """Take over the state of some copies of another batch."""
+        self._game.state = game.state[rows]
 
     def _write_step(self, state: _Entries, now: _Entries, then: _Entries, following: _Entries) -> _Entries:
         data = self._scribe.act(now, then, following)
@@ -258,6 +314,12 @@ class _VmasGame:
             self._scribe.restart(_leaves(described.exclude(*_FLAGS)), done, following)
 
     def end(self) -> None: ...
+
+    def hold(self) -> Callable[[], None]:
+        return self._graphs.hold()
+
+    def load(self, env: Any, rows: Tensor) -> None:
+        self._graphs.load(env, rows)
 
     def _fuse_step(self, module: GraphModule) -> Callable[..., Sequence[Tensor]]:
         self._step, compiled = module, _compiled(self._write_step, self._compile)
@@ -321,6 +383,14 @@ def _game(env: EnvBase) -> tuple[TensorEnv | VmasEnv, int | None]:
             "TorchRL's Collector takes any environment."
         )
     return game, next((one.max_steps for one in transforms if isinstance(one, StepCounter)), None)
+
+
+def _heads(policy: TensorDictModuleBase) -> list[ProbabilisticTensorDictModule]:
+    """The parts of a policy that draw actions; none if agents act in turn, as one's parameters depend on draws."""
+    parts = list(policy.modules())
+    if any(isinstance(part, AutoregressiveActor) for part in parts):
+        return []
+    return [part for part in parts if isinstance(part, ProbabilisticTensorDictModule)]
 
 
 def _compiled(method: Callable[..., Any], compile: bool | str) -> Callable[..., Any]:

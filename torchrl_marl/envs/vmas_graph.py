@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -125,6 +126,19 @@ class VmasGraphs:
                     graph.find_state()
             except _RefusedError as reason:
                 self._refuse(name, reason)
+
+    def hold(self) -> Callable[[], None]:
+        """Return a function that restores the environment's present state."""
+        state = _State(self.env)
+        return partial(state.restore, [value.clone() for value in state.read()], state.settings())
+
+    def load(self, env: VmasEnv, rows: Tensor) -> None:
+        """Take over the state of some copies of another batch of the same scenario."""
+        theirs = {path: box[key] for path, (box, key) in _State(env).places.items()}
+        for path, (box, key) in _State(self.env).places.items():
+            if path in theirs:  # others are created by the first step
+                value = theirs[path]
+                box[key] = value.clone() if value.shape == box[key].shape else value[rows]
 
     def _reset_where(self, mask: Tensor, *draws: Tensor) -> TensorDictBase:
         """Reset the whole batch with given draws, and keep the result only where the mask is set."""

@@ -92,18 +92,31 @@ def evaluate(
     with set_exploration_type(ExplorationType.RANDOM if sampled else ExplorationType.DETERMINISTIC):
         for _ in range(max_steps):  # env.rollout would store a policy's memory at every step
             data, following = env.step_and_maybe_reset(policy(following))
-            own = {"returns": episode_returns(data), "groups": group_returns(data), "info": episode_info(data)}
-            steps.append(TensorDict({"done": data["next", "done"].squeeze(-1), **own}, data.batch_size))
+            steps.append(so_far(data))
             after_step()
             ended |= steps[-1]["done"]
             if ended.all():
                 break
-    if not ended.all():
-        raise ValueError(f"{int((~ended).sum())} of {len(ended)} episodes did not end within {max_steps} steps.")
-    played: Any = torch.stack(steps, -1)
-    done = played["done"]
+    return first_episodes(torch.stack(steps, -1))
+
+
+def so_far(data: TensorDictBase) -> TensorDict:
+    """Return what is known of the episodes at every step, and whether they are done, with the shape of ``data``."""
+    own = {"returns": episode_returns(data), "groups": group_returns(data), "info": episode_info(data)}
+    return TensorDict({"done": data["next", "done"].squeeze(-1), **own}, data.batch_size)
+
+
+def first_episodes(steps: Any) -> Episodes:
+    """Return the first episode of every copy from :func:`so_far` of its steps, ``[E, T]``.
+
+    Raises:
+        ValueError: if an episode does not end.
+    """
+    done = steps["done"]
+    if endless := int((~done.any(-1)).sum()):
+        raise ValueError(f"{endless} of {len(done)} episodes did not end within {done.shape[-1]} steps.")
     first = done.int().argmax(-1)  # environments restart after their first episode
-    ends = played[torch.arange(len(first), device=first.device), first]
+    ends = steps[torch.arange(len(first), device=first.device), first]
     return Episodes(ends["returns"], first + 1, ends["groups"].to_dict(), ends["info"].to_dict())
 
 

@@ -41,6 +41,7 @@ from torchrl_marl.run.records import EvaluationRecord, read_metrics
 __all__ = ["Run", "progress_bar", "reduce_records", "stop_signals"]
 
 _MAX_COPIES = 1_024  # of an environment for the absolute metric
+_MAX_SPARE = 8  # times as many training environments as episodes, whose steps cost as much as uncompiled ones of these
 _SECONDS_BETWEEN_CURVES = 60  # drawing takes a quarter of one
 
 _Collector = Collector | CompiledCollector | SequenceCollector | WorkerCollector
@@ -137,6 +138,7 @@ class Run:
         self._records: list[Mapping[str, Tensor]] = []
         self._warned: set[str] = set()
         self._asked_to_stop = self._interrupted = False
+        self._collector: _Collector | None = None
         self._trained = ""  # what the progress line says of episodes in training
         self._drawn = time.monotonic()
         self.trained_with: list[str] = []
@@ -186,12 +188,13 @@ class Run:
         bar = progress_bar(self.cfg.method, self.cfg.total_frames, initial=self.frames, disable=not self._is_main)
         with ExitStack() as stack, self._failures_named(), bar, stop_signals(self.interrupt):
             stack.callback(collector.shutdown)
+            self._collector = collector
+            if self.cfg.compile:
+                bar.set_postfix_str("compiling once, which takes a quarter of a minute to some minutes")
             if not self._progress["evaluations"]:
                 self.evaluate_and_save()
             data = iter(collector)
             self._begin_episodes(collector)
-            if self.cfg.compile:
-                bar.set_postfix_str("compiling once, which takes a quarter of a minute to some minutes")
             while not self.is_over:
                 start = time.perf_counter()
                 batch = next(data)
@@ -356,7 +359,7 @@ class Run:
         start = time.perf_counter()
         if episodes is None:
             with preserve_random_state():
-                episodes = self._play(self._evaluation_env, self._actor, self.seed(1))
+                episodes = self._evaluate()
         metrics = _statistics("eval/reward/episode_reward", episodes.returns)
         if len(episodes.groups) > 1:
             for group, returns in episodes.groups.items():
@@ -375,6 +378,14 @@ class Run:
         self._checkpoints.save(frames=frames, score=score, metadata=metadata)
         if time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES:
             self._draw_learning_curve()
+
+    def _evaluate(self) -> Episodes:
+        """Play evaluation episodes, by the compiled functions of collection where these can."""
+        env, collector, evaluation = self._evaluation_env, self._collector, self.cfg.evaluation
+        can_play = isinstance(collector, CompiledCollector) and collector.acts_as(self._actor)
+        if can_play and not evaluation.sampled and self.cfg.env.num_envs <= _MAX_SPARE * evaluation.episodes:
+            return collector.evaluate(env, seed=self.seed(1), max_steps=self.cfg.env.max_steps)
+        return self._play(env, self._actor, self.seed(1))
 
     def _absolute_episodes(self) -> Episodes:
         """Play the best parameters in ten times as many episodes, on unused initial states.

@@ -1,3 +1,4 @@
+import math
 import re
 import sys
 from pathlib import Path
@@ -425,13 +426,13 @@ def test_other_spaces_of_gymnasium_are_flattened_and_choices_numbered():
     assert [move.tolist() for move in taken[0]] == [[1, 2], [0, 1]]
 
 
-def choosing(mask, mask_space):
-    """A game of one agent with two choices, of two and of three, and a mask for each."""
+def choosing(mask, mask_space, sizes=(2, 3)):
+    """A game of one agent with several choices, and a mask for each."""
     spaces = pytest.importorskip("gymnasium").spaces
     seen = {"observation": np.zeros(1, np.float32), "action_mask": mask}
     game = {
         "observation_space": spaces.Tuple([spaces.Dict(observation=spaces.Box(-1, 1, (1,)), action_mask=mask_space)]),
-        "action_space": spaces.Tuple([spaces.MultiDiscrete([2, 3])]),
+        "action_space": spaces.Tuple([spaces.MultiDiscrete(sizes)]),
         "reset": lambda self, seed=None: ([seen], {}),
         "step": lambda self, action: ([seen], 1.0, False, False, {}),
     }
@@ -448,6 +449,24 @@ def test_masks_of_choices_forbid_every_combination_with_an_illegal_one():
         assert data["agents", "action_mask"][0, 0].tolist() == [False, True, True, False, False, False]
     with pytest.raises(ValueError, match=r"must have a mask for each component, of lengths \[2, 3\]"):
         choosing(np.ones(6), spaces.MultiBinary(6)).reset()
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 2, 3)])
+def test_a_mask_that_fits_the_combinations_as_well_as_the_components_must_be_a_tuple(sizes):
+    spaces = pytest.importorskip("gymnasium").spaces
+    size = sum(sizes)
+    with pytest.raises(ValueError, match=r"as a tuple, as its entries would also fit all combinations"):
+        choosing(np.ones(size), spaces.MultiBinary(size), sizes).reset()
+    apart = spaces.Tuple([spaces.MultiBinary(size) for size in sizes])
+    mask = tuple(np.ones(size) if axis else np.arange(size) < 1 for axis, size in enumerate(sizes))
+    legal = choosing(mask, apart, sizes).reset()["agents", "action_mask"]
+    assert legal.flatten().tolist() == [index < math.prod(sizes[1:]) for index in range(math.prod(sizes))]
+
+
+def test_one_size_of_choices_is_no_ambiguity():
+    spaces = pytest.importorskip("gymnasium").spaces
+    legal = choosing(np.array([1, 0, 1]), spaces.MultiBinary(3), (3,)).reset()["agents", "action_mask"]
+    assert legal.flatten().tolist() == [True, False, True]
 
 
 class Driving:
@@ -487,6 +506,17 @@ def test_an_image_beside_other_entries_stays_an_image_and_the_others_are_one_vec
     split = make_custom(Driving, num_envs=1, seed=0, group_by={"one": ["agent_0"], "two": ["agent_1"]})
     second = split.reset()["two", "image"][0, 0]
     np.testing.assert_array_equal(second, split._games[0].env.last[1]["camera"])
+
+
+def test_a_step_does_not_look_for_the_image_among_the_spaces(monkeypatch):
+    env = make_custom(Driving, num_envs=1, seed=0, max_steps=3)
+    data = env.reset()
+
+    def look(space):
+        raise AssertionError("spaces do not change")
+
+    monkeypatch.setattr("torchrl_marl.envs.wrappers.spaces._is_image", look)
+    assert env.step(env.rand_action(data))["next", "agents", "image"].shape == (1, 2, 12, 10, 3)
 
 
 def test_two_images_of_an_agent_are_refused():

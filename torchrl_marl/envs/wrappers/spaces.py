@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,24 +18,25 @@ from torchrl_marl.envs.wrappers.base import actions_like
 __all__ = ["AgentSpaces", "Part", "group_agents", "part_of"]
 
 
-class AgentSpaces(NamedTuple):
-    """What one agent sees and does."""
+@dataclass(frozen=True)
+class AgentSpaces:
+    """What one agent sees and does; every step reads what follows from it."""
 
     observation: Any
     action: Any
 
-    @property
+    @cached_property
     def masked(self) -> bool:
         """Whether an observation is a dictionary of ``observation`` and ``action_mask``."""
         parts = getattr(self.observation, "spaces", None)
         return isinstance(parts, Mapping) and set(parts) == {"observation", "action_mask"}
 
-    @property
+    @cached_property
     def seen(self) -> Any:
         """The space of what it sees, without the mask."""
         return self.observation.spaces["observation"] if self.masked else self.observation
 
-    @property
+    @cached_property
     def image(self) -> str | None:
         """Key of the image in a ``Dict`` of an image and other entries.
 
@@ -51,19 +53,19 @@ class AgentSpaces(NamedTuple):
             )
         return images[0] if images else None
 
-    @property
+    @cached_property
     def image_shape(self) -> tuple[int, ...] | None:
         """Shape of the image beside the vector of other entries."""
         return None if self.image is None else tuple(self.seen.spaces[self.image].shape)
 
-    @property
+    @cached_property
     def vector(self) -> Any:
         """The space of what it sees, without an image beside other entries."""
         if self.image is None:
             return self.seen
         return type(self.seen)({key: space for key, space in self.seen.spaces.items() if key != self.image})
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """``[size]``, or that of an image: ``uint8`` in three dimensions. Anything else is made a vector."""
         space, kind = self.vector, type(self.vector).__name__
@@ -77,7 +79,7 @@ class AgentSpaces(NamedTuple):
             )
         return (gymnasium.spaces.flatdim(space),)
 
-    @property
+    @cached_property
     def num_actions(self) -> int | None:
         """How many discrete actions it has; ``None`` if they are continuous."""
         space, kind = self.action, type(self.action).__name__
@@ -104,18 +106,21 @@ class AgentSpaces(NamedTuple):
             mask: legal actions; of ``MultiDiscrete`` a tuple with the mask of each component, or the concatenation.
 
         Raises:
-            ValueError: if the lengths differ from those of the components.
+            ValueError: if the lengths differ from those of the components, or a concatenation could also be a mask of
+                all combinations.
         """
         if not hasattr(self.action, "nvec"):
             return np.asarray(mask)
         sizes = self.action.nvec.tolist()
+        ambiguous = len(sizes) > 1 and sum(sizes) == self.num_actions  # as many entries as combinations
         parts = mask if isinstance(mask, tuple) else np.split(np.ravel(mask), np.cumsum(sizes)[:-1])
-        if [len(part) for part in parts] != sizes:
+        if [len(part) for part in parts] != sizes or (ambiguous and not isinstance(mask, tuple)):
+            how = ", as its entries would also fit all combinations" if ambiguous else " or one after the other"
             raise ValueError(
-                f"the action_mask of {self.action} must have a mask for each component, of lengths {sizes}, as a tuple "
-                f"or one after the other; got {mask}"
+                f"the action_mask of {self.action} must have a mask for each component, of lengths {sizes}, as a tuple"
+                f"{how}; got {mask}"
             )
-        return functools.reduce(np.logical_and.outer, parts).ravel()
+        return reduce(np.logical_and.outer, parts).ravel()
 
     def move(self, choice: Any, *, scaled: bool) -> Any:
         """What the environment takes for a network's choice; ``scaled`` if that is from -1 to 1."""

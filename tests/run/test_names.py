@@ -12,6 +12,7 @@ from hydra.utils import get_object
 
 from tests.recipes.runs import RECIPES
 from torchrl_marl.run.checks import arguments_of
+from torchrl_marl.run.names import check_names
 from torchrl_marl.signatures import source_arguments
 
 TARGETS = {
@@ -49,6 +50,8 @@ def test_a_package_that_imports_from_itself_does_not_tell_the_arguments(
         ("recipes/mars_vmas.py loss=mras", "loss=mras is not a choice; nearest: loss=mars"),
         ("recipes/marpo_vmas.py loss.entropy_coef=0.1", "loss.entropy_coef is not an argument of torchrl_marl.*_coeff"),
         ("recipes/mars_vmas.py evaluation.intervl=1", "evaluation.intervl is not a key .*: evaluation.interval"),
+        ("recipes/mars_vmas.py -m seed=0,1 loss.target_ratio=1,2", "loss.target_ratio is .*_ratios"),
+        ("recipes/mars_vmas.py setting=tuned/balance loss.target_ratio=1", "loss.target_ratio is .*_ratios"),
         ("-m torchrl_marl run oappo_vmas loss=hapo", "loss=hapo is not a choice; nearest: loss=happo"),
     ],
 )
@@ -61,6 +64,21 @@ def test_a_misspelt_name_is_answered_without_torch(words: str, answer: str, tmp_
     assert len(lines) == 1, lines
     assert re.match(answer, lines[0])
     assert told.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "mars_vmas -m loss=mars,mappo seed=0,1 actor.hidden_sizes=[8],[4,4]",
+        "mars_vmas -m setting=tuned/balance,tuned/navigation seed=range(3)",
+        "mars_vmas setting=mappo/CoordSum-3x10 loss.clip_value=0.1",  # no argument of the recipe's default, MARS
+        "oappo_vmas setting=mat/CoordSum-3x10",  # of another recipe, which the full check says
+    ],
+)
+def test_known_names_pass(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, *overrides = words.split()
+    monkeypatch.setattr(sys, "argv", [recipe, *overrides])
+    check_names(str(RECIPES / f"{recipe}.py"))
 
 
 def test_every_recipe_checks_names_before_its_imports() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from torchrl_marl.run.settings import read_settings
+from torchrl_marl.run.settings import check_setting, read_settings, store_settings
 from torchrl_marl.signatures import nearest, source_arguments
 
 __all__ = ["check_known", "check_names", "checked_override", "config_groups", "fail", "load_config"]
@@ -27,7 +28,7 @@ _GONE = {
 def check_names(script: str) -> None:
     """End the program if ``sys.argv`` has a key or a choice that the recipe does not know, without importing Torch.
 
-    What takes an import to tell, and keys of nodes in grids, with ``resume=`` and with ``setting=``, are left to
+    Of a grid, the first run is checked. What takes an import to tell, and keys of nodes with ``resume=``, are left to
     :func:`torchrl_marl.run.recipe`, which checks everything.
 
     Args:
@@ -39,16 +40,32 @@ def check_names(script: str) -> None:
     folder, name = Path(script).resolve().parent / "config", Path(script).stem
     if {"-h", "--help"} & set(sys.argv[1:]) or not (folder / f"{name}.yaml").exists():  # renamed
         return
-    words = [checked_override(folder, name, word) for word in sys.argv[1:]]
-    if any(word.lstrip("+").startswith(("-", "resume=", "setting=")) for word in words):
+    words = [checked_override(folder, name, word) for word in sys.argv[1:] if word not in ("-m", "--multirun")]
+    if any(word.lstrip("+").startswith(("-", "resume=")) for word in words):
         return
     try:
+        words = list(map(_first_of_sweep, words)) if len(words) < len(sys.argv) - 1 else words
+        settings = [word for word in words if word.startswith("setting=")]
+        for word in settings:
+            store_settings(folder, word, lambda loss: True)
+        if settings:
+            _check_composed(folder, name, settings)
+    except (Exception, SystemExit):  # said by the command line itself, as that a setting is another recipe's
+        return
+    _check_composed(folder, name, words)
+
+
+def _check_composed(folder: Path, name: str, words: Sequence[str]) -> None:
+    try:
         with hydra.initialize_config_dir(str(folder), job_name=name, version_base=None):
-            cfg: Any = OmegaConf.to_container(hydra.compose(name, words))
+            composed = hydra.compose(name, list(words), return_hydra_config=True)
+        check_setting(composed, composed.hydra.runtime.choices, folder)
+        cfg: Any = OmegaConf.to_container(composed)
     except Exception:  # said by the command line itself
         return
     groups = config_groups(folder)
     built = {key: node for key, node in cfg.items() if key not in groups or "_target_" in (node or ())}
+    del built["hydra"]
     known: Any = OmegaConf.to_container(load_config(folder, name))
     check_known(built, {**{group: {} for group in groups}, **known}, lambda target, _: source_arguments(target))
 
@@ -138,6 +155,14 @@ def load_config(folder: Path, name: str) -> DictConfig:
     own = DictConfig(OmegaConf.load(folder / f"{name}.yaml"))
     files = [entry for entry in own.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
     return DictConfig(OmegaConf.merge(*(load_config(folder, file) for file in files), own))
+
+
+def _first_of_sweep(word: str) -> str:
+    """The override of the first run of a grid."""
+    override = OverridesParser.create().parse_override(word)
+    if not override.is_sweep_override():
+        return word
+    return f"{word.partition('=')[0]}={next(override.sweep_string_iterator())}"
 
 
 def _check_choice(group: str, choice: str, choices: Collection[str]) -> None:

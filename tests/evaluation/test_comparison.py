@@ -379,6 +379,22 @@ def test_no_run_and_an_unknown_baseline_are_refused(tmp_path: Path) -> None:
         page(tmp_path / "runs", baseline="qmix")
 
 
+def test_each_unfinished_run_is_named_in_one_line_and_a_folder_without_a_run_refused(tmp_path: Path, capsys) -> None:
+    study(tmp_path / "runs")
+    unfinished = [write_run(tmp_path / "begun", f"seed={seed}") for seed in (7, 8)]
+    for folder in unfinished:
+        (folder / "summary.json").unlink()
+    compare([tmp_path / "runs", tmp_path / "begun"], tmp_path / "page")
+    lines = capsys.readouterr().err.splitlines()
+    for folder, line in zip(unfinished, lines, strict=True):
+        assert line == f"{folder} is left out: it is not finished, go on with 'resume=\"{folder}\"'."
+    with pytest.raises(ValueError, match=rf"^No finished run below {tmp_path}/begun: "):
+        compare([tmp_path / "begun"], tmp_path / "none")
+    with pytest.raises(ValueError, match=rf"^No finished run below {tmp_path}/run: "):  # misspelt
+        compare([tmp_path / "runs", tmp_path / "run"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_command_makes_a_page_from_real_runs_and_refuses_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -242,7 +242,7 @@ def read_metric(folder: Path, metric: str) -> tuple[NDArray[np.float64], NDArray
 
 
 def read_runs(
-    roots: Iterable[Path], *, split: Sequence[str] = (), metric: str = "return"
+    roots: Sequence[Path], *, split: Sequence[str] = (), metric: str = "return"
 ) -> tuple[DataFrame, list[Path]]:
     """Read every run at or below some folders, except the trials of tuning, in folders named ``tuning``.
 
@@ -258,8 +258,8 @@ def read_runs(
         and a digest of the ``losses``.
 
     Raises:
-        ValueError: if there is no finished run, a run is damaged, no run has a key of ``split``, or the episodes of a
-            run do not have the metric.
+        ValueError: if there is no finished run, or no run at all below one of the folders, a run is damaged, no run has
+            a key of ``split``, or the episodes of a run do not have the metric.
         ImportError: without pandas (``pip install "torchrl_marl[plot]"``).
     """
     from pandas import DataFrame
@@ -267,8 +267,10 @@ def read_runs(
     paths = [path for root in roots for path in Path(root).rglob("config.yaml") if "tuning" not in path.parts]
     folders = sorted({path.parent.resolve() for path in paths if path.is_file()})
     finished = [folder for folder in folders if (folder / "summary.json").is_file()]
-    if not finished:
-        raise ValueError(f"No finished run below {', '.join(map(str, roots))}: a finished run holds a summary.json.")
+    empty = [root for root in roots if not any(Path(root).rglob("config.yaml"))]
+    if empty or not finished:
+        below = ", ".join(map(str, empty or roots))
+        raise ValueError(f"No finished run below {below}: a finished run holds a summary.json.")
     runs = [_read_run(folder) for folder in finished]
     if metric != "return":
         runs = [run | _read_evaluations(run["folder"], metric) for run in runs]

@@ -22,6 +22,9 @@ def compile_of(*overrides: str, recipe: str = "mars_vmas") -> bool:
         (["env=coordsum", "total_frames=1_000_000"], True),
         (["actor=gru", "critic=gru"], False),
         (["actor=gru", "critic=gru", "total_frames=3_000_000"], True),
+        (["actor=gru", "critic=gru", "total_frames=800_000"], True),  # 13 333 steps of 5.4 ms, 4 000 updates of 15 ms
+        (["actor=mat", "total_frames=800_000"], False),  # 13 333 steps of 5.4 ms, 4 000 updates of 9 ms: 108 s
+        (["actor=sable", "total_frames=700_000"], True),  # 11 667 steps of 6.8 ms, 3 500 updates of 12 ms: 121 s
         (["loss=seac"], False),  # networks for each agent: 34 s saved, and 120 s to compile
         (["collector=multiprocess"], False),  # updates alone save 9 s
         (["total_frames=80", "compile=true"], True),
@@ -41,8 +44,16 @@ def test_guiders_phases_and_chunks_take_longer_to_compile(recipe: str, monkeypat
 def test_updates_of_guider_and_learner_save_ten_times_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(RECIPES))
     rows = ["env.num_envs=64", "frames_per_batch=2048", "minibatch_size=512", "epochs=4", "total_frames=512_000"]
-    assert compile_of("+experiment=magpo_coordsum", *rows, recipe="magpo_vmas")  # 4 000 updates: 116 s; steps 10 s
+    # 4 000 updates of 25 ms, 8 000 steps of 3.5 ms: 128 s
+    assert compile_of("+experiment=magpo_coordsum", *rows, recipe="magpo_vmas")
     assert not compile_of("env=coordsum", *rows)
+
+
+def test_updates_from_a_replay_buffer_save_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    frames = [72_000, 144_000]  # 1 200 steps of 1.3 ms and 600 updates of 25.4 ms: 17 s; twice that: 34 s
+    chosen = [compile_of("env=coordsum", f"total_frames={total}", recipe="qmix_vmas") for total in frames]
+    assert chosen == [False, True]
 
 
 def test_a_run_says_what_it_chose_and_goes_on_with_it(tmp_path, monkeypatch, capsys) -> None:

@@ -7,11 +7,16 @@ from omegaconf import DictConfig
 
 __all__ = ["choose_compilation"]
 
-# Seconds of one core, benchmarks/results/speed.md and profile.md; the least that was found.
+# Seconds of one core, benchmarks/results/speed.md, profile.md and autoregressive.md; the least that was found.
 _SAVED_IN_A_STEP = {"torchrl_marl.envs.vmas": 5e-3, "torchrl_marl.envs.games": 1.3e-3}  # of all environments
-_SAVED_IN_AN_UPDATE = 3e-3
+_SAVED_IN_AN_UPDATE = 3e-3  # of a policy; a guider is another one
 _SAVED_IN_A_ROW = 2e-6  # of a minibatch
-_SAVED_WITH_A_GUIDER = 25e-3  # more in an update of guider and learner, benchmarks/results/autoregressive.md
+_SAVED_WITH_REPLAY = 20e-3  # more in an update of action values and mixer with their targets
+_SAVED_MORE = {  # than with an MLP, in a step and in an update
+    "torchrl_marl.modules.make_recurrent_actor": (0.4e-3, 10e-3),
+    "torchrl_marl.modules.make_mat": (0.4e-3, 4e-3),
+    "torchrl_marl.modules.make_sable": (1.8e-3, 7e-3),
+}
 _COMPILING_MLPS, _COMPILING_OTHERS = 30, 120
 
 
@@ -33,11 +38,16 @@ def choose_compilation(cfg: DictConfig) -> tuple[bool, str]:
         and "guider" not in cfg
         and cfg.chunk_length is None
     )
-    saved = updates * (_SAVED_IN_AN_UPDATE + cfg.minibatch_size * _SAVED_IN_A_ROW)
-    saved += updates * _SAVED_WITH_A_GUIDER * ("guider" in cfg)
+    policies = [cfg.actor.get("_target_"), *([cfg.guider._target_] if "guider" in cfg else [])]
+    more = [_SAVED_MORE.get(policy, (0, 0)) for policy in policies]
+    of_any = _SAVED_IN_AN_UPDATE + cfg.minibatch_size * _SAVED_IN_A_ROW
+    saved = updates * sum(of_any + in_an_update for _, in_an_update in more)
+    saved += updates * _SAVED_WITH_REPLAY * ("buffer" in cfg)
     if "_target_" not in cfg.collector:
         module = get_object(cfg.env._target_).__module__
-        saved += steps * sum(seconds for name, seconds in _SAVED_IN_A_STEP.items() if module.startswith(name))
+        for name, of_any in _SAVED_IN_A_STEP.items():
+            if module.startswith(name):
+                saved += steps * (of_any + sum(in_a_step for in_a_step, _ in more))
     needed = _COMPILING_MLPS if is_mlp else _COMPILING_OTHERS
     verb, relation = ("compiles", "more") if saved > needed else ("does not compile", "no more")
     return saved > needed, (

@@ -18,9 +18,9 @@ test: .venv/test
 test-wheel: # what `pip install` gives, in an environment and a folder of its own: train, copy, edit, export
 	tests/wheel.sh $(PYTHON)
 
-test-envs: .venv/test-envs # the wrappers of other packages' environments, which `make test` skips
+test-envs: .venv/test-envs # the wrappers of other packages' environments and policies that play there, which `make test` skips
 	OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.venv/jax \
-		$(BIN)/python -m pytest tests/envs $(ARGS)
+		$(BIN)/python -m pytest tests/envs tests/test_main.py $(ARGS)
 
 test-football: .venv/test-football # builds the engine; docs/environments.md lists what it needs from the system
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/envs/wrappers/test_football.py $(ARGS)

@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-__all__ = ["check_at_least_0", "check_choice", "hands_on_to", "nearest", "source_arguments", "take_options"]
+__all__ = [
+    "check_at_least_0",
+    "check_choice",
+    "hands_on_to",
+    "nearest",
+    "signature",
+    "source_arguments",
+    "take_options",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -36,17 +44,27 @@ def hands_on_to(target: Callable[..., Any]) -> Callable[[Function], Function]:
     """
 
     def decorate(function: Function) -> Function:
-        signature = inspect.signature(function)
-        *own, options = signature.parameters.values()
-        theirs = inspect.signature(target).parameters
+        declared = inspect.signature(function)
+        *own, options = declared.parameters.values()
+        theirs = signature(target).parameters
         kind = get_type_hints(function)[options.name]
         keyword_only = [name for name, value in theirs.items() if value.kind is value.KEYWORD_ONLY]
         names = keyword_only if kind is Any else get_type_hints(kind.__args__[0])
         handed_on = [theirs[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
-        setattr(function, "__signature__", signature.replace(parameters=[*own, *handed_on]))  # noqa: B010
+        setattr(function, "__signature__", declared.replace(parameters=[*own, *handed_on]))  # noqa: B010
         return function
 
     return decorate
+
+
+def signature(target: Callable[..., Any]) -> inspect.Signature:
+    """Return ``inspect.signature(target)`` as of Python 3.11.4.
+
+    Older versions read a class that inherits ``__init__`` by an inherited ``__new__``, even one of a more distant base.
+    """
+    if isinstance(target, type) and not hasattr(target, "__signature__"):
+        target = next(base for base in target.__mro__ if {"__init__", "__new__"} & vars(base).keys())
+    return inspect.signature(target)
 
 
 def take_options(options: Any, kind: type) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hydra.utils import get_object
 from tests.recipes.runs import RECIPES
 from torchrl_marl.run.checks import arguments_of
 from torchrl_marl.run.names import check_names
-from torchrl_marl.signatures import source_arguments
+from torchrl_marl.signatures import signature, source_arguments
 
 TARGETS = {
     target
@@ -33,6 +33,21 @@ TOLD_BY_IMPORT_ALONE = {  # their signatures are made as they are imported, or b
 def test_the_source_tells_the_arguments_that_the_signature_has(target: str) -> None:
     expected = None if target in TOLD_BY_IMPORT_ALONE else set(arguments_of(get_object(target)))
     assert source_arguments(target) == expected
+
+
+def test_a_class_has_the_arguments_of_the_init_before_the_new_of_a_more_distant_base() -> None:
+    class Base:
+        def __new__(cls, *args, **kwargs):
+            return object.__new__(cls)
+
+    class Middle(Base):
+        def __init__(self, actor, *, width=1) -> None: ...
+
+    class Loss(Middle): ...  # as read by inspect.signature before Python 3.11.4: *args, **kwargs
+
+    assert list(signature(Loss).parameters) == ["actor", "width"]
+    assert list(signature(Base).parameters) == ["args", "kwargs"]
+    assert not signature(type("Empty", (), {})).parameters
 
 
 def test_a_package_that_imports_from_itself_does_not_tell_the_arguments(

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from typing_extensions import get_type_hints
 
 from torchrl_marl.run.names import check_known
+from torchrl_marl.signatures import signature
 
 __all__ = ["check_device", "check_keys", "check_types", "check_values"]
 
@@ -153,7 +154,7 @@ def _located(target: object, path: str) -> Callable[..., object]:
         if importlib.util.find_spec(str(target).partition(".")[0]) is None:
             sys.path.append(str(Path.cwd()))  # modules of the current folder, as env.factory finds them
         found = get_object(str(target))
-        inspect.signature(found)
+        signature(found)
     except Exception as error:
         raise SystemExit(
             f"{path}_target_ must name a function or a class; got {target}: {in_one_line(error)}"
@@ -168,7 +169,7 @@ def arguments_of(target: Callable[..., Any]) -> dict[str, Any]:
     """
     scope = getattr(target.__init__ if isinstance(target, type) else target, "__globals__", {})
     kinds: dict[str, Any] = {}
-    for parameter in inspect.signature(target).parameters.values():
+    for parameter in signature(target).parameters.values():
         kind = parameter.annotation
         if isinstance(kind, str):
             try:
@@ -194,7 +195,7 @@ def with_defaults(value: Any) -> Any:
             [target.__init__, *(base.__init__ for base in target.__mro__)] if isinstance(target, type) else [target]
         )
         for name in arguments_of(target):
-            signatures = (inspect.signature(scope).parameters for scope in scopes)
+            signatures = (signature(scope).parameters for scope in scopes)
             default = next((own[name].default for own in signatures if name in own), inspect.Parameter.empty)
             if isinstance(default, (*_YAML, tuple)) and name not in _PASSED:
                 shown.setdefault(name, list(default) if isinstance(default, tuple) else default)
@@ -223,7 +224,7 @@ def check_loss(cfg: DictConfig, networks: tuple[str, ...], folder: Path) -> None
 
 
 def trains(networks: tuple[str, ...], node: DictConfig) -> bool:
-    arguments = inspect.signature(get_object(node._target_)).parameters.values()
+    arguments = signature(get_object(node._target_)).parameters.values()
     needed = tuple(argument.name for argument in arguments if argument.kind is argument.POSITIONAL_OR_KEYWORD)
     return needed == networks or not isinstance(get_object(node._target_), type)
 

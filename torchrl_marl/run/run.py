@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from threading import RLock, current_thread, main_thread
 from typing import Any, NoReturn, cast
@@ -376,7 +377,7 @@ class Run:
         record = actor_record(self._shape, _plain(self.cfg.actor))
         metadata = {"config": _plain(self.cfg), "actor": record, "frames": frames, "trained_with": self.trained_with}
         self._checkpoints.save(frames=frames, score=score, metadata=metadata)
-        if time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES:
+        if time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES and find_spec("matplotlib") is not None:
             self._draw_learning_curve()
 
     def _evaluate(self) -> Episodes:
@@ -555,7 +556,9 @@ def _as_warning(picture: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warnings.warn(f"The run is not affected, but it has no {picture}: {error!r}", stacklevel=3)
+        missing = isinstance(error, ModuleNotFoundError)
+        reason = f'{error}: pip install "torchrl_marl[plot]"' if missing else repr(error)
+        warnings.warn(f"The run is not affected, but it has no {picture}: {reason}", stacklevel=3)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, TensorSpec
 
 from torchrl_marl.envs.base import TeamEnv
+from torchrl_marl.signatures import signature
 
 __all__ = ["WrapperEnv", "actions_like", "check_options"]
 
@@ -150,7 +150,7 @@ def check_options(options: Mapping[str, Any], scenario: str, *builds: Callable[.
     Raises:
         ValueError: with the names of the unknown and of the known options.
     """
-    parameters = [one for build in builds for one in inspect.signature(build).parameters.values()]
+    parameters = [one for build in builds for one in signature(build).parameters.values()]
     known = [one.name for one in parameters if one.name != "self" and one.kind != one.VAR_KEYWORD]
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -16,6 +16,7 @@ from torchrl_marl.envs.check import kept_statistics, missing_entries
 from torchrl_marl.envs.vmas import make_env
 from torchrl_marl.envs.wrappers.gymnasium import SerialGame, SerialGymEnv, as_serial_game
 from torchrl_marl.extras import find_callable
+from torchrl_marl.signatures import signature
 
 __all__ = ["make_custom"]
 
@@ -121,7 +122,7 @@ def _arguments(
     build: Callable[..., Any], name: str, settings: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the user's arguments, and the settings that the factory accepts."""
-    parameters = inspect.signature(build).parameters
+    parameters = signature(build).parameters
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     takes = [key for key, value in parameters.items() if value.kind in by_name]
     anything = any(value.kind == value.VAR_KEYWORD for value in parameters.values())

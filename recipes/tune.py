@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from torchrl_marl.run.checks import arguments_of
 from torchrl_marl.run.config import Recipe, end_if_refused
 from torchrl_marl.run.logger import LAST_FIFTH, run_group
+from torchrl_marl.shelf import recipe_command
 
 try:
     from filelock import FileLock, Timeout
@@ -50,6 +51,9 @@ def main() -> None:
     parser.add_argument("recipe", choices=sorted(path.stem for path in FOLDER.glob("*_vmas.py")))
     parser.add_argument(
         "overrides", nargs="*", help="overrides of the recipe; search spaces are written as in spaces.yaml"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="KEY", default=[], help="search these alone; the recipe's values for the others"
     )
     parser.add_argument("--trials", type=int, help="total number of trials; default: that of spaces.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=SPACES["seeds"], help="seeds of every trial")
@@ -84,11 +88,16 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
         for key, text in spaces.get(choices.get(group), {}).items()
     }
     shared = SPACES["shared_of"].get(name, SPACES["shared"])
-    overrides = _parsed(_assignments({**shared, **networks, **own})) | asked
+    searched = _parsed(_assignments({**shared, **networks, **own}))
+    for key in arguments.only:
+        if key not in searched:
+            raise SystemExit(f"--only {key} is not searched for loss={method}; {', '.join(searched)} are.")
+    left = {key for key, each in searched.items() if arguments.only and each.is_sweep_override()} - {*arguments.only}
+    overrides = {key: each for key, each in searched.items() if key not in left} | asked
     space = {key: distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
     fixed = _lines(override for key, override in overrides.items() if key not in space)
     cfg = recipe.compose([*fixed, *_assignments({key: _first(each) for key, each in space.items()})])
-    num_trials = arguments.trials or SPACES["trials_per_parameter"] * sum(key in space for key in own)
+    num_trials = arguments.trials or SPACES["trials_per_parameter"] * max(1, sum(key in space for key in own))
     if arguments.wandb:
         print(yaml.safe_dump(wandb_sweep(name, [*fixed, f"seed={seeds[0]}"], space, num_trials), sort_keys=False))
         return
@@ -122,7 +131,7 @@ def tune(recipe: Recipe, arguments: argparse.Namespace) -> None:
         if not complete:
             raise SystemExit("No trial has come to its end: each diverged.")
         wanted = _lines(override for key, override in asked.items() if key not in space)
-        best = shlex.join(["python", f"recipes/{name}.py", "-m", *wanted, *_assignments(study.best_params)])
+        best = shlex.join([*recipe_command(name), "-m", *wanted, *_assignments(study.best_params)])
         print(f"Best of {num_finished(study)} trials: {study.best_value:.4g}\n{best} seed=0,1,2,3,4,5,6,7,8,9")
 
 

@@ -1,5 +1,6 @@
 """What is written is complete or not there, and a disk that fills up says how to go on."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,9 @@ def test_a_picture_that_the_disk_has_no_room_for_is_not_there_at_all(tmp_path: P
     with pytest.warns(UserWarning, match="it has no learning curve: OSError"):
         run_recipe(monkeypatch, tmp_path, "env=coordsum", "env.scenario=CoordSum-2x5", "total_frames=80")
     assert not [file for file in run_folders(tmp_path)[0].iterdir() if "png" in file.name]
+
+
+def test_a_run_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.warns(UserWarning, match=r'no learning curve: .*matplotlib.*: pip install "torchrl_marl\[plot\]"$'):
+        run_recipe(monkeypatch, tmp_path, "env=coordsum", "env.scenario=CoordSum-2x5", "total_frames=80")

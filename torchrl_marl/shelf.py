@@ -11,7 +11,15 @@ from pathlib import Path
 
 from torchrl_marl.signatures import nearest
 
-__all__ = ["copy_recipe", "print_recipes", "recipes_folder", "run_recipe", "zoo_policies", "zoo_policy"]
+__all__ = [
+    "copy_recipe",
+    "print_recipes",
+    "recipe_command",
+    "recipes_folder",
+    "run_recipe",
+    "zoo_policies",
+    "zoo_policy",
+]
 
 _ZOO = Path(__file__).parent / "zoo"
 
@@ -20,6 +28,12 @@ def recipes_folder() -> Path:
     """Return the folder of the recipes: inside an installed package, beside it in a clone."""
     package = Path(__file__).parent
     return next(path for path in (package / "recipes", package.parent / "recipes") if path.is_dir())
+
+
+def recipe_command(name: str) -> list[str]:
+    """Return the words that run a recipe: its script in a clone, the console command of an installed package."""
+    in_clone = recipes_folder().parent != Path(__file__).parent
+    return ["python", f"recipes/{name}.py"] if in_clone else ["torchrl-marl", "run", name]
 
 
 def print_recipes() -> None:

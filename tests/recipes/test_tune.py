@@ -191,6 +191,19 @@ def test_the_recipe_tunes_and_prints_the_command_of_the_best_trial(
     assert len(run_folders(tmp_path)) == 4
 
 
+def test_only_the_named_parameters_are_searched_and_others_keep_the_recipes_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(monkeypatch, tmp_path, "mars_vmas", seeds="3 --only optimizer.lr loss.target_ratios.1")
+    (trial,) = trials_of(tmp_path)
+    assert set(trial["params"]) == {"optimizer.lr", "loss.target_ratios.1"}
+    (folder,) = run_folders(tmp_path)
+    loss = OmegaConf.load(folder / "config.yaml").loss
+    assert (loss.target_ratios[0], loss.get("clip_value")) == (0.5, None)
+    with pytest.raises(SystemExit, match=r"^--only lr is not searched for loss=mars; optimizer\.lr, critic_lr, "):
+        tune(monkeypatch, tmp_path, "mars_vmas", seeds="3 --only lr")
+
+
 def test_the_search_space_is_that_of_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(monkeypatch, tmp_path, "marpo_vmas", "loss=rpo")
     (folder,) = run_folders(tmp_path)

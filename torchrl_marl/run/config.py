@@ -29,6 +29,7 @@ from torchrl_marl.run.compiling import choose_compilation
 from torchrl_marl.run.logger import MetricLog
 from torchrl_marl.run.names import checked_override, config_groups, load_config
 from torchrl_marl.run.settings import check_setting, read_settings, store_settings
+from torchrl_marl.shelf import recipe_command
 from torchrl_marl.trust import foreign_code
 
 __all__ = ["Recipe", "end_if_refused", "recipe"]
@@ -169,7 +170,7 @@ class Recipe:
                 )
             if stored.recipe != own.recipe and (self._folder / f"{stored.recipe}.yaml").exists():
                 raise SystemExit(
-                    f"{stored.resume} is of a run of {stored.recipe}: python recipes/{stored.recipe}.py "
+                    f"{stored.resume} is of a run of {stored.recipe}: {' '.join(recipe_command(stored.recipe))} "
                     f"resume={resolved.resume}"
                 )
             resolved = stored

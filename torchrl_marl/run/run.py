@@ -556,8 +556,7 @@ def _as_warning(picture: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        reason = f'{error}: pip install "torchrl_marl[plot]"' if missing else repr(error)
+        reason = f'{error}: pip install "torchrl_marl[plot]"' if isinstance(error, ImportError) else repr(error)
         warnings.warn(f"The run is not affected, but it has no {picture}: {reason}", stacklevel=3)
 
 

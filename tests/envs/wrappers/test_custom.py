@@ -252,6 +252,24 @@ def test_a_vmas_scenario_object_plays_as_the_scenario_of_that_name():
     assert (own == named).all()
 
 
+def test_options_of_a_vmas_scenario_class_reach_its_world():
+    from vmas.scenarios.dispersion import Scenario
+
+    for num_agents in (2, 3):
+        env = make_custom(Scenario, num_envs=2, max_steps=5, seed=0, factory_kwargs={"n_agents": num_agents})
+        assert len(env.group_map["agents"]) == num_agents
+
+
+def test_a_game_whose_render_is_abstract_says_so(tmp_path):
+    class Unseen(Parallel):
+        def render(self):
+            raise NotImplementedError  # as PettingZoo's ParallelEnv does
+
+    env = make_custom(Unseen, num_envs=1, max_steps=3, seed=0)
+    with pytest.raises(ValueError, match=r"^the environment cannot be drawn here: it does not implement render\(\)$"):
+        render_episode(env, env.rand_action, tmp_path / "game.gif", max_steps=3)
+
+
 def test_every_value_of_a_list_or_dictionary_reaches_its_agent():
     listed = rollout(make_custom(Listed, num_envs=1, max_steps=3, seed=0), 1)[0, 0]
     assert listed["agents", "observation"].shape == (2, 6)

@@ -137,7 +137,8 @@ class WrapperEnv(TeamEnv):
         try:
             return self._picture(env_index)
         except Exception as error:  # packages raise various exceptions without OpenGL or a display
-            raise ValueError(f"the environment cannot be drawn here: {error}") from error
+            reason = "it does not implement render()" if isinstance(error, NotImplementedError) else error
+            raise ValueError(f"the environment cannot be drawn here: {reason}") from error
 
     @abstractmethod
     def _picture(self, env_index: int) -> np.ndarray:

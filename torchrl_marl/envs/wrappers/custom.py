@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +73,7 @@ def make_custom(
         state: whether to keep PettingZoo's ``state()``, which ``critic.observes=state`` reads.
         seed: random seed; ``None`` draws a seed from Torch's global generator.
         device: device of the tensors.
-        factory_kwargs: further arguments of the factory.
+        factory_kwargs: further arguments of the factory, or of ``make_world`` of a VMAS scenario class.
 
     Returns:
         The environments, with batch size ``[num_envs]``; :func:`~torchrl_marl.envs.check_env` describes them.
@@ -97,15 +96,19 @@ def make_custom(
     options: Any = {"num_envs": num_envs, "max_steps": max_steps, "seed": seed, "device": device}
     settings = {**options, "render_mode": "rgb_array"}
     settings |= {} if scenario in (None, factory) else {"scenario": scenario}  # recipes set scenario=factory by default
+    vmas = sys.modules[_VMAS_SCENARIO].BaseScenario if _VMAS_SCENARIO in sys.modules else ()
+    chosen, world = dict(factory_kwargs or {}), {}
+    if isinstance(build, type) and issubclass(build, vmas):
+        world = {key: chosen.pop(key) for key in chosen.keys() - signature(build).parameters.keys()}
 
     def make(copy: int = 0) -> Any:
-        return build(**_arguments(build, name, {**settings, "seed": seed + copy}, factory_kwargs or {}))
+        return build(**_arguments(build, name, {**settings, "seed": seed + copy}, chosen))
 
     made = make()
     if isinstance(made, EnvBase):
         return _batch(made, make, name, **options)
-    if _VMAS_SCENARIO in sys.modules and isinstance(made, sys.modules[_VMAS_SCENARIO].BaseScenario):
-        return make_env(made, **options)
+    if isinstance(made, vmas):
+        return make_env(made, **options, scenario_kwargs=world)
     if not (hasattr(made, "reset") and hasattr(made, "step")):
         raise ValueError(
             f"{name} returned {type(made).__name__}; it must return an environment of TorchRL (EnvBase), PettingZoo "
@@ -123,14 +126,13 @@ def _arguments(
 ) -> dict[str, Any]:
     """Return the user's arguments, and the settings that the factory accepts."""
     parameters = signature(build).parameters
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    takes = [key for key, value in parameters.items() if value.kind in by_name]
+    takes = [key for key, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
     anything = any(value.kind == value.VAR_KEYWORD for value in parameters.values())
     unknown = [key for key in chosen if key not in takes]
     if unknown and not anything:
         raise ValueError(f"{name} takes no {', '.join(unknown)}; it takes {', '.join(takes) or 'nothing'}")
     arguments = {**{key: value for key, value in settings.items() if key in takes}, **chosen}
-    missing = [key for key in takes if parameters[key].default is inspect.Parameter.empty and key not in arguments]
+    missing = [key for key in takes if parameters[key].default is parameters[key].empty and key not in arguments]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}: set env.factory_kwargs.{missing[0]}=..., or a default")
     return arguments

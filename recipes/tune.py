@@ -48,7 +48,7 @@ _RETURNS = "returns"
 def main() -> None:
     """Read the command line; tune, or print a W&B sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", choices=sorted(path.stem for path in FOLDER.glob("*_vmas.py")))
+    parser.add_argument("recipe", choices=sorted(path.stem for path in (FOLDER / "config").glob("*_vmas.yaml")))
     parser.add_argument(
         "overrides", nargs="*", help="overrides of the recipe; search spaces are written as in spaces.yaml"
     )

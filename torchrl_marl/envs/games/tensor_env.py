@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -96,5 +96,6 @@ class GameEnv(TensorEnv):
         super().__init_subclass__()
         _, _, *batch = inspect.signature(TensorEnv.__init__).parameters.values()  # without self and rules
         shown = [*inspect.signature(cls.rules_type).parameters.values(), *batch]
-        kinds = {**get_type_hints(TensorEnv.__init__), **get_type_hints(cls.rules_type)}
+        stated = [TensorEnv.__init__, *reversed(cls.rules_type.__mro__)]  # 3.10's get_type_hints rejects KW_ONLY
+        kinds = {name: kind for one in stated for name, kind in inspect.get_annotations(one, eval_str=True).items()}
         cls.__signature__ = inspect.Signature([each.replace(annotation=kinds[each.name]) for each in shown])

@@ -253,6 +253,12 @@ def networks(env, method, kind):
     return make_actor(env, hidden_sizes=[8], **own), make_critic(env, hidden_sizes=[8], **observes)
 
 
+def guardless(compile, backend, function, *, options, **kinds):
+    """``torch.compile`` with a backend in place of Inductor, without guards where Inductor has none."""
+    kept = {name: value for name, value in options.items() if name == "guard_filter_fn"}
+    return compile(function, backend=backend, options=kept, **kinds)
+
+
 METHODS = [
     (MAPPOLoss, "gru", {}),
     (MAGPOLoss, "sable", {}),
@@ -281,8 +287,7 @@ def test_every_methods_losses_and_gradients_are_the_uncompiled_ones(method, kind
         graphs.append(graph)  # not those that Dynamo traces anew for numbers that it took for tensors
         return compiled
 
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **kw: compile(function, backend=backend))
+    monkeypatch.setattr(torch, "compile", partial(guardless, torch.compile, backend))
     monkeypatch.setattr(
         "torchrl_marl.modules.gru_sequence._compiled", lambda block, *_: block
     )  # which would be graphs of their own
@@ -312,6 +317,56 @@ def test_every_methods_losses_and_gradients_are_the_uncompiled_ones(method, kind
 
     torch.testing.assert_close(learned(True), learned(False), rtol=1e-3, atol=1e-5)
     assert len(graphs) == (2 if loss.trains_in_parts and method is not HATRPOLoss else 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "kinds"),
+    [
+        (HAPPOLoss, {}, 1),
+        (OAPPOLoss, {"reuse_matrix": [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]]}, 3),
+        (OAPPOLoss, {"reuse_matrix": "AR", "reuse": "sampled"}, 1),
+    ],
+    ids=["happo", "oappo", "sampled"],
+)
+def test_adams_step_in_turns_is_the_uncompiled_one_from_a_graph_for_all_agents(method, options, kinds, monkeypatch):
+    """Learning rates of their own, over two batches: momentum moves nobody out of turn, and norms are the learner's."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(guardless, torch.compile, backend))
+    torch.manual_seed(0)
+    env = make_coordsum("CoordSum-3x4", num_envs=4, seed=0)
+    actor, critic = networks(env, method, "mlp")
+    fresh = method(actor, critic, functional=False, **options)
+    fresh.make_value_estimator(gamma=0.99, lmbda=0.95)
+    with torch.no_grad():
+        batches = [fresh.prepare(env.rollout(6, actor, break_when_any_done=False)) for _ in range(2)]
+
+    def learned(compile):
+        loss = copy.deepcopy(fresh)
+        optimizer = torch.optim.Adam(loss.parameter_groups(critic_lr=3e-2), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=4)
+        update = make_update(loss, optimizer, max_grad_norm=0.1, compile=compile)
+        torch.manual_seed(1)
+        steps = []
+        for batch in batches:
+            for phase in loss.phases(batch.clone()):
+                others = set(loss.parameters()) - set(loss.trained.parameters())
+                before = {parameter: parameter.detach().clone() for parameter in others}
+                for minibatch in phase.minibatches(12, epochs=2):
+                    measured = update(minibatch)
+                    steps.append({name: value.clone() for name, value in measured.items() if name[:4] != "expl"})
+                assert all(torch.equal(parameter, value) for parameter, value in before.items())
+                assert all(parameter.grad is None for parameter in loss.parameters())
+            scheduler.step()
+        return steps, list(loss.parameters()), [optimizer.state[parameter] for parameter in loss.parameters()]
+
+    torch.testing.assert_close(learned(True), learned(False), rtol=1e-3, atol=1e-5)
+    assert len(graphs) == kinds + 1  # one for each number of sources, and the critic's
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan")])

@@ -84,7 +84,9 @@ def minibatches(rows: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
     if num_rows >= len(rows):
         yield rows
     else:
-        yield from rows[torch.randperm(len(rows), device=rows.device)].split(num_rows)  # pyright: ignore[reportReturnType]
+        order = torch.randperm(len(rows), device=rows.device)
+        shuffled = rows.apply(lambda values: values.index_select(0, order))  # a quarter of the time of rows[order]
+        yield from shuffled.split(num_rows)  # pyright: ignore[reportOptionalMemberAccess, reportReturnType]
 
 
 def sequences_in(minibatch_size: int, num_steps: int) -> int:

@@ -398,6 +398,11 @@ class RatioLoss(LossModule):
         return parts
 
     @property
+    def trained(self) -> nn.Module | None:
+        """Module of all parameters that the current phase trains; ``None`` if phases of a part do not name it."""
+        return None if self.trains_in_parts else self
+
+    @property
     def takes_steps(self) -> bool:
         """Whether the current phase updates parameters by :meth:`step` instead of an optimiser."""
         return False

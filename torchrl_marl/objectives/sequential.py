@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -107,15 +106,16 @@ class SequentialLoss(ClipLoss):
         )
         self.reuse: ReuseMappingSampler | None = None
         self.sampled = False
-        # a plain list: these policies only wrap the registered actor's networks and own no parameters
-        self._policies = [agent_policy(actor_network, agent) for agent in range(num_agents)]
+        # plain lists: learners only wrap the registered actor's networks and own no parameters
+        self._learners = [Learner(agent_policy(actor_network, agent), agent) for agent in range(num_agents)]
+        self._learning: list[Learner] = []  # the agent whose turn it is
         self._state_keys = recurrent_state_keys(actor_network)
         self.turn = None
 
     @property
     def num_agents(self) -> int:
         """Number of agents, each with its own network."""
-        return len(self._policies)
+        return len(self._learners)
 
     @property
     def turn(self) -> Turn | None:
@@ -130,11 +130,19 @@ class SequentialLoss(ClipLoss):
         if not (turn in (None, "critic") or (isinstance(turn, int) and 0 <= turn < self.num_agents)):
             raise ValueError(f"turn must be an agent from 0 to {self.num_agents - 1}, 'critic' or None; got {turn!r}.")
         self._turn: Turn | None = turn
-        self._learner: Learner | None = None
-        if isinstance(turn, int):
-            sources = (turn,) if self.reuse is None else self.reuse.sources(turn)
-            index = partial(torch.tensor, device=self.ratio_low.device)
-            self._learner = Learner(self._policies[turn], index([turn]), index(sources))
+        self._learning = [self._learners[turn]] if isinstance(turn, int) else []
+        for learner in self._learning:
+            learner.index = learner.index.to(self.ratio_low.device)
+            learner.sources = learner.index.new_tensor([turn] if self.reuse is None else self.reuse.sources(turn))
+
+    @property
+    def trained(self) -> nn.Module:
+        """The learner, under names that all agents share, the critic, or, outside of turns, all parameters."""
+        return self if self.turn is None else self._learner or self.critic_network
+
+    @property
+    def _learner(self) -> Learner | None:
+        return self._learning[0] if self._learning else None
 
     def _computed_keys(self) -> list[str]:
         """Entries that ``forward`` computes in this turn."""
@@ -147,7 +155,7 @@ class SequentialLoss(ClipLoss):
     def agent_parameters(self, agent: int) -> list[nn.Parameter]:
         """Return the parameters of one agent's policy, for example for a separate optimiser."""
         with self._parameters_of("actor_network"):
-            return list(self._policies[agent].parameters())
+            return list(self._learners[agent].policy.parameters())
 
     def reuse_weights(self) -> dict[str, Tensor]:
         """Return ``reuse_i_j``, the weight of agent j's experience for agent i, for logs."""
@@ -324,12 +332,17 @@ class SequentialLoss(ClipLoss):
         return columns if self.reduction == "none" else columns.sum(-1)
 
 
-class Learner(NamedTuple):
-    """The agent being updated, held in tensors: Python numbers would trigger recompilation."""
+class Learner(nn.Module):
+    """An agent to update, its index ``[1]`` and sources ``[S]`` in tensors: numbers would trigger recompilation."""
 
-    policy: Actor
-    index: Tensor  # [1]
-    sources: Tensor  # [S], ascending
+    index: Tensor
+    sources: Tensor
+
+    def __init__(self, policy: Actor, agent: int) -> None:
+        super().__init__()
+        self.policy = policy
+        self.register_buffer("index", torch.tensor([agent]))
+        self.register_buffer("sources", torch.tensor([agent]))
 
 
 def _take_each(agents: Tensor, *, dim: int) -> Callable[[Tensor], Tensor]:

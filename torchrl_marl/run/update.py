@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import NoneType
+from types import FunctionType, NoneType
 from typing import Any, cast
 
 import torch
@@ -37,9 +37,10 @@ def make_update(
     process. Phases without an optimiser (``loss.takes_steps``) call ``loss.step``.
 
     The update does not synchronise with an accelerator. With ``compile``, the loss, its gradients, their norm and
-    Adam's step are one graph; other optimisers take their step in Python. The first step of an Adam without a state
-    runs uncompiled and creates the state; parameters without a gradient in that step stay as they are. Noise is drawn
-    from Torch's generator, as without compilation.
+    Adam's step are one graph; other optimisers take their step in Python. Agents that learn in turn
+    (``loss.trained``) share a graph. The first step of an Adam without a state of what is trained runs uncompiled and
+    creates the state; parameters without a gradient in that step stay as they are. Noise is drawn from Torch's
+    generator, as without compilation.
 
     Args:
         loss: the loss; gradients are those of the sum of all its entries ``loss_*``.
@@ -73,21 +74,20 @@ def make_update(
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be a number above 0 (inf: no limit); got {max_grad_norm}.")
     broadcast_state(loss)
-    objective = _Objective(loss)
-    groups, at_once = loss.gradient_groups(), compile and _replaceable(objective)
-    steps_at_once = at_once and _is_plain_adam(optimizer)
-    if at_once and not steps_at_once:
-        differentiate = _compiled_at_once(objective, groups, max_grad_norm)
-    else:
-        differentiate = _backward(objective, groups, max_grad_norm, compile=compile and not at_once)
-    descend = _compiled_at_once(objective, groups, max_grad_norm, optimizer) if steps_at_once else differentiate
+    groups, objective = loss.gradient_groups(), _Objective(loss, loss)
+    compiled = _CompiledUpdate(loss, groups, max_grad_norm, optimizer) if compile and _replaceable(loss) else None
+    differentiate = _backward(objective, groups, max_grad_norm, compile=compile and compiled is None)
 
     def update(minibatch: TensorDictBase) -> dict[str, Tensor]:
         if loss.takes_steps:
             return dict(loss.step(minibatch).items())
-        if steps_at_once and optimizer.state:
-            return descend(minibatch)
-        measured = differentiate(minibatch)
+        part = None if compiled is None else compiled.part()
+        if compiled is not None and part is not None:
+            measured = compiled(part, minibatch)
+            if compiled.takes_steps:
+                return measured
+        else:
+            measured = differentiate(minibatch)
         optimizer.step()
         optimizer.zero_grad()
         return measured
@@ -113,55 +113,98 @@ def _backward(objective: _Objective, groups: _Groups, max_grad_norm: float, *, c
     return differentiate
 
 
-def _compiled_at_once(
-    objective: _Objective, groups: _Groups, max_grad_norm: float, optimizer: Optimizer | None = None
-) -> _Differentiate:
-    """The results of ``_backward`` and the step of ``optimizer``, from one compiled graph for each kind of minibatch.
+class _Part:
+    """What a phase trains, under names that graphs know it by: those of all agents that take turns are alike."""
 
-    Dynamo's guards would take a tenth of a small step. In their place stand the entries and the size of the minibatch,
-    and the settings of the loss and of the optimiser.
+    def __init__(self, loss: RatioLoss, trained: nn.Module, groups: _Groups, optimizer: Optimizer | None) -> None:
+        self.objective = _Objective(loss, trained)
+        parameters = self.objective.named_parameters()  # each under its first name, which is that within the part
+        self.parameters = {
+            name: parameter for name, parameter in parameters if parameter.requires_grad and name.startswith("trained.")
+        }
+        self._buffers = [
+            (name, self.objective.get_submodule(owner), key)
+            for name, _ in self.objective.named_buffers()
+            for owner, _, key in [name.rpartition(".")]
+        ]
+        name_of = {id(parameter): name for name, parameter in self.parameters.items()}
+        names_of = {norm: [name_of[id(p)] for p in group if id(p) in name_of] for norm, group in groups.items()}
+        self.names_of = {norm: names for norm, names in names_of.items() if names}
+        self.step = None if optimizer is None else _AdamStep(optimizer, name_of)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers of the part and of the loss: of now, since some are replaced by others."""
+        return {name: getattr(owner, key) for name, owner, key in self._buffers}
+
+
+class _CompiledUpdate:
+    """The results of ``_backward`` and Adam's step, from one graph for each kind of part and of minibatch.
+
+    Dynamo's guards would take a tenth of a small step. In their place stand the names of the part's parameters, the
+    shapes of buffers, the entries and the size of the minibatch, and the settings of the loss and of the optimiser.
     """
-    parameters = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
-    moves_buffers = any(getattr(module, "moves_buffers", False) for module in objective.modules())
-    buffers = dict(objective.named_buffers()) if moves_buffers else {}
-    name_of = {id(parameter): name for name, parameter in parameters.items()}
-    names_of = {norm: [name_of[id(p)] for p in group if p.requires_grad] for norm, group in groups.items()}
-    step = _AdamStep(optimizer, name_of) if optimizer is not None else None
 
-    def gradients(minibatch: TensorDictBase, state: list[Any]) -> tuple[dict[str, Tensor], ...]:
-        def evaluate(values: dict[str, Tensor], held: dict[str, Tensor]) -> tuple[Tensor, Any]:
-            moved = {name: buffer.clone() for name, buffer in held.items()}  # torch.func lets no argument be moved
-            total, measured = functional_call(objective, {**values, **moved}, (minibatch,), tie_weights=False)
-            return total, (measured, moved)
+    def __init__(self, loss: RatioLoss, groups: _Groups, max_grad_norm: float, optimizer: Optimizer) -> None:
+        self.takes_steps = _is_plain_adam(optimizer)
+        self._loss, self._groups, self._max_grad_norm, self._optimizer = loss, groups, max_grad_norm, optimizer
+        self._moves_buffers = any(getattr(module, "moves_buffers", False) for module in loss.modules())
+        self._parts: dict[int, _Part] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
 
-        values = {name: parameter.detach() for name, parameter in parameters.items()}
-        found, (_, (measured, moved)) = grad_and_value(evaluate, has_aux=True)(values, buffers)
-        clipped, norms = {}, {}
-        for norm, names in names_of.items():
-            norms[norm] = nn.utils.get_total_norm([found[name] for name in names], foreach=False)
-            scale = (max_grad_norm / (norms[norm] + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
-            clipped |= {name: scale * found[name] for name in names}
-        if step is not None:
-            step(values, clipped, state)
-            clipped = {}
-        return clipped, moved, {**measured, **norms}
-
-    compiled: dict[Any, Callable[..., Any]] = {}
+    def part(self) -> _Part | None:
+        """What the current phase trains, once the optimiser has a state of it where the graph takes its step."""
+        trained = cast("nn.Module", self._loss.trained)
+        if id(trained) not in self._parts:
+            optimizer = self._optimizer if self.takes_steps else None
+            self._parts[id(trained)] = _Part(self._loss, trained, self._groups, optimizer)
+        part, state = self._parts[id(trained)], self._optimizer.state
+        return part if not self.takes_steps or any(p in state for p in part.parameters.values()) else None
 
     @torch.no_grad()
-    def differentiate(minibatch: TensorDictBase) -> dict[str, Tensor]:
-        case = minibatch.batch_size, *minibatch.keys(True, True), *_settings(objective.loss)
-        case += () if step is None else tuple(step.settings())
-        if case not in compiled:
-            compiled[case] = compile_whole(gradients, **GUARDLESS_OPTIONS)
-        found, moved, measured = compiled[case](minibatch, [] if step is None else step.state())
+    def __call__(self, part: _Part, minibatch: TensorDictBase) -> dict[str, Tensor]:
+        """Return what is measured; without Adam's step, leave the gradients in the parameters."""
+        buffers = part.buffers()
+        case = *part.parameters, *(buffer.shape for buffer in buffers.values())
+        case += minibatch.batch_size, *minibatch.keys(True, True), *_settings(self._loss)
+        case += () if part.step is None else tuple(part.step.settings())
+        if case not in self._compiled:
+            self._compiled[case] = compile_whole(self._function(), **GUARDLESS_OPTIONS)
+        state = [] if part.step is None else part.step.state()
+        self._current = part
+        found, moved, measured = self._compiled[case](minibatch, part.parameters, buffers, state)
         for name, buffer in moved.items():
             buffers[name].copy_(buffer)  # AOTAutograd loses such a write within the graph
         for name, gradient in found.items():
-            parameters[name].grad = gradient
+            part.parameters[name].grad = gradient
         return measured
 
-    return differentiate
+    def _function(self) -> FunctionType:
+        """What is compiled. All tensors are arguments: the graph of the part that was traced serves all of its kind."""
+
+        def gradients(
+            minibatch: TensorDictBase, parameters: dict[str, Tensor], buffers: dict[str, Tensor], state: list[Any]
+        ) -> tuple[dict[str, Tensor], ...]:
+            part, moves_buffers = self._current, self._moves_buffers
+
+            def evaluate(values: dict[str, Tensor], held: dict[str, Tensor]) -> tuple[Tensor, Any]:
+                if moves_buffers:
+                    held = {name: buffer.clone() for name, buffer in held.items()}  # torch.func lets none be moved
+                total, measured = functional_call(part.objective, {**values, **held}, (minibatch,), tie_weights=False)
+                return total, (measured, held if moves_buffers else {})
+
+            values = {name: parameter.detach() for name, parameter in parameters.items()}
+            found, (_, (measured, moved)) = grad_and_value(evaluate, has_aux=True)(values, buffers)
+            clipped, norms = {}, {}
+            for norm, names in part.names_of.items():
+                norms[norm] = nn.utils.get_total_norm([found[name] for name in names], foreach=False)
+                scale = (self._max_grad_norm / (norms[norm] + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
+                clipped |= {name: scale * found[name] for name in names}
+            if part.step is not None:
+                part.step(values, clipped, state)
+                clipped = {}
+            return clipped, moved, {**measured, **norms}
+
+        return gradients
 
 
 class _AdamStep:
@@ -203,6 +246,8 @@ class _AdamStep:
         names = "beta1", "beta2", "eps", "weight_decay", "maximize", "decoupled_weight_decay"
         groups = zip(self._optimizer.param_groups, self._groups, self._settings, state, strict=True)
         for group, own, settings, (rate, moments, squares, steps) in groups:
+            if not own:  # a group of another part
+                continue
             adam(
                 [values[name] for name in own],
                 [gradients[name] for name in own],
@@ -239,9 +284,9 @@ def _settings(loss: RatioLoss) -> list[tuple[str, object]]:
 class _Objective(nn.Module):
     """The sum of a loss's entries ``loss_*``, and all its outputs."""
 
-    def __init__(self, loss: RatioLoss) -> None:
+    def __init__(self, loss: RatioLoss, trained: nn.Module) -> None:
         super().__init__()
-        self.loss = loss
+        self.trained, self.loss = trained, loss
 
     def forward(self, minibatch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self.loss(minibatch)
@@ -249,12 +294,12 @@ class _Objective(nn.Module):
         return cast("Tensor", total), dict(losses.detach().items())
 
 
-def _replaceable(objective: _Objective) -> bool:
+def _replaceable(loss: RatioLoss) -> bool:
     """Whether the loss is a pure function of parameters that ``functional_call`` can replace."""
-    modules = list(objective.modules())
+    modules = list(loss.modules())
     held = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     tied = len(held) > len(set(held))  # functional_call would replace only one of the tied parameters
     # Parameters that a phase does not train get gradients of zero from torch.func in place of none, with which
     # optimisers move them; and averages of gradients come before their norm
     foreign = any(isinstance(module, TensorDictParams) for module in modules)
-    return not tied and not foreign and not objective.loss.trains_in_parts and world_size() == 1
+    return not tied and not foreign and loss.trained is not None and world_size() == 1

@@ -130,10 +130,11 @@ class SequentialLoss(ClipLoss):
         if not (turn in (None, "critic") or (isinstance(turn, int) and 0 <= turn < self.num_agents)):
             raise ValueError(f"turn must be an agent from 0 to {self.num_agents - 1}, 'critic' or None; got {turn!r}.")
         self._turn: Turn | None = turn
-        self._learning = [self._learners[turn]] if isinstance(turn, int) else []
-        for learner in self._learning:
+        self._learning = []
+        if isinstance(turn, int):
+            self._learning = [learner := self._learners[turn]]
             learner.index = learner.index.to(self.ratio_low.device)
-            learner.sources = learner.index.new_tensor([turn] if self.reuse is None else self.reuse.sources(turn))
+            learner.sources = learner.index.new_tensor((turn,) if self.reuse is None else self.reuse.sources(turn))
 
     @property
     def trained(self) -> nn.Module:

@@ -1,6 +1,7 @@
 """The commands `evaluate` and `export` on a run of a recipe."""
 
 import importlib.util
+import logging
 import re
 import sys
 from pathlib import Path
@@ -166,6 +167,13 @@ def test_a_policy_of_the_zoo_scores_what_is_listed(name: str, monkeypatch, capsy
     call(monkeypatch, "evaluate", f"zoo:{name}", "--episodes", 64)
     found, low, high = re.findall(r"return (\S+), 95 % interval (\S+) to (\S+) over", capsys.readouterr().out)[0]
     assert abs(float(found) - float(mean)) < 3 * (float(high) - float(low))
+
+
+def test_policies_of_another_build_of_torch_are_evaluated_without_warnings(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(logging.getLogger("torchrl"), "propagate", True)  # to caplog
+    call(monkeypatch, "evaluate", "zoo:navigation/mars", "--episodes", 2)
+    assert not caplog.records
 
 
 def test_policies_of_the_zoo_are_exported_here_and_misspelt_ones_refused(monkeypatch, tmp_path) -> None:

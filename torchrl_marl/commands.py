@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -118,6 +119,7 @@ def follow(args: Namespace) -> None:
     Raises:
         SystemExit: with one line that names the command and the reason.
     """
+    logging.getLogger("torchrl").setLevel(logging.ERROR)  # warns of policies trained with any other build of Torch
     try:
         _follow(args)
     except (ImportError, InstantiationException, OSError, RuntimeError, ValueError) as error:

@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--warmup", type=int, default=2, help="iterations before those that count; some compile")
+    parser.add_argument("--warmup", type=int, default=2, help="iterations before those that count; SEAC needs 30")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -53,6 +53,8 @@ def grid(*choices: Iterable[str]) -> list[str]:
 
 
 MAZES = "total_frames={} evaluation.interval={}"
+IN_MAZE = "oappo_vmas.py experiment=oappo_maze"
+SEPS_PAIRINGS = (("black_red", "01"), *(("black_blue_red", clusters) for clusters in ("011", "010", "001")))
 LARGE = (
     "total_frames=20000000 evaluation.interval=400000 evaluation.video=false "
     "env.num_envs=600 frames_per_batch=60000 minibatch_size=10000"
@@ -123,10 +125,7 @@ def mazes(frames: int) -> list[Part]:
                     ["mars_vmas.py experiment=mappo_maze"],
                     [
                         f"env.scenario={maze} method=seps-{clusters} actor.share_parameters=[{','.join(clusters)}]"
-                        for maze, clusters in (
-                            ("black_red", "01"),
-                            *(("black_blue_red", clusters) for clusters in ("011", "010", "001")),
-                        )
+                        for maze, clusters in SEPS_PAIRINGS
                     ],
                     [MAZES.format(frames, 64_000)],
                 ),
@@ -384,6 +383,49 @@ PLAN = [
             "marpo": reflections((0.4, 1, "2e-3"), (0.2, 0.3, "4e-3"), (0.4, 0.3, "2e-3")),
             "rpo": reflections((0.4, 0.1, "2e-3"), (0.4, 1, "4e-3"), (0.4, 0.3, "2e-3")),
         },
+    ),
+    Part(  # O4, beside the ten seeds of `cores`
+        "mazes_order",
+        grid([IN_MAZE], ["loss=oappo", "loss=oatrpo"], ["loss.kl_threshold=0.1"], [MAZES.format(256_000, 64_000)]),
+        num_seeds=20,
+        first_seed=10,
+        baseline="oappo",
+        core_hours=0.3,
+    ),
+    *(  # O10: shares that fade and the gate
+        Part(
+            f"fading_{maze}",
+            grid(
+                [f"{IN_MAZE} env.scenario={maze}"],
+                ["loss=oappo_fading", *gates],
+                ["loss.kl_threshold=0.1", "loss.kl_threshold=1"],
+                [MAZES.format(256_000, 64_000)],
+            ),
+            num_seeds=10,
+            baseline="oappo_fading kl_threshold=0.1",
+            split=("loss.kl_threshold",),
+            core_hours=0.2 * (1 + len(gates)),
+        )
+        for maze, gates in (("black_red", ()), ("black_blue_red", ("loss=oappo",)))  # the gate's: `cores`
+    ),
+    Part(  # O11: the other five seeds, with the learning rates that the first five had
+        "sharing_seeds",
+        [
+            *(
+                f"mars_vmas.py experiment=mappo_maze loss=seac env.scenario={maze} frames_per_batch=1280 "
+                f"minibatch_size=1280 epochs=1 optimizer.lr=3e-3 {MAZES.format(256_000, 64_000)}"
+                for maze in ("black_red", "black_blue_red")
+            ),
+            *(
+                f"mars_vmas.py experiment=mappo_maze env.scenario={maze} method=seps-{clusters} "
+                f"actor.share_parameters=[{','.join(clusters)}] {MAZES.format(256_000, 64_000)}"
+                for maze, clusters in SEPS_PAIRINGS
+            ),
+        ],
+        num_seeds=5,
+        first_seed=5,
+        baseline="seac",
+        core_hours=0.3,
     ),
     *SCREENING,
 ]

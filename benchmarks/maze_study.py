@@ -23,6 +23,8 @@ BEST = {"black_red": 0.8, "black_blue_red": 0.78667}
 
 def label(method: str, config: Mapping[str, Any]) -> str:
     """Name of a method with what distinguishes it in the study."""
+    if method == "oappo_fading":
+        return f"OAPPO fading, sigma {config['loss.kl_threshold']:g}"
     if method not in ("oappo", "oatrpo"):
         return method.upper()
     if config.get("loss.reuse_matrix") is not None:

@@ -479,17 +479,26 @@ STUDIES = {
             num_seeds=3,
             baseline="mappo",
         ),
-        Part(
-            "compiled",
-            grid(
-                ["mars_vmas.py env.scenario=balance", "mars_vmas.py env.scenario=navigation"],
-                ["loss=mars", "loss=mappo"],
-                ["compile=false", "compile=true"],
-                [SMALL_VMAS],
-            ),
-            num_seeds=5,
-            baseline="mars compile=False",
-            split=("compile",),
+        *(
+            Part(
+                f"compiled_{task}",
+                [
+                    f"{command} env.scenario={task} compile={compile} env.num_envs=60 total_frames={frames} "
+                    f"evaluation.interval={frames // 10} evaluation.video=false"
+                    for command, frames in (
+                        (f"mars_vmas.py loss=mappo {SMALL_MLPS}", short),
+                        ("mars_vmas.py loss=mappo actor=gru critic=gru chunk_length=25", short),
+                        (f"oappo_vmas.py {SMALL_MLPS}", short),
+                        ("magpo_vmas.py actor.hidden_sizes=[64,64] guider.embed_dim=32", 120_000),
+                    )
+                    for compile in ("false", "true")
+                ],
+                num_seeds=5,
+                baseline="mappo compile=False actor=make_actor",
+                split=("compile", "actor._target_"),
+                core_hours=0.5,
+            )
+            for task, short in (("navigation", 60_000), ("balance", 120_000))
         ),
         Part(  # nothing but the penalty and where the targets lie: in all, the upper one is six times the lower
             "mars_ablations",

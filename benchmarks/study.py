@@ -201,6 +201,12 @@ def tuned(
 
 
 SMALL_MLPS = "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]"
+BY_THEMSELVES = (
+    f"mars_vmas.py loss=mappo {SMALL_MLPS}",
+    "mars_vmas.py loss=mappo actor=gru critic=gru chunk_length=25",
+    f"oappo_vmas.py {SMALL_MLPS}",
+)
+GUIDED = "magpo_vmas.py actor.hidden_sizes=[64,64] guider.embed_dim=32"
 SMALL_VMAS = f"total_frames=240000 evaluation.interval=24000 evaluation.video=false env.num_envs=240 {SMALL_MLPS}"
 
 
@@ -481,24 +487,23 @@ STUDIES = {
         ),
         *(
             Part(
-                f"compiled_{task}",
-                [
-                    f"{command} env.scenario={task} compile={compile} env.num_envs=60 total_frames={frames} "
-                    f"evaluation.interval={frames // 10} evaluation.video=false"
-                    for command, frames in (
-                        (f"mars_vmas.py loss=mappo {SMALL_MLPS}", short),
-                        ("mars_vmas.py loss=mappo actor=gru critic=gru chunk_length=25", short),
-                        (f"oappo_vmas.py {SMALL_MLPS}", short),
-                        ("magpo_vmas.py actor.hidden_sizes=[64,64] guider.embed_dim=32", 120_000),
-                    )
-                    for compile in ("false", "true")
-                ],
+                f"compiled_{name}",
+                grid(
+                    commands,
+                    [f"env.scenario={task} env.num_envs=60 evaluation.video=false"],
+                    [f"total_frames={frames} evaluation.interval={frames // 10}"],
+                    ["compile=false", "compile=true"],
+                ),
                 num_seeds=5,
-                baseline="mappo compile=False actor=make_actor",
+                baseline=f"{'magpo' if name == 'guided' else 'mappo'} compile=False actor=make_actor",
                 split=("compile", "actor._target_"),
-                core_hours=0.5,
+                core_hours=0.3,
             )
-            for task, short in (("navigation", 60_000), ("balance", 120_000))
+            for name, task, frames, commands in (
+                ("navigation", "navigation", 60_000, [*BY_THEMSELVES]),
+                ("guided", "navigation", 120_000, [GUIDED]),
+                ("balance", "balance", 120_000, [*BY_THEMSELVES, GUIDED]),
+            )
         ),
         Part(  # nothing but the penalty and where the targets lie: in all, the upper one is six times the lower
             "mars_ablations",

@@ -369,6 +369,30 @@ def test_adams_step_in_turns_is_the_uncompiled_one_from_a_graph_for_all_agents(m
     assert len(graphs) == kinds + 1  # one for each number of sources, and the critic's
 
 
+def test_agents_in_groups_of_their_own_learn_at_their_own_rates(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(guardless, torch.compile, lambda graph, _: graph))
+    torch.manual_seed(0)
+    env = make_coordsum("CoordSum-3x4", num_envs=4, seed=0)
+    actor, critic = networks(env, HAPPOLoss, "mlp")
+    fresh = HAPPOLoss(actor, critic, functional=False)
+    fresh.make_value_estimator(gamma=0.99, lmbda=0.95)
+    with torch.no_grad():
+        batch = fresh.prepare(env.rollout(6, actor, break_when_any_done=False))
+
+    def learned(compile):
+        loss = copy.deepcopy(fresh)
+        groups = [{"params": loss.agent_parameters(agent), "lr": 10.0**-agent} for agent in range(3)]
+        optimizer = torch.optim.Adam([*groups, {"params": list(loss.critic_network.parameters())}], lr=1e-2)
+        update = make_update(loss, optimizer, max_grad_norm=0.1, compile=compile)
+        torch.manual_seed(1)
+        for phase in loss.phases(batch.clone()):
+            for minibatch in phase.minibatches(12, epochs=1):
+                update(minibatch)
+        return list(loss.parameters())
+
+    torch.testing.assert_close(learned(True), learned(False), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("nan")])
 def test_a_norm_that_stops_or_turns_gradients_is_refused(max_grad_norm):
     loss, _ = build()

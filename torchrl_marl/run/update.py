@@ -221,11 +221,12 @@ class _AdamStep:
         self._written = [group["lr"] for group in optimizer.param_groups]
 
     def settings(self) -> list[Any]:
-        """Values of each group that are constants of the graph."""
+        """Constants of the graph: values of each group, and its parameters with a state."""
         names = "eps", "weight_decay", "maximize", "decoupled_weight_decay"
-        groups = self._optimizer.param_groups
+        groups, state = self._optimizer.param_groups, self._optimizer.state
         self._settings = [(*group["betas"], *(group[name] for name in names)) for group in groups]
-        return self._settings
+        self._groups = [{name: p for name, p in own.items() if p in state} for own in self._groups]
+        return [*self._settings, *map(tuple, self._groups)]
 
     def state(self) -> list[Any]:
         """Learning rate and moments of each group."""
@@ -234,7 +235,6 @@ class _AdamStep:
                 self._written[index] = group["lr"]
                 self._rates[index].fill_(group["lr"])
         state, names = self._optimizer.state, ("exp_avg", "exp_avg_sq", "step")
-        self._groups = [{name: p for name, p in own.items() if p in state} for own in self._groups]
         return [
             (rate, *([state[p][name] for p in own.values()] for name in names))
             for rate, own in zip(self._rates, self._groups, strict=True)

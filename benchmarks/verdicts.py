@@ -104,29 +104,39 @@ def verdict(probability: Estimate, effect: Estimate) -> str:
     return "contradicted" if probability.high < 0.5 and effect.high < 0 else "undecided"
 
 
-def verdicts(scores: Scores, method: str, others: Sequence[str]) -> list[tuple[str, Estimate, Estimate, str]]:
-    """Compare a method with others by Holm's method: the clearest first, at a level that rises as long as it decides.
+def verdicts(pairs: Sequence[tuple[Scores, str, str]]) -> list[tuple[Estimate, Estimate, str]]:
+    """Compare pairs of methods by Holm's method: the clearest first, at a level that rises until one is undecided.
+
+    Args:
+        pairs: scores, the method that is to be better, and the other, of every comparison of a row.
 
     Returns:
-        For each other method its name, both estimates at the level of its turn, and the verdict.
+        For each pair, in order, both estimates at the level of its turn, and the verdict.
     """
-    rows, hypotheses = [], len(others)
-    for other in sorted(others, key=lambda other: -abs(difference(scores, method, other).value)):
-        estimates = [bound(scores, method, other, level=0.05 / hypotheses) for bound in (improvement, difference)]
-        rows.append((other, *estimates, verdict(*estimates)))
-        decided = all(row[-1] != "undecided" for row in rows)
+
+    def clarity(index: int) -> float:
+        effect = difference(*pairs[index])
+        return -abs(effect.value) / (effect.high - effect.value)
+
+    rows: dict[int, tuple[Estimate, Estimate, str]] = {}
+    hypotheses, decided = len(pairs), True
+    for index in sorted(range(len(pairs)), key=clarity):
+        probability, effect = (bound(*pairs[index], level=0.05 / hypotheses) for bound in (improvement, difference))
+        found = verdict(probability, effect) if decided else "undecided"
+        rows[index] = probability, effect, found
+        decided = found != "undecided"
         hypotheses -= decided and hypotheses > 1
-    return rows
+    return [rows[index] for index in range(len(pairs))]
 
 
-def main_effects(scores: Scores, *, level: float = 0.05) -> Iterable[tuple[int, str, str, Estimate]]:
+def main_effects(scores: Scores, base: str, *, level: float = 0.05) -> Iterable[tuple[int, str, str, Estimate]]:
     """Effects of the axes of a design whose methods are words joined by "+", one for each axis.
 
-    The effect of a level is the mean difference of all pairs of cells that differ from the axis's first level in
-    nothing else, in standard deviations over seeds, averaged over tasks.
+    The effect of a level is the mean difference of all pairs of cells that differ from the base's level in nothing
+    else, in standard deviations over seeds, averaged over tasks.
 
     Yields:
-        Axis, level, first level, and the effect with its t-interval.
+        Axis, level, the base's level, and the effect with its t-interval.
     """
     cells = [tuple(method.split("+")) for method in next(iter(scores.values()))]
     runs = [seeds for of_task in scores.values() for seeds in of_task.values()]
@@ -134,9 +144,8 @@ def main_effects(scores: Scores, *, level: float = 0.05) -> Iterable[tuple[int, 
     spread = {
         task: sqrt(mean(variance(seeds) for seeds in of_task.values())) or 1.0 for task, of_task in scores.items()
     }
-    for axis in range(len(cells[0])):
-        first, *others = dict.fromkeys(cell[axis] for cell in cells)
-        for other in others:
+    for axis, first in enumerate(base.split("+")):
+        for other in dict.fromkeys(cell[axis] for cell in cells if cell[axis] != first):
             swapped = {cell: (*cell[:axis], other, *cell[axis + 1 :]) for cell in cells if cell[axis] == first}
             pairs = [("+".join(one), "+".join(two)) for one, two in swapped.items() if two in cells]
             effects, squares = [], 0.0
@@ -221,19 +230,20 @@ def write_page(output: Path) -> Path:
     page.heading("Verdicts")
     page.paragraph(" ".join(str(__doc__).split("\n\n")[1].split()))
     rows = []
-    for row, suite, method, others, tasks in COMPARISONS:
-        scores = {task: runs for task, runs in absolute_returns(read(suite)).items() if not tasks or task in tasks}
-        where = ", ".join(tasks or scores)
-        rows += [
-            (row, where, f"{method} over {other}", *map(str, rest)) for other, *rest in verdicts(scores, method, others)
-        ]
+    for row in dict.fromkeys(comparison.row for comparison in COMPARISONS):
+        pairs, named = [], []
+        for _, suite, method, others, tasks in (one for one in COMPARISONS if one.row == row):
+            scores = {task: runs for task, runs in absolute_returns(read(suite)).items() if not tasks or task in tasks}
+            pairs += [(scores, method, other) for other in others]
+            named += [(row, ", ".join(tasks or scores), f"{method} over {other}") for other in others]
+        rows += [(*names, *map(str, found)) for names, found in zip(named, verdicts(pairs), strict=True)]
     page.table(["row", "tasks", "better", "probability", "difference, in spreads", "verdict"], rows, text_columns=3)
     suites = sorted(path.name.removesuffix(".csv.gz") for path in RESULTS.glob("*.csv.gz"))
     if "composition" in suites:
         page.heading("Main effects of the composition")
         cells = [
             (f"{level} instead of {first}", str(effect))
-            for _, level, first, effect in main_effects(absolute_returns(read("composition")))
+            for _, level, first, effect in main_effects(absolute_returns(read("composition")), "clip+off+own+together")
         ]
         page.table(["axis", "effect, in spreads over seeds"], cells)
     for suite in suites:

@@ -41,16 +41,23 @@ def test_two_tasks_are_averaged_and_halve_the_variance(rules):
     ("method", "other", "expected"), [("a", "far", "confirmed"), ("far", "a", "contradicted"), ("a", "b", "undecided")]
 )
 def test_a_verdict_needs_both_intervals(rules, method, other, expected):
-    assert rules.verdicts(CLOSE, method, [other])[0][-1] == expected
+    assert rules.verdicts([(CLOSE, method, other)])[0][-1] == expected
 
 
 def test_holm_corrects_by_the_number_of_hypotheses_that_are_left(rules):
-    (first, _, one, sure), (second, _, two, open_) = rules.verdicts(CLOSE, "a", ["b", "far"])
-    assert (first, sure, second, open_) == ("far", "confirmed", "b", "undecided")
+    (_, two, open_), (_, one, sure) = rules.verdicts([(CLOSE, "a", "b"), (CLOSE, "a", "far")])
+    assert (sure, open_) == ("confirmed", "undecided")
     assert one == rules.difference(CLOSE, "a", "far", level=0.025)
     assert two == rules.difference(CLOSE, "a", "b", level=0.05)
-    third = rules.verdicts({"task": CLOSE["task"] | {"c": CLOSE["task"]["b"]}}, "a", ["b", "c"])[1]
-    assert third[2] == rules.difference(CLOSE, "a", "b", level=0.025)  # the first did not decide
+
+
+def test_holm_decides_nothing_after_the_first_that_is_open(rules, monkeypatch):
+    pairs = [(CLOSE, "b", "far"), (CLOSE, "a", "far")]
+    assert [found for *_, found in rules.verdicts(pairs)] == ["confirmed", "confirmed"]
+    runs = rules.improvement
+    open_ = rules.Estimate(0.6, 0.4, 0.8)  # of the pair with the clearer difference
+    monkeypatch.setattr(rules, "improvement", lambda *pair, level: open_ if "a" in pair else runs(*pair, level=level))
+    assert [found for *_, found in rules.verdicts(pairs)] == ["undecided", "undecided"]
 
 
 def test_a_main_effect_is_the_mean_over_pairs_that_differ_in_one_axis(rules):
@@ -63,7 +70,7 @@ def test_a_main_effect_is_the_mean_over_pairs_that_differ_in_one_axis(rules):
         "barrier+own": runs(3),
         "kl+own": runs(-1),
     }
-    found = {(level, first): effect for _, level, first, effect in rules.main_effects({"task": cells})}
+    found = {(level, first): effect for _, level, first, effect in rules.main_effects({"task": cells}, "clip+own")}
     assert {pair: effect.value for pair, effect in found.items()} == {
         ("barrier", "clip"): pytest.approx(3),
         ("kl", "clip"): pytest.approx(-1),

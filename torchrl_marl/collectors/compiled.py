@@ -121,7 +121,8 @@ class CompiledCollector:
 
         The result is that of :func:`torchrl_marl.evaluation.evaluate` up to rounding, but the episodes are played in
         the collector's environment, by the compiled functions of collection. They start from the states of ``env``,
-        as many at a time as the collector has environments. The state of the collector's environment is restored.
+        as many at a time as the collector has environments. The state of the collector's environment is restored;
+        call it within :func:`torchrl_marl.envs.preserve_random_state` to restore Torch's generator, too.
 
         Args:
             env: batch of environments of the same game, not the collector's own.
@@ -140,8 +141,10 @@ class CompiledCollector:
                 filled = rows.repeat(-(-copies // len(rows)))[:copies]
                 self._first = {key: value[filled] for key, value in first.items()}
                 self._game.load(_game(env)[0], filled)
-                played: list[Any] = [so_far(self._collect()) for _ in range(0, max_steps, self.num_steps)]
-                parts.append(first_episodes(torch.cat(played, -1)[: len(rows), :max_steps]))
+                played: Any = so_far(self._collect())
+                while played.shape[-1] < max_steps and not played["done"].any(-1).all():
+                    played = torch.cat([played, so_far(self._collect())], -1)
+                parts.append(first_episodes(played[: len(rows), :max_steps]))
         finally:
             self._scribe.greedy.fill_(False)
             self._first = following

@@ -42,7 +42,7 @@ from torchrl_marl.run.records import EvaluationRecord, read_metrics
 __all__ = ["Run", "progress_bar", "reduce_records", "stop_signals"]
 
 _MAX_COPIES = 1_024  # of an environment for the absolute metric
-_MAX_SPARE = 8  # times as many training environments as episodes, whose steps cost as much as uncompiled ones of these
+_MAX_SPARE = 8  # times as many frames as evaluations need, which compiled cost as much as those uncompiled
 _SECONDS_BETWEEN_CURVES = 60  # drawing takes a quarter of one
 
 _Collector = Collector | CompiledCollector | SequenceCollector | WorkerCollector
@@ -383,10 +383,13 @@ class Run:
     def _evaluate(self) -> Episodes:
         """Play evaluation episodes, by the compiled functions of collection where these can."""
         env, collector, evaluation = self._evaluation_env, self._collector, self.cfg.evaluation
-        can_play = isinstance(collector, CompiledCollector) and collector.acts_as(self._actor)
-        if can_play and not evaluation.sampled and self.cfg.env.num_envs <= _MAX_SPARE * evaluation.episodes:
-            return collector.evaluate(env, seed=self.seed(1), max_steps=self.cfg.env.max_steps)
-        return self._play(env, self._actor, self.seed(1))
+        if not isinstance(collector, CompiledCollector) or not collector.acts_as(self._actor) or evaluation.sampled:
+            return self._play(env, self._actor, self.seed(1))
+        copies, max_steps = self.cfg.env.num_envs, self.cfg.env.max_steps
+        played = -(-evaluation.episodes // copies) * copies * -(-max_steps // collector.num_steps) * collector.num_steps
+        if played > _MAX_SPARE * evaluation.episodes * max_steps:
+            return self._play(env, self._actor, self.seed(1))
+        return collector.evaluate(env, seed=self.seed(1), max_steps=max_steps)
 
     def _absolute_episodes(self) -> Episodes:
         """Play the best parameters in ten times as many episodes, on unused initial states.

@@ -259,6 +259,14 @@ def test_options_of_a_vmas_scenario_class_reach_its_world():
         env = make_custom(Scenario, num_envs=2, max_steps=5, seed=0, factory_kwargs={"n_agents": num_agents})
         assert len(env.group_map["agents"]) == num_agents
 
+    class Mine(Scenario):
+        def make_world(self, batch_dim, device, **kwargs):
+            return super().make_world(batch_dim, device, **kwargs)
+
+    make_custom(Mine, num_envs=2, max_steps=5, seed=0, factory_kwargs={"n_agents": 2})
+    with pytest.raises(ValueError, match=r"^Mine takes no n_agnts in make_world; it names n_agents"):
+        make_custom(Mine, num_envs=2, max_steps=5, seed=0, factory_kwargs={"n_agnts": 2})
+
 
 def test_a_game_whose_render_is_abstract_says_so(tmp_path):
     class Unseen(Parallel):

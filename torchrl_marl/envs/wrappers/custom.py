@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,7 @@ from torchrl_marl.envs.check import kept_statistics, missing_entries
 from torchrl_marl.envs.vmas import make_env
 from torchrl_marl.envs.wrappers.gymnasium import SerialGame, SerialGymEnv, as_serial_game
 from torchrl_marl.extras import find_callable
-from torchrl_marl.signatures import signature
+from torchrl_marl.signatures import nearest, signature
 
 __all__ = ["make_custom"]
 
@@ -100,6 +102,7 @@ def make_custom(
     chosen, world = dict(factory_kwargs or {}), {}
     if isinstance(build, type) and issubclass(build, vmas):
         world = {key: chosen.pop(key) for key in chosen.keys() - signature(build).parameters.keys()}
+        _check_world_options(build, world)
 
     def make(copy: int = 0) -> Any:
         return build(**_arguments(build, name, {**settings, "seed": seed + copy}, chosen))
@@ -136,6 +139,18 @@ def _arguments(
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}: set env.factory_kwargs.{missing[0]}=..., or a default")
     return arguments
+
+
+def _check_world_options(scenario: type, options: Mapping[str, Any]) -> None:
+    """Refuse options of ``make_world`` that no line of the scenario or its bases names: VMAS swallows them."""
+    try:
+        sources = [inspect.getsource(base) for base in scenario.__mro__[:-1]]
+    except (OSError, TypeError):  # defined in an interactive session
+        return
+    named = set(re.findall(r"""["'](\w+)["']""", "\n".join(sources))) | {*signature(scenario.make_world).parameters}
+    if unknown := sorted(set(options) - named):
+        hint = ", ".join(nearest(unknown[0], named)) or "nothing like it"
+        raise ValueError(f"{scenario.__name__} takes no {', '.join(unknown)} in make_world; it names {hint}")
 
 
 def _batch(

@@ -53,7 +53,11 @@ def main() -> None:
         "overrides", nargs="*", help="overrides of the recipe; search spaces are written as in spaces.yaml"
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="KEY", default=[], help="search these and the spaces among the overrides alone; the recipe's values for the others"
+        "--only",
+        nargs="+",
+        metavar="KEY",
+        default=[],
+        help="search these and the spaces among the overrides alone; the recipe's values for the others",
     )
     parser.add_argument("--trials", type=int, help="total number of trials; default: that of spaces.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=SPACES["seeds"], help="seeds of every trial")

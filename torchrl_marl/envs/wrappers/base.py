@@ -137,7 +137,7 @@ class WrapperEnv(TeamEnv):
         try:
             return self._picture(env_index)
         except Exception as error:  # packages raise various exceptions without OpenGL or a display
-            reason = "it does not implement render()" if isinstance(error, NotImplementedError) else error
+            reason = str(error) or "it does not implement render()"
             raise ValueError(f"the environment cannot be drawn here: {reason}") from error
 
     @abstractmethod

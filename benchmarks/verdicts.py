@@ -13,7 +13,7 @@ from functools import cache
 from math import sqrt
 from pathlib import Path
 from statistics import mean, variance
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from episodes import FRAMES, RUN, absolute_returns, read_table
@@ -161,8 +161,9 @@ def curves(table: DataFrame) -> dict[str, dict[str, tuple[Any, Any]]]:
     """By task and method, the frames of evaluations ``[evaluations]`` and mean returns ``[runs, evaluations]``."""
     evaluations = table[table[FRAMES].notna()].groupby([*RUN, FRAMES], sort=False)["return"].mean().reset_index()
     found: dict[str, dict[str, tuple[Any, Any]]] = {}
-    for (task, method), runs in evaluations.groupby(["task", "method"], sort=False):
+    for key, runs in evaluations.groupby(["task", "method"], sort=False):
         wide = runs.pivot(index="seed", columns=FRAMES, values="return").dropna(axis="columns")
+        task, method = cast("tuple[str, str]", key)
         found.setdefault(task, {})[method] = wide.columns.to_numpy(float), wide.to_numpy()
     return found
 

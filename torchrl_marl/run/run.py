@@ -383,13 +383,13 @@ class Run:
     def _evaluate(self) -> Episodes:
         """Play evaluation episodes, by the compiled functions of collection where these can."""
         env, collector, evaluation = self._evaluation_env, self._collector, self.cfg.evaluation
-        if not isinstance(collector, CompiledCollector) or not collector.acts_as(self._actor) or evaluation.sampled:
-            return self._play(env, self._actor, self.seed(1))
-        copies, max_steps = self.cfg.env.num_envs, self.cfg.env.max_steps
-        played = -(-evaluation.episodes // copies) * copies * -(-max_steps // collector.num_steps) * collector.num_steps
-        if played > _MAX_SPARE * evaluation.episodes * max_steps:
-            return self._play(env, self._actor, self.seed(1))
-        return collector.evaluate(env, seed=self.seed(1), max_steps=max_steps)
+        if isinstance(collector, CompiledCollector) and collector.acts_as(self._actor) and not evaluation.sampled:
+            copies, max_steps = self.cfg.env.num_envs, self.cfg.env.max_steps
+            steps = -(-max_steps // collector.num_steps) * collector.num_steps
+            played = -(-evaluation.episodes // copies) * copies * steps
+            if played <= _MAX_SPARE * evaluation.episodes * max_steps:
+                return collector.evaluate(env, seed=self.seed(1), max_steps=max_steps)
+        return self._play(env, self._actor, self.seed(1))
 
     def _absolute_episodes(self) -> Episodes:
         """Play the best parameters in ten times as many episodes, on unused initial states.

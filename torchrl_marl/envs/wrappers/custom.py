@@ -100,7 +100,7 @@ def make_custom(
     settings |= {} if scenario in (None, factory) else {"scenario": scenario}  # recipes set scenario=factory by default
     vmas = sys.modules[_VMAS_SCENARIO].BaseScenario if _VMAS_SCENARIO in sys.modules else ()
     chosen, world = dict(factory_kwargs or {}), {}
-    if isinstance(build, type) and issubclass(build, vmas):
+    if chosen and isinstance(build, type) and issubclass(build, vmas):
         world = {key: chosen.pop(key) for key in chosen.keys() - signature(build).parameters.keys()}
         _check_world_options(build, world)
 

@@ -51,4 +51,4 @@ def test_the_commands_end_with_a_film_and_a_policy_that_acts(
     observation, results = np.zeros((1, 8), np.float32), {}
     exec(compile(DEPLOYED, "tutorial.md", "exec"), {"observation": observation}, results)
     assert results["action"].shape == (1, 2)
-    assert (tmp_path / "cover.mp4").stat().st_size > 0
+    assert (tmp_path / "cover.gif").stat().st_size > 0

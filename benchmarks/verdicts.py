@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 from episodes import FRAMES, RUN, absolute_returns, read_table
-from pandas import DataFrame
+from pandas import DataFrame, read_csv
 from power import RESULTS, t_quantile
 
 from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves
@@ -224,6 +224,17 @@ def add_aggregates(page: Page, suite: str, scores: Scores, over_frames: Any, met
     page.figure(draw_aggregates(efficiency, profiles), f"{suite}_aggregates", text)
 
 
+def beside_published(published: DataFrame, over_frames: Any) -> Iterable[tuple[str, ...]]:
+    """Rows of results/published.csv beside our mean at those frames, or at our last ones if our runs are shorter."""
+    for _, task, method, frames, value, spread, source in published.itertuples(index=False):
+        if method in over_frames.get(task, {}):
+            ours, returns = over_frames[task][method]
+            at = int(np.searchsorted(ours, frames).clip(max=len(ours) - 1))
+            theirs = f"{value:g}" if np.isnan(spread) else f"{value:g} ± {spread:g}"
+            own = f"{returns[:, at].mean():.4g} ± {returns[:, at].std(ddof=1):.2g}"
+            yield task, method, source, f"{frames:,}", theirs, f"{ours[at]:,.0f}", own
+
+
 def write_page(output: Path) -> Path:
     """Write the page; return its address."""
     read = cache(lambda suite: read_table(RESULTS / f"{suite}.csv.gz"))
@@ -247,6 +258,14 @@ def write_page(output: Path) -> Path:
             for _, level, first, effect in main_effects(absolute_returns(read("composition")), "clip+off+own+together")
         ]
         page.table(["axis", "effect, in spreads over seeds"], cells)
+    page.heading("Beside published numbers")
+    page.paragraph("Means and standard deviations over seeds, at the frames named, or at our last ones.")
+    rows = []
+    for suite, published in read_csv(RESULTS / "published.csv").groupby("suite", sort=False):
+        if suite in suites:
+            rows += beside_published(published, curves(read(suite)))
+    columns = ["task", "method", "source", "frames", "published", "our frames", "ours"]
+    page.table(columns, rows, text_columns=3)
     for suite in suites:
         add_suite(page, suite, read(suite))
     page.write()

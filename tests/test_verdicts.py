@@ -77,3 +77,17 @@ def test_a_main_effect_is_the_mean_over_pairs_that_differ_in_one_axis(rules):
         ("reuse", "own"): pytest.approx(2),
     }
     assert found["reuse", "own"].high - 2 == pytest.approx(2.306 * sqrt(2 / 3), rel=2e-3)  # of all four cells
+
+
+def test_published_numbers_stand_beside_ours_at_the_same_frames_or_at_our_last(rules):
+    import numpy as np
+    from pandas import DataFrame
+
+    rows = [("s", "t", "m", frames, 4.0, spread, "them") for frames, spread in ((20, 0.5), (90, np.nan))]
+    rows += [("s", "t", "unknown", 20, 1.0, 1.0, "them")]
+    published = DataFrame(rows, columns=["suite", "task", "method", "frames", "value", "spread", "source"])
+    ours = {"t": {"m": (np.array([10.0, 20.0, 30.0]), np.array([[0.0, 1.0, 5.0], [0.0, 3.0, 7.0]]))}}
+    assert list(rules.beside_published(published, ours)) == [
+        ("t", "m", "them", "20", "4 ± 0.5", "20", "2 ± 1.4"),
+        ("t", "m", "them", "90", "4", "30", "6 ± 1.4"),
+    ]

@@ -269,28 +269,30 @@ MARPO_RECIPE = "marpo_vmas.py chunk_length=5"
 
 APART = "actor.share_parameters=false actor.agent_id=false"  # in every cell, since agents that take turns need it
 GAIN = "loss.gain._target_=torchrl_marl.objectives.surrogates.{}_gain loss.gain._partial_=true"
-REGIONS = {"clip": "", "quadratic": GAIN.format("quadratic"), "barrier": GAIN.format("barrier")}
+REGIONS = {  # with the signs of two columns
+    "clip": ("", -1, -1),
+    "quadratic": (GAIN.format("quadratic"), 1, -1),
+    "barrier": (GAIN.format("barrier"), -1, 1),
+    "interval": ("loss.interval=kl loss.kl_bias=0.19", 1, 1),
+}
 
 
 def cells() -> Iterable[str]:
-    """The cells of the composition that exist: trust region + reflection + data + order."""
-    for reflection, coefficient in (("off", 0), ("on", 0.3)):
-        together = f"{MARPO_RECIPE} loss=marpo loss.reflection_coeff={coefficient}"
-        for region, gain in REGIONS.items():
-            bounds = "loss.layout=rpo loss.clip_epsilon=[0.5,1.0] loss.next_clip_epsilon=[0.5,1.0]"
-            yield f"{together} {bounds} {gain} method={region}+{reflection}+own+together"
-        interval = "loss.layout=paper loss.kl_bias=0.19"
-        yield f"{together} {interval} method=interval+{reflection}+own+together"
-    for data, method in (("own", "happo"), ("reuse", "oappo loss.own_weight=0.7 loss.kl_threshold=0.1")):
-        for region, gain in REGIONS.items():
-            in_turns = f"oappo_vmas.py loss={method} loss.clip_epsilon=[0.5,1.0]"
-            yield f"{in_turns} {gain} method={region}+off+{data}+turns"
+    """Half of the 32 compositions, of resolution V: the order is the product of the other columns."""
+    own = "loss.clip_epsilon=[0.5,1.0] loss.next_clip_epsilon=[0.5,1.0] loss.kl_threshold=0.1"
+    reflections = {"off": ("loss.reflection_coeff=0", -1), "on": ("loss.reflection_coeff=0.3", 1)}
+    experiences = {"own": ("loss.own_weight=1", -1), "reuse": ("loss.own_weight=0.7", 1)}
+    for chosen in itertools.product(REGIONS.items(), reflections.items(), experiences.items()):
+        (region, (gain, a, b)), (reflection, (coefficient, c)), (data, (weight, d)) = chosen
+        order = "turns" if a * b * c * d > 0 else "together"
+        words = f"loss=composed loss.order={order} {gain} {coefficient} {weight} {own}"
+        yield f"oappo_vmas.py {words} method={region}+{reflection}+{data}+{order}"
 
 
 def composition(name: str, task: str, core_hours: float) -> Part:
     """The screening on one task."""
     commands = grid(cells(), [f"{APART} optimizer.lr=2e-3 {task}"])
-    return Part(name, commands, num_seeds=3, baseline="clip+off+own+together", core_hours=core_hours)
+    return Part(name, commands, num_seeds=3, baseline="clip+off+own+turns", core_hours=core_hours)
 
 
 SCREENING = [

@@ -130,29 +130,30 @@ def verdicts(pairs: Sequence[tuple[Scores, str, str]]) -> list[tuple[Estimate, E
 
 
 def main_effects(scores: Scores, base: str, *, level: float = 0.05) -> Iterable[tuple[int, str, str, Estimate]]:
-    """Effects of the axes of a design whose methods are words joined by "+", one for each axis.
+    """Effects of the axes of a balanced design whose methods are words joined by "+", one for each axis.
 
-    The effect of a level is the mean difference of all pairs of cells that differ from the base's level in nothing
-    else, in standard deviations over seeds, averaged over tasks.
+    The effect of a level is the mean of all cells with it less the mean of all cells with the base's level, in standard
+    deviations over seeds, averaged over tasks.
 
     Yields:
         Axis, level, the base's level, and the effect with its t-interval.
     """
-    cells = [tuple(method.split("+")) for method in next(iter(scores.values()))]
-    runs = [seeds for of_task in scores.values() for seeds in of_task.values()]
-    freedom = sum(len(seeds) - 1 for seeds in runs)
-    spread = {
-        task: sqrt(mean(variance(seeds) for seeds in of_task.values())) or 1.0 for task, of_task in scores.items()
-    }
+    freedom = sum(len(seeds) - 1 for of_task in scores.values() for seeds in of_task.values())
     for axis, first in enumerate(base.split("+")):
-        for other in dict.fromkeys(cell[axis] for cell in cells if cell[axis] != first):
-            swapped = {cell: (*cell[:axis], other, *cell[axis + 1 :]) for cell in cells if cell[axis] == first}
-            pairs = [("+".join(one), "+".join(two)) for one, two in swapped.items() if two in cells]
+        levels = dict.fromkeys(method.split("+")[axis] for of_task in scores.values() for method in of_task)
+        for other in levels:
+            if other == first:
+                continue
             effects, squares = [], 0.0
-            for task, of_task in scores.items():
-                for one, two in pairs:
-                    effects.append((mean(of_task[two]) - mean(of_task[one])) / spread[task])
-                    squares += 1 / len(of_task[one]) + 1 / len(of_task[two])
+            for of_task in scores.values():
+                spread = sqrt(mean(variance(seeds) for seeds in of_task.values())) or 1.0
+                sides = [
+                    [seeds for method, seeds in of_task.items() if method.split("+")[axis] == word]
+                    for word in (other, first)
+                ]
+                one, two = (mean(map(mean, cells)) for cells in sides)
+                effects.append((one - two) / spread)
+                squares += sum(sum(1 / len(seeds) for seeds in cells) / len(cells) ** 2 for cells in sides)
             half = t_quantile(1 - level / 2, freedom) * sqrt(squares) / len(effects)
             yield axis, other, first, Estimate(mean(effects), mean(effects) - half, mean(effects) + half)
 
@@ -255,7 +256,7 @@ def write_page(output: Path) -> Path:
         page.heading("Main effects of the composition")
         cells = [
             (f"{level} instead of {first}", str(effect))
-            for _, level, first, effect in main_effects(absolute_returns(read("composition")), "clip+off+own+together")
+            for _, level, first, effect in main_effects(absolute_returns(read("composition")), "clip+off+own+turns")
         ]
         page.table(["axis", "effect, in spreads over seeds"], cells)
     page.heading("Beside published numbers")

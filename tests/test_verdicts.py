@@ -60,23 +60,25 @@ def test_holm_decides_nothing_after_the_first_that_is_open(rules, monkeypatch):
     assert [found for *_, found in rules.verdicts(pairs)] == ["undecided", "undecided"]
 
 
-def test_a_main_effect_is_the_mean_over_pairs_that_differ_in_one_axis(rules):
+def test_main_effects_of_half_a_design_are_those_of_an_additive_truth(rules):
     def runs(value: float) -> list[float]:
         return [value - 1, value, value + 1]  # a standard deviation of 1
 
-    cells: Mapping[str, list[float]] = {
-        "clip+own": runs(0),
-        "clip+reuse": runs(2),
-        "barrier+own": runs(3),
-        "kl+own": runs(-1),
+    half: Mapping[str, list[float]] = {  # barrier adds 3, reuse 1, together 4; no two cells differ in one axis alone
+        "clip+own+turns": runs(0),
+        "clip+reuse+together": runs(1 + 4),
+        "barrier+own+together": runs(3 + 4),
+        "barrier+reuse+turns": runs(3 + 1),
     }
-    found = {(level, first): effect for _, level, first, effect in rules.main_effects({"task": cells}, "clip+own")}
-    assert {pair: effect.value for pair, effect in found.items()} == {
-        ("barrier", "clip"): pytest.approx(3),
-        ("kl", "clip"): pytest.approx(-1),
-        ("reuse", "own"): pytest.approx(2),
-    }
-    assert found["reuse", "own"].high - 2 == pytest.approx(2.306 * sqrt(2 / 3), rel=2e-3)  # of all four cells
+    effects = list(rules.main_effects({"task": half}, "clip+own+turns"))
+    assert [(axis, level, first) for axis, level, first, _ in effects] == [
+        (0, "barrier", "clip"),
+        (1, "reuse", "own"),
+        (2, "together", "turns"),
+    ]
+    assert [effect.value for *_, effect in effects] == pytest.approx([3, 1, 4])
+    widths = [effect.high - effect.value for *_, effect in effects]
+    assert widths == pytest.approx([2.306 / sqrt(3)] * 3, rel=2e-3)  # 8 degrees of freedom, two means of six runs
 
 
 def test_published_numbers_stand_beside_ours_at_the_same_frames_or_at_our_last(rules):

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from tests.objectives.loss_factories import SPACES, add_transition, gradients, make_batch, make_networks, total
 from torchrl_marl.objectives import (
+    ComposedLoss,
     HAPPOLoss,
     IPPOLoss,
     MAPPOLoss,
@@ -73,6 +74,14 @@ METHODS = {
     "HAPPO": Method(HAPPOLoss, clipped(0.8, 1.2), own_networks=True, equals=MAPPOLoss),
     "OAPPO": Method(OAPPOLoss, clipped(0.8, 1.2), {"reuse_matrix": "RR"}, own_networks=True, equals=MAPPOLoss),
     "MARPO": Method(MARPOLoss, clipped(0.8, 1.2), {"reflection_coeff": 0.0, "ema_rate": 0.0}, equals=MAPPOLoss),
+    # Together on own data; what else it composes has its tests in test_composition.py.
+    "Composed": Method(
+        ComposedLoss,
+        clipped(0.8, 1.2),
+        {"order": "together", "own_weight": 1.0, "reflection_coeff": 0.0},
+        own_networks=True,
+        equals=MAPPOLoss,
+    ),
     # Without the others' data, which have their tests in test_seac.py, and with a gain that has bounds.
     "SEAC": Method(
         SEACLoss,

@@ -1,5 +1,6 @@
 """Losses, one class per method, and the equations behind them."""
 
+from torchrl_marl.objectives.composition import ComposedLoss
 from torchrl_marl.objectives.ctds import CTDSLoss
 from torchrl_marl.objectives.happo import HAPPOLoss, HATRPOLoss
 from torchrl_marl.objectives.magpo import MAGPOLoss
@@ -16,6 +17,7 @@ from torchrl_marl.objectives.value import LDSALoss, QMIXLoss, QPLEXLoss, ValueLo
 
 __all__ = [
     "CTDSLoss",
+    "ComposedLoss",
     "HAPPOLoss",
     "HATRPOLoss",
     "IPPOLoss",

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from typing_extensions import Unpack
 
-from torchrl_marl.keys import sibling
 from torchrl_marl.modules.protocols import Actor, Critic
-from torchrl_marl.objectives.adaptive_clip import AdaptiveClipLoss, AdaptiveClipOptions
-from torchrl_marl.objectives.masking import masked_mean, where_live
-from torchrl_marl.objectives.ratio import ScoredBatch, clip_bounds, clip_fraction
-from torchrl_marl.objectives.reflection import NextStepKeys, next_step, under_next
-from torchrl_marl.objectives.surrogates import clip_gain, reflective_clip_gain
-from torchrl_marl.signatures import check_at_least_0, check_choice
+from torchrl_marl.objectives.masking import masked_mean
+from torchrl_marl.objectives.ratio import Bounds, ScoredBatch, clip_fraction
+from torchrl_marl.objectives.reflection import NextStep, ReflectiveLoss, ReflectiveOptions
+from torchrl_marl.signatures import check_choice
 
 __all__ = ["ClipLayout", "MARPOLoss"]
 
 ClipLayout = Literal["code", "paper", "paper_next_fixed", "rpo"]
 
-Bounds = tuple[float | Tensor, float | Tensor]
 _LAYOUTS = {  # intervals that clip r in the first term, r in the second term, and r'
     "code": ("fixed", "kl", "kl"),
     "paper": ("kl", "kl", "kl"),
@@ -33,7 +26,7 @@ _LAYOUTS = {  # intervals that clip r in the first term, r in the second term, a
 }
 
 
-class MARPOLoss(AdaptiveClipLoss):
+class MARPOLoss(ReflectiveLoss):
     """Multi-agent reflective policy optimisation: MAPPO plus a term that credits an action with the next advantage.
 
         objective = mean(min(r A, clip(r, e, f) A))
@@ -102,33 +95,20 @@ class MARPOLoss(AdaptiveClipLoss):
         ...     rows = NextStepKeys()(batch).reshape(-1).select(*loss.in_keys)
     """
 
-    @dataclass
-    class _AcceptedKeys(AdaptiveClipLoss._AcceptedKeys):
-        reflection_mask: NestedKey = "reflection_mask"
-
-    default_keys = _AcceptedKeys
-    tensor_keys: _AcceptedKeys
-
     def __init__(
         self,
         actor_network: Actor,
         critic_network: Critic,
         *,
-        reflection_coeff: float = 0.3,
-        next_clip_epsilon: float | Sequence[float] = 0.1,
         layout: ClipLayout = "code",
         sequences: bool = False,
-        **options: Unpack[AdaptiveClipOptions],
+        **options: Unpack[ReflectiveOptions],
     ) -> None:
         super().__init__(actor_network, critic_network, **options)
-        if self._memory_keys:
-            raise ValueError("MARPOLoss pairs consecutive steps and does not support a policy with Sable's memory.")
-        if not sequences and reflection_coeff and "is_init" in actor_network.in_keys:
+        if not sequences and self.reflection_coeff and "is_init" in actor_network.in_keys:
             raise ValueError("A recurrent policy trains on sequences [*batch, time]: set sequences=True.")
         check_choice("layout", layout, tuple(_LAYOUTS))
-        check_at_least_0(reflection_coeff=reflection_coeff)
-        self.reflection_coeff, self.layout, self.sequences = reflection_coeff, layout, sequences
-        self._next_bounds = clip_bounds(next_clip_epsilon)
+        self.layout, self.sequences = layout, sequences
 
     @property
     def uses_kl(self) -> bool:
@@ -136,26 +116,7 @@ class MARPOLoss(AdaptiveClipLoss):
         return "kl" in _LAYOUTS[self.layout][: None if self.reflection_coeff else 1]
 
     def _computed_keys(self) -> list[str]:
-        later = ["next_gain", "next_ratio", "reflection_share", "reflective_clip_fraction", "next_clip_fraction"]
-        return [*super()._computed_keys(), "current_gain", *(later if self.reflection_coeff else [])]
-
-    def _own_keys(self) -> list[NestedKey]:
-        """Entries that only this method reads: the old distribution's parameters and the next step's entries."""
-        following = [*self._acted_keys(), self._next_advantage, self.tensor_keys.reflection_mask]
-        return [*super()._own_keys(), *map(under_next, following if self.reflection_coeff else [])]
-
-    def _acted_keys(self) -> list[NestedKey]:
-        return [*self.actor_network.in_keys, self.tensor_keys.action, self.tensor_keys.sample_log_prob]
-
-    @property
-    def _next_advantage(self) -> NestedKey:
-        return sibling(self.tensor_keys.action, "advantage")
-
-    def _complete(self, batch: TensorDictBase) -> None:
-        if self.reflection_coeff:
-            names = ("action", "advantage", "mask", "done", "reflection_mask")
-            keys = {name: getattr(self.tensor_keys, name) for name in names}
-            NextStepKeys(time_dim=batch.ndim - 1, log_prob=self.tensor_keys.sample_log_prob, **keys)(batch)
+        return [*super()._computed_keys(), "current_gain", *self._reflective_keys()]
 
     def _chunk_length(self, chunk_length: int | None, num_steps: int) -> int | None:
         return num_steps if chunk_length is None and self.sequences else chunk_length
@@ -172,42 +133,21 @@ class MARPOLoss(AdaptiveClipLoss):
         diagnostics["current_gain"] = masked_mean(gain.detach(), batch.mask)
         loss_objective = self._reduce(-gain, batch.mask)
         if self.reflection_coeff:
-            reflective, more = self._reflective_loss(batch, *later)
-            return loss_objective + self.reflection_coeff * reflective, diagnostics | more
+            following = self._next_step(batch)
+            gain, more = self._reflective_gain(batch, following, *later)
+            loss_objective = loss_objective + self.reflection_coeff * self._reduce(-gain, following.has_next)
+            diagnostics |= more
         return loss_objective, diagnostics
 
-    def _reflective_loss(
-        self, batch: ScoredBatch, bounds: Bounds, next_bounds: Bounds
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        log_ratio, (next_log_ratio, next_advantage, has_next) = batch.log_ratio, self._next_step(batch)
-        (low, high), (next_low, next_high) = bounds, next_bounds
-        if self.gain is clip_gain:
-            sides = {"low": low, "high": high, "next_low": next_low, "next_high": next_high}
-            gain = reflective_clip_gain(log_ratio, next_log_ratio, next_advantage, **sides)
-        else:
-            gain = self.gain(log_ratio + next_log_ratio, next_advantage, low=low * next_low, high=high * next_high)
-        return self._reduce(-gain, has_next), {
-            "next_gain": masked_mean(gain.detach(), has_next),
-            "next_ratio": masked_mean(next_log_ratio.detach().exp(), has_next),
-            "reflection_share": masked_mean(has_next.to(gain.dtype), batch.mask),
-            "reflective_clip_fraction": clip_fraction(log_ratio, has_next, low, high),
-            "next_clip_fraction": clip_fraction(next_log_ratio, has_next, next_low, next_high),
-        }
-
-    def _next_step(self, batch: ScoredBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-ratio and advantage one step later, and the mask of rows with a next step; other rows are zero."""
-        if self.sequences and batch.data.ndim < 2:
-            raise ValueError(f"sequences=True needs data [*batch, time], got {tuple(batch.data.batch_size)}.")
-        keys, shape, mask = self.tensor_keys, batch.log_ratio.shape, batch.mask
-        written = {"advantage": self._next_advantage, "reflection_mask": keys.reflection_mask}
-        following = next_step(batch.data, read=self._acted_keys(), shape=shape, **written)
-        has_next = following[keys.reflection_mask] if mask is None else following[keys.reflection_mask] & mask
+    def _next_step(self, batch: ScoredBatch, policy: Actor | None = None) -> NextStep:
         if not self.sequences:
-            _, next_log_ratio = self._log_ratio(following)
-        else:
-            _, last_log_ratio = self._log_ratio(following[..., -1:])
-            next_log_ratio = torch.cat([batch.log_ratio[..., 1:, :], last_log_ratio], -2)
-            if mask is not None:  # at a masked step the log-ratio is no longer the policy's
-                has_next = has_next & torch.cat([mask[..., 1:, :], torch.ones_like(mask[..., -1:, :])], -2)
-        next_advantage = self._advantage(batch.data, following[self._next_advantage], shape)
-        return where_live(next_log_ratio, has_next), where_live(next_advantage, has_next), has_next
+            return super()._next_step(batch, policy)
+        if batch.data.ndim < 2:
+            raise ValueError(f"sequences=True needs data [*batch, time], got {tuple(batch.data.batch_size)}.")
+        mask, following = batch.mask, self._following(batch)
+        has_next = following[self.tensor_keys.reflection_mask]
+        _, last_log_ratio = self._log_ratio(following[..., -1:], policy)
+        next_log_ratio = torch.cat([batch.log_ratio[..., 1:, :], last_log_ratio], -2)
+        if mask is not None:  # at a masked step the log-ratio is no longer the policy's
+            has_next = has_next & mask & torch.cat([mask[..., 1:, :], torch.ones_like(mask[..., -1:, :])], -2)
+        return self._paired(batch, next_log_ratio, has_next)

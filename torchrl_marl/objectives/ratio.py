@@ -31,6 +31,9 @@ from torchrl_marl.signatures import check_at_least_0, check_choice
 
 __all__ = ["ClipLoss", "ClipOptions", "RatioLoss", "RatioOptions", "ScoredBatch", "clip_bounds"]
 
+Bounds = tuple[float | Tensor, float | Tensor]
+"""Lowest and highest ratio of an interval."""
+
 LOSSES = ("loss_objective", "loss_entropy", "loss_critic")
 DIAGNOSTICS = ("entropy", "kl_approx", "clip_fraction", "min_ratio", "max_ratio")
 OUT_KEYS = (*LOSSES, *DIAGNOSTICS, "explained_variance")

@@ -1,18 +1,26 @@
-"""Writer and reader of reflective next-step keys: each agent's entries one step later, stored with the current step."""
+"""Reflection: each agent's entries one step later, stored with the current step, and the term that reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from typing_extensions import Unpack
 
 from torchrl_marl.keys import sibling
-from torchrl_marl.objectives.masking import expand_mask, per_agent
+from torchrl_marl.modules.protocols import Actor, Critic
+from torchrl_marl.objectives.adaptive_clip import AdaptiveClipLoss, AdaptiveClipOptions
+from torchrl_marl.objectives.masking import expand_mask, masked_mean, per_agent, where_live
+from torchrl_marl.objectives.ratio import Bounds, ScoredBatch, clip_bounds, clip_fraction
+from torchrl_marl.objectives.surrogates import clip_gain, reflective_clip_gain
+from torchrl_marl.signatures import check_at_least_0
 
-__all__ = ["NextStepKeys", "next_step", "under_next"]
+__all__ = ["NextStep", "NextStepKeys", "ReflectiveLoss", "ReflectiveOptions", "next_step", "under_next"]
 
 
 class NextStepKeys(TensorDictModuleBase):
@@ -179,3 +187,122 @@ def under_next(key: NestedKey) -> NestedKey:
 
 def _like(mask: Tensor, values: Tensor) -> Tensor:
     return mask.reshape(*mask.shape, *(1,) * (values.ndim - mask.ndim))
+
+
+class NextStep(NamedTuple):
+    """An agent's ratio and advantage one step later; zero without a next step."""
+
+    log_ratio: Tensor
+    advantage: Tensor
+    has_next: Tensor
+
+
+class ReflectiveOptions(AdaptiveClipOptions, total=False):
+    """Options of losses with a reflective term; defaults are those of :class:`ReflectiveLoss`."""
+
+    reflection_coeff: float
+    next_clip_epsilon: float | Sequence[float]
+
+
+class ReflectiveLoss(AdaptiveClipLoss):
+    """Abstract ratio loss that can add a term with the ratio and the advantage of the same agent one step later.
+
+    Args:
+        actor_network: decentralised policy.
+        critic_network: sees the joint observations or the state.
+        reflection_coeff: weight of the reflective term.
+        next_clip_epsilon: half-width of the clip of the next ratio, or a pair ``(low, high)``.
+        **options: :class:`~torchrl_marl.objectives.adaptive_clip.AdaptiveClipOptions`.
+
+    Raises:
+        ValueError: if an option is out of its range.
+    """
+
+    @dataclass
+    class _AcceptedKeys(AdaptiveClipLoss._AcceptedKeys):
+        reflection_mask: NestedKey = "reflection_mask"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    abstract = True
+
+    def __init__(
+        self,
+        actor_network: Actor,
+        critic_network: Critic,
+        *,
+        reflection_coeff: float = 0.3,
+        next_clip_epsilon: float | Sequence[float] = 0.1,
+        **options: Unpack[AdaptiveClipOptions],
+    ) -> None:
+        super().__init__(actor_network, critic_network, **options)
+        if self._memory_keys:
+            raise ValueError(
+                f"{type(self).__name__} pairs consecutive steps and does not support a policy with Sable's memory."
+            )
+        check_at_least_0(reflection_coeff=reflection_coeff)
+        self.reflection_coeff = reflection_coeff
+        self._next_bounds = clip_bounds(next_clip_epsilon)
+
+    def _reflective_keys(self) -> list[str]:
+        """Entries that ``forward`` computes for the reflective term."""
+        later = ["next_gain", "next_ratio", "reflection_share", "reflective_clip_fraction", "next_clip_fraction"]
+        return later if self.reflection_coeff else []
+
+    def _own_keys(self) -> list[NestedKey]:
+        """Entries that only this method reads: the old distribution's parameters and the next step's entries."""
+        following = [*self._acted_keys(), self._next_advantage, self.tensor_keys.reflection_mask]
+        return [*super()._own_keys(), *map(under_next, following if self.reflection_coeff else [])]
+
+    def _acted_keys(self) -> list[NestedKey]:
+        return [*self.actor_network.in_keys, self.tensor_keys.action, self.tensor_keys.sample_log_prob]
+
+    @property
+    def _next_advantage(self) -> NestedKey:
+        return sibling(self.tensor_keys.action, "advantage")
+
+    def _complete(self, batch: TensorDictBase) -> None:
+        if self.reflection_coeff:
+            names = ("action", "advantage", "mask", "done", "reflection_mask")
+            keys = {name: getattr(self.tensor_keys, name) for name in names}
+            NextStepKeys(time_dim=batch.ndim - 1, log_prob=self.tensor_keys.sample_log_prob, **keys)(batch)
+
+    def _following(self, batch: ScoredBatch) -> TensorDictBase:
+        """The next step's entries, checked."""
+        written = {"advantage": self._next_advantage, "reflection_mask": self.tensor_keys.reflection_mask}
+        return next_step(batch.data, read=self._acted_keys(), shape=batch.log_ratio.shape, **written)
+
+    def _next_step(self, batch: ScoredBatch, policy: Actor | None = None) -> NextStep:
+        """The next step by a second pass of a policy, the actor network unless told otherwise."""
+        following = self._following(batch)
+        has_next = following[self.tensor_keys.reflection_mask]
+        has_next = has_next if batch.mask is None else has_next & batch.mask
+        return self._paired(batch, self._log_ratio(following, policy)[1], has_next)
+
+    def _paired(self, batch: ScoredBatch, next_log_ratio: Tensor, has_next: Tensor) -> NextStep:
+        next_advantage = batch.data.get(under_next(self._next_advantage))
+        next_advantage = self._advantage(batch.data, next_advantage, batch.log_ratio.shape)
+        return NextStep(where_live(next_log_ratio, has_next), where_live(next_advantage, has_next), has_next)
+
+    def _reflective_gain(
+        self, batch: ScoredBatch, following: NextStep, bounds: Bounds, next_bounds: Bounds
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gain of both ratios with the next advantage, ``[B, N]``, and diagnostics.
+
+        The clip clips each ratio by its bounds; of any other gain it is that of the product of the ratios, with the
+        product of the bounds.
+        """
+        log_ratio, (next_log_ratio, next_advantage, has_next) = batch.log_ratio, following
+        (low, high), (next_low, next_high) = bounds, next_bounds
+        if self.gain is clip_gain:
+            sides = {"low": low, "high": high, "next_low": next_low, "next_high": next_high}
+            gain = reflective_clip_gain(log_ratio, next_log_ratio, next_advantage, **sides)
+        else:
+            gain = self.gain(log_ratio + next_log_ratio, next_advantage, low=low * next_low, high=high * next_high)
+        return gain, {
+            "next_gain": masked_mean(gain.detach(), has_next),
+            "next_ratio": masked_mean(next_log_ratio.detach().exp(), has_next),
+            "reflection_share": masked_mean(has_next.to(gain.dtype), batch.mask),
+            "reflective_clip_fraction": clip_fraction(log_ratio, has_next, low, high),
+            "next_clip_fraction": clip_fraction(next_log_ratio, has_next, next_low, next_high),
+        }

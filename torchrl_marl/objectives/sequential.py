@@ -185,13 +185,10 @@ class SequentialLoss(ClipLoss):
         keys = self.tensor_keys
         stored = require(tensordict, keys.sample_log_prob)
         mask = self._mask(tensordict, stored.shape)
-        if self.reuse is not None:
-            with self._parameters_of("actor_network"):
-                self.reuse.update(self.actor_network, tensordict, mask)
-            broadcast_state(self.reuse)  # measured on the first process's rows
-            if self.sampled:
-                rows = (*stored.shape[:-2], 1) if self._state_keys else stored.shape[:-1]
-                tensordict.set(keys.reuse_source, self.reuse.sample(rows).expand(stored.shape))
+        self._measure_reuse(tensordict, mask)
+        if self.reuse is not None and self.sampled:
+            rows = (*stored.shape[:-2], 1) if self._state_keys else stored.shape[:-1]
+            tensordict.set(keys.reuse_source, self.reuse.sample(rows).expand(stored.shape))
         log_ratio = torch.zeros_like(stored)
         tensordict.set(keys.update_log_ratio, log_ratio)
         try:
@@ -207,6 +204,13 @@ class SequentialLoss(ClipLoss):
             yield "critic"
         finally:
             self.turn = None
+
+    def _measure_reuse(self, tensordict: TensorDictBase, mask: Tensor | None) -> None:
+        """Update the weights of all sources for the agents' current policies."""
+        if self.reuse is not None:
+            with self._parameters_of("actor_network"):
+                self.reuse.update(self.actor_network, tensordict, mask)
+            broadcast_state(self.reuse)  # measured on the first process's rows
 
     def phases(self, batch: TensorDictBase, *, chunk_length: int | None = None) -> Iterator[Phase]:
         """Yield a phase for every agent in random order, then one for the critic; see :meth:`turns`."""
@@ -246,10 +250,14 @@ class SequentialLoss(ClipLoss):
         if self._learner is None:
             return super().objective(batch)
         gain = self._gain_of(batch.log_ratio, batch.advantage)
+        compound, diagnostics = self._compound_ratio(batch)
+        return self._over_sources(-compound * gain, batch.mask, batch.data), diagnostics
+
+    def _compound_ratio(self, batch: ScoredBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compound ratio of each source's row, ``[*B, S]``, and diagnostics."""
         compound = batch.data.get(self.tensor_keys.update_log_ratio).exp()
         _, largest = extremes(compound, batch.mask)
-        diagnostics = {"mean_compound_ratio": masked_mean(compound, batch.mask), "max_compound_ratio": largest}
-        return self._over_sources(-compound * gain, batch.mask, batch.data), diagnostics
+        return compound, {"mean_compound_ratio": masked_mean(compound, batch.mask), "max_compound_ratio": largest}
 
     def _own_keys(self) -> list[NestedKey]:
         """Entries that only sequential methods read."""
@@ -268,7 +276,7 @@ class SequentialLoss(ClipLoss):
             source = require(tensordict, keys.reuse_source).index_select(-1, learner.index)
             take, own = _take_along(source), source == learner.index
         else:
-            take, own = _take_each(learner.sources, dim=stored.ndim - 1), None
+            take, own = take_each(learner.sources, dim=stored.ndim - 1), None
             if len(learner.sources) > 1:
                 own = (learner.sources == learner.index).expand(*stored.shape[:-1], -1)
         experience = self._observed(tensordict, take, own)
@@ -293,7 +301,7 @@ class SequentialLoss(ClipLoss):
         """``log pi_new - log pi_old`` of an agent after its turn, ``[*B]``, zero where the agent is dead."""
         keys = self.tensor_keys
         stored = tensordict.get(keys.sample_log_prob)
-        take = _take_each(learner.index, dim=stored.ndim - 1)
+        take = take_each(learner.index, dim=stored.ndim - 1)
         with torch.no_grad(), self._parameters_of("actor_network"):
             policy = learner.policy.get_dist(self._observed(tensordict, take))
         log_ratio = policy.log_prob(take(tensordict.get(keys.action))) - take(stored)
@@ -346,7 +354,7 @@ class Learner(nn.Module):
         self.register_buffer("sources", torch.tensor([agent]))
 
 
-def _take_each(agents: Tensor, *, dim: int) -> Callable[[Tensor], Tensor]:
+def take_each(agents: Tensor, *, dim: int) -> Callable[[Tensor], Tensor]:
     """Return a function that selects some agents, ``[*B, N, ...]`` to ``[*B, S, ...]``."""
     return lambda values: values if len(agents) == values.shape[dim] else values.index_select(dim, agents)
 

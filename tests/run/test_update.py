@@ -18,6 +18,7 @@ from torchrl_marl.modules import (
     with_recurrent_state,
 )
 from torchrl_marl.objectives import (
+    ComposedLoss,
     CTDSLoss,
     HAPPOLoss,
     HATRPOLoss,
@@ -246,7 +247,7 @@ def networks(env, method, kind):
     if kind in ("mat", "sable"):
         pair = (make_mat if kind == "mat" else make_sable)(env, embed_dim=8)
         return pair if method is MAPPOLoss else (*pair, make_recurrent_actor(env, **GRU))
-    own = OWN if method in (HAPPOLoss, OAPPOLoss, HATRPOLoss, SEACLoss) else {}
+    own = OWN if method in (HAPPOLoss, OAPPOLoss, ComposedLoss, HATRPOLoss, SEACLoss) else {}
     if kind == "gru":
         return make_recurrent_actor(env, **GRU, **own), make_recurrent_critic(env, **GRU)
     observes = {"observes": "observation", **OWN} if method is SEACLoss else {}
@@ -265,6 +266,8 @@ METHODS = [
     (MARPOLoss, "mlp", {"sequences": True}),
     (HAPPOLoss, "mlp", {}),
     (OAPPOLoss, "mlp", {"reuse_matrix": "AR"}),
+    (ComposedLoss, "mlp", {"reuse_matrix": "AR", "interval": "kl", "ema_rate": 0.5}),
+    (ComposedLoss, "mlp", {"reuse_matrix": "AR", "interval": "kl", "ema_rate": 0.5, "order": "together"}),
     (HATRPOLoss, "mlp", {}),
     (SEACLoss, "mlp", {}),
     *(

@@ -264,6 +264,7 @@ METHODS = [
     (MAPPOLoss, "gru", {}),
     (MAGPOLoss, "sable", {}),
     (MARPOLoss, "mlp", {"sequences": True}),
+    (MARPOLoss, "mlp", {"precision": "bfloat16"}),
     (HAPPOLoss, "mlp", {}),
     (OAPPOLoss, "mlp", {"reuse_matrix": "AR"}),
     (ComposedLoss, "mlp", {"reuse_matrix": "AR", "interval": "kl", "ema_rate": 0.5}),

@@ -146,6 +146,10 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
             sources = self.reuse.sources(agent) if self.reuse.fixed else range(self.num_agents)
             learner.index, learner.sources = (torch.tensor([*x], device=device) for x in ((agent,), sources))
 
+    def _rounding(self, batch: TensorDictBase) -> Tensor:
+        in_one_pass = self.order == "together" and not self._mixes
+        return ReflectiveLoss._rounding(self, batch) if in_one_pass else super()._rounding(batch)
+
     @dispatch  # pyright: ignore[reportArgumentType]
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the losses of the turn, or of all agents, and detached diagnostics.

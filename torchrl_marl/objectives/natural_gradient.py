@@ -18,7 +18,7 @@ from torchrl_marl.objectives.ratio import ClipOptions
 from torchrl_marl.objectives.sequential import Learner, SequentialLoss
 from torchrl_marl.objectives.surrogates import ratio_gain
 from torchrl_marl.objectives.trust_region import StepOptions, check_step_options, trust_region_step
-from torchrl_marl.signatures import take_options
+from torchrl_marl.signatures import check_choice, take_options
 
 __all__ = ["NaturalGradientLoss", "NaturalGradientOptions"]
 
@@ -65,6 +65,7 @@ class NaturalGradientLoss(SequentialLoss):
         self._step_options = take_options(others, StepOptions)
         check_step_options(**self._step_options)
         super().__init__(actor_network, critic_network, **others)
+        check_choice("precision", self.precision, ("float32",))
         self._register(max_kl=max_kl)
 
     def check_loop(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -52,6 +52,7 @@ class RatioOptions(TypedDict, total=False):
     reduction: str
     clip_value: float | None
     standardize_per_agent: bool
+    precision: Literal["float32", "bfloat16"]
 
 
 class ClipOptions(RatioOptions, total=False):
@@ -115,6 +116,9 @@ class RatioLoss(LossModule):
             the larger of the clipped and the unclipped distance. ``None`` disables value clipping.
         standardize_per_agent: let :meth:`prepare` standardise advantages for each agent separately, if advantages are
             per agent; by default all agents share the statistics.
+        precision: ``"bfloat16"`` runs the networks' matrix products in the loss under ``torch.autocast``, where
+            processors have such products. :meth:`prepare` then scores the batch's actions again in the same precision:
+            those of the collector are rounded otherwise, which would move the ratios of an unchanged policy by 0.1.
 
     Raises:
         ValueError: if the bounds are on the wrong side of 1, or an option is not one of those listed.
@@ -173,6 +177,7 @@ class RatioLoss(LossModule):
         reduction: str = "mean",
         clip_value: float | None = None,
         standardize_per_agent: bool = False,
+        precision: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         if "abstract" in vars(type(self)):
             made_of_it = ", ".join(method.__name__ for method in type(self).__subclasses__())
@@ -183,6 +188,11 @@ class RatioLoss(LossModule):
             )
         check_choice("loss_critic_type", loss_critic_type, ("smooth_l1", "l2", "l1"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_choice("precision", precision, ("float32", "bfloat16"))
+        if precision != "float32" and ("is_init" in actor_network.in_keys or isinstance(actor_network, Remembering)):
+            raise ValueError(
+                f"precision must be float32 for policies with a memory or that act agent by agent; got {precision!r}."
+            )
         if clip_value is not None and not clip_value > 0:
             raise ValueError(f"clip_value must be above 0, or None for no clipping; got {clip_value!r}.")
         check_at_least_0(entropy_coeff=entropy_coeff, critic_coeff=critic_coeff)
@@ -196,7 +206,7 @@ class RatioLoss(LossModule):
         self.normalize_advantage = normalize_advantage
         self.normalize_advantage_exclude_dims = tuple(normalize_advantage_exclude_dims)
         self.reduction = reduction
-        self.clip_value, self.standardize_per_agent = clip_value, standardize_per_agent
+        self.clip_value, self.standardize_per_agent, self.precision = clip_value, standardize_per_agent, precision
         self._shared_keys = [key for key in critic_network.in_keys if key in actor_network.out_keys]
         self._device = next((parameter.device for parameter in self.parameters()), None)
         self._register(ratio_low=float(low), ratio_high=float(high))
@@ -324,6 +334,8 @@ class RatioLoss(LossModule):
             (-2,) if self.standardize_per_agent and advantage.ndim > batch.ndim + 1 else ()
         )  # a team has one advantage
         batch.set(keys.advantage, masking.standardize(advantage, mask, exclude_dims=apart, gather=gather))
+        if self.precision != "float32":
+            batch.set(keys.sample_log_prob, batch.get(keys.sample_log_prob) + self._rounding(batch))
         self._complete(batch)
         return batch
 
@@ -417,6 +429,10 @@ class RatioLoss(LossModule):
     def metrics(self) -> dict[str, Tensor]:
         """Diagnostics of the loss after a batch, for logs."""
         return {}
+
+    def _rounding(self, batch: TensorDictBase) -> Tensor:
+        """Log-ratio of the policy to itself, ``[*B, N]``, which the loss's precision causes."""
+        return self._log_ratio(batch.copy())[1]
 
     def _complete(self, batch: TensorDictBase) -> None:
         """Write entries besides advantages and targets; a hook for methods that need more."""
@@ -545,6 +561,23 @@ class RatioLoss(LossModule):
             return contextlib.nullcontext()
         return params.to_module(getattr(self, name), preserve_module_state=False)
 
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast("cpu" if self._device is None else self._device.type, torch.bfloat16)
+
+    def _distribution(self, policy: Actor, acted: TensorDictBase) -> Distribution:
+        """A policy's distributions, whose parameters are float32 again if the network is not."""
+        with self._autocast():
+            distribution = policy.get_dist(acted)
+        if self.precision == "float32":
+            return distribution
+        for key in policy[-1].in_keys:
+            value = acted.get(key, None)
+            if value is not None and value.is_floating_point():
+                acted.set(key, value.float())
+        return policy.build_dist_from_params(acted)
+
     def _log_ratio(self, tensordict: TensorDictBase, policy: Actor | None = None) -> tuple[Distribution, Tensor]:
         policy = self.actor_network if policy is None else policy
         keys = self.tensor_keys
@@ -555,7 +588,7 @@ class RatioLoss(LossModule):
             )
         with self._parameters_of("actor_network"):
             acted = tensordict.copy()
-            distribution = policy.get_dist(acted)
+            distribution = self._distribution(policy, acted)
         for key in self._shared_keys:  # output of an encoder shared by both networks, from which the critic continues
             tensordict.set(key, acted.get(key))
         log_prob = distribution.log_prob(require(tensordict, keys.action))
@@ -592,8 +625,8 @@ class RatioLoss(LossModule):
         target = require(tensordict, keys.value_target)
         valid = self._valid(tensordict, target.shape[:-1])
         old_value = None if self.clip_value is None else require(tensordict, keys.value)
-        with self._parameters_of("critic_network"):
-            value = self.critic_network(tensordict).get(keys.value)
+        with self._parameters_of("critic_network"), self._autocast():
+            value = self.critic_network(tensordict).get(keys.value).to(target.dtype)
             scale = self._value_scale()
         if value.shape != target.shape:
             raise ValueError(

@@ -13,7 +13,7 @@ from torchrl_marl.modules.recurrent import recurrent_state_keys
 from torchrl_marl.objectives.masking import masked_mean, standardize, where_live
 from torchrl_marl.objectives.ratio import OUT_KEYS, ClipLoss, ClipOptions, policy_entropy, ratio_diagnostics, require
 from torchrl_marl.objectives.surrogates import ratio_gain
-from torchrl_marl.signatures import check_at_least_0
+from torchrl_marl.signatures import check_at_least_0, check_choice
 
 __all__ = ["SEACLoss"]
 
@@ -83,6 +83,7 @@ class SEACLoss(ClipLoss):
                 "SEACLoss needs networks without a memory: a stored state is valid for one agent's network."
             )
         check_at_least_0(sharing_coeff=sharing_coeff)
+        check_choice("precision", options.get("precision", "float32"), ("float32",))
         if "normalize_advantage_exclude_dims" in options:
             raise ValueError("SEACLoss normalises advantages for each pair of agents only.")
         paper: ClipOptions = {"gain": ratio_gain, "critic_coeff": 0.5, "loss_critic_type": "l2"}

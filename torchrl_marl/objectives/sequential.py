@@ -218,6 +218,10 @@ class SequentialLoss(ClipLoss):
         for _ in self.turns(phase.rows):
             yield replace(phase, whole=self.takes_steps)
 
+    def _rounding(self, batch: TensorDictBase) -> Tensor:
+        """That of each agent's network by itself, which rounds otherwise than all of them in one pass."""
+        return torch.stack([self._update_log_ratio(batch, learner, None) for learner in self._learners], -1)
+
     def metrics(self) -> dict[str, Tensor]:
         """Return ``reuse_i_j``, the weight of agent j's experience for agent i."""
         return self.reuse_weights()
@@ -303,7 +307,7 @@ class SequentialLoss(ClipLoss):
         stored = tensordict.get(keys.sample_log_prob)
         take = take_each(learner.index, dim=stored.ndim - 1)
         with torch.no_grad(), self._parameters_of("actor_network"):
-            policy = learner.policy.get_dist(self._observed(tensordict, take))
+            policy = self._distribution(learner.policy, self._observed(tensordict, take))
         log_ratio = policy.log_prob(take(tensordict.get(keys.action))) - take(stored)
         return where_live(log_ratio, None if mask is None else take(mask)).squeeze(-1)
 

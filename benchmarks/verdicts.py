@@ -51,8 +51,10 @@ COMPARISONS = [
     Comparison("M1, four tasks", "tuned", "mars", ("mappo", "maspo")),
     Comparison("M8", "mars_ablations", "mars", ("maspo_asymmetric", "mappo_asymmetric")),
     *(Comparison("P1", "marpo", "marpo", ("mappo",), (task,)) for task in ("balance", "navigation")),
-    Comparison("P1, three tasks", "marpo", "marpo", ("mappo",)),
-    Comparison("P3, two tasks", "marpo", "marpo", ("mappo", "rpo"), ("reverse_transport", "balance")),
+    Comparison("P1", "reverse_transport", "marpo", ("mappo",)),
+    Comparison("P1, three tasks, five seeds", "marpo", "marpo", ("mappo",)),
+    Comparison("P3, one task", "reverse_transport", "marpo", ("mappo", "rpo")),
+    Comparison("P3, two tasks, five seeds", "marpo", "marpo", ("mappo", "rpo"), ("reverse_transport", "balance")),
     Comparison("Q", "spread_discrete", "mappo", ("qmix", "vdn")),
     *(
         Comparison("G1, G2", "coordsum", "magpo", ("mappo", "ippo", "ctds", "mat_mappo", "sable_mappo"), (task,))

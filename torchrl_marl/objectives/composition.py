@@ -225,9 +225,9 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
         experience, own = super()._experience(tensordict, learner)
         keys, shape = self.tensor_keys, experience.get(self.tensor_keys.sample_log_prob).shape
         take = take_each(learner.sources, dim=len(shape) - 1)
-        weights = self.reuse.matrix.index_select(0, learner.index).index_select(1, learner.sources)
         if len(learner.sources) > 1:
             mask = self._mask(experience, shape)
+            weights = self.reuse.matrix.index_select(0, learner.index).index_select(1, learner.sources)
             used = weights.gt(0).expand(shape)
             experience.set(keys.mask, used if mask is None else used & mask)
         if self.uses_kl:

@@ -244,8 +244,9 @@ class _AdamStep:
         """Move the values and the state in place."""
         compiling = torch.compiler.is_compiling()
         names = "beta1", "beta2", "eps", "weight_decay", "maximize", "decoupled_weight_decay"
-        groups = zip(self._optimizer.param_groups, self._groups, self._settings, state, strict=True)
-        for group, own, settings, (rate, moments, squares, steps) in groups:
+        # not the optimiser's groups: Dynamo would hold their parameters, of all agents those that it was traced with
+        groups = zip(self._written, self._groups, self._settings, state, strict=True)
+        for written, own, settings, (rate, moments, squares, steps) in groups:
             if not own:  # a group of another part
                 continue
             adam(
@@ -257,7 +258,7 @@ class _AdamStep:
                 steps,
                 foreach=True,
                 capturable=compiling,  # without a host's wait for the number of steps
-                lr=rate if compiling else group["lr"],
+                lr=rate if compiling else written,
                 amsgrad=False,
                 **dict(zip(names, settings, strict=True)),
             )

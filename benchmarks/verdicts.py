@@ -141,6 +141,10 @@ def main_effects(scores: Scores, base: str, *, level: float = 0.05) -> Iterable[
         Axis, level, the base's level, and the effect with its t-interval.
     """
     freedom = sum(len(seeds) - 1 for of_task in scores.values() for seeds in of_task.values())
+    for task, of_task in scores.items():
+        for axis, words in enumerate(zip(*(method.split("+") for method in of_task), strict=True)):
+            if len({words.count(word) for word in words}) > 1:
+                raise ValueError(f"{task}: the levels of axis {axis} have unequal numbers of cells.")
     for axis, first in enumerate(base.split("+")):
         levels = dict.fromkeys(method.split("+")[axis] for of_task in scores.values() for method in of_task)
         for other in levels:
@@ -256,9 +260,11 @@ def write_page(output: Path) -> Path:
     suites = sorted(path.name.removesuffix(".csv.gz") for path in RESULTS.glob("*.csv.gz"))
     if "composition" in suites:
         page.heading("Main effects of the composition")
+        played = absolute_returns(read("composition"))  # guiders take part, too
+        screened = {task: {m: runs for m, runs in each.items() if "+" in m} for task, each in played.items()}
         cells = [
             (f"{level} instead of {first}", str(effect))
-            for _, level, first, effect in main_effects(absolute_returns(read("composition")), "clip+off+own+turns")
+            for _, level, first, effect in main_effects(screened, "clip+off+own+turns")
         ]
         page.table(["axis", "effect, in spreads over seeds"], cells)
     page.heading("Beside published numbers")

@@ -79,6 +79,8 @@ def test_main_effects_of_half_a_design_are_those_of_an_additive_truth(rules):
     assert [effect.value for *_, effect in effects] == pytest.approx([3, 1, 4])
     widths = [effect.high - effect.value for *_, effect in effects]
     assert widths == pytest.approx([2.306 / sqrt(3)] * 3, rel=2e-3)  # 8 degrees of freedom, two means of six runs
+    with pytest.raises(ValueError, match="task: the levels of axis 0 have unequal numbers of cells"):
+        list(rules.main_effects({"task": {name: half[name] for name in list(half)[:3]}}, "clip+own+turns"))
 
 
 def test_published_numbers_stand_beside_ours_at_the_same_frames_or_at_our_last(rules):

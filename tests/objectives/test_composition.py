@@ -218,6 +218,16 @@ def test_in_turns_the_interval_follows_the_learners_divergence_on_its_own_rows(s
     assert_close(targets[:3], targets[3:], **TOLERANCE)
 
 
+def test_a_learner_without_a_share_of_its_own_still_measures_its_divergence():
+    loss, data, networks = make(ComposedLoss, interval="kl", reuse_matrix=[[0.0, 1.0, 0.0], *MATRIX[1:]])
+    with torch.no_grad():
+        for parameter in networks[0].parameters():
+            parameter.mul_(1.5)
+    turns = loss.turns(data, order=[0, 1, 2])
+    assert next(turns) == 0
+    assert loss(data)["kl"] > 1e-3
+
+
 # --- the loop, and what is refused
 
 

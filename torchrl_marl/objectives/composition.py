@@ -50,7 +50,8 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
     learner's own experience.
 
     The loop, keys, shapes and errors: :class:`~torchrl_marl.objectives.sequential.SequentialLoss`. Together, there is
-    one phase, and ``forward`` outside of turns returns the losses of all agents.
+    one phase, and ``forward`` outside of turns returns the losses of all agents; :meth:`phases` measures the weights of
+    sources. The reflective term, too, weighs agents by their live rows, where MARPO's weighs them by their pairs.
 
     Args:
         actor_network: decentralised policy with a network for each agent, which has no memory.
@@ -62,7 +63,7 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
             :class:`~torchrl_marl.objectives.reuse.ReuseOptions`; all sources are weighted, none is drawn.
 
     Raises:
-        ValueError: if agents share parameters, a network has a memory, or an option is out of its range.
+        ValueError: if agents share parameters, the policy has a memory, or an option is out of its range.
     """
 
     @dataclass
@@ -88,14 +89,14 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
         check_choice("interval", interval, ("fixed", "kl"))
         check_choice("order", order, ("turns", "together"))
         self.interval, self.order = interval, order
-        self.reuse: ReuseMappingSampler = ReuseMappingSampler(self.num_agents, **reuse_options)
+        self.reuse: ReuseMappingSampler = ReuseMappingSampler(self.num_agents, **reuse_options).to(self._device)
         self._mixes = order == "together" and not (self.reuse.fixed and self.reuse.matrix.trace() == self.num_agents)
         if order == "together":
             self.trains_in_parts, self.clipped_apart = False, None
         if self._mixes:
             if self.reduction != "mean":
                 raise ValueError(f"reduction must be mean for agents that share experience; got {self.reduction!r}.")
-            self._set_sources(self._device)
+            self._set_sources()
 
     @property
     def uses_kl(self) -> bool:
@@ -137,14 +138,14 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
         stored = require(phase.rows, self.tensor_keys.sample_log_prob)
         if self._mixes:
             self._measure_reuse(phase.rows, self._mask(phase.rows, stored.shape))
-            self._set_sources(stored.device)
+            self._set_sources()
         yield phase
 
-    def _set_sources(self, device: torch.device | None) -> None:
+    def _set_sources(self) -> None:
         """Let every agent learn from all, some with a weight of 0: numbers of sources would trigger recompilation."""
         for agent, learner in enumerate(self._learners):
             sources = self.reuse.sources(agent) if self.reuse.fixed else range(self.num_agents)
-            learner.index, learner.sources = (torch.tensor([*x], device=device) for x in ((agent,), sources))
+            learner.index, learner.sources = (self.reuse.matrix.new_tensor([*x]).long() for x in ((agent,), sources))
 
     def _rounding(self, batch: TensorDictBase) -> Tensor:
         in_one_pass = self.order == "together" and not self._mixes
@@ -209,8 +210,7 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
         elif self.turn is None:  # the divergence of all agents has moved the target
             bounds, diagnostics = kl_interval_unchecked(self.kl_target), {}
         else:
-            own = (learner.sources == learner.index).expand_as(batch.log_ratio)
-            bounds, diagnostics = self.follow_kl(batch._replace(mask=own if batch.mask is None else own & batch.mask))
+            bounds, diagnostics = self.follow_kl(batch._replace(mask=batch.data.get("own")))
         return bounds, bounds, diagnostics
 
     @torch.no_grad()
@@ -224,9 +224,11 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
         """Also what the divergence and the reflective term read; sources of weight 0 count as dead."""
         experience, own = super()._experience(tensordict, learner)
         keys, shape = self.tensor_keys, experience.get(self.tensor_keys.sample_log_prob).shape
-        take = take_each(learner.sources, dim=len(shape) - 1)
+        take, mask = take_each(learner.sources, dim=len(shape) - 1), self._mask(experience, shape)
+        if self.uses_kl:
+            live = (learner.sources == learner.index).expand(shape)
+            experience.set("own", live if mask is None else live & mask)
         if len(learner.sources) > 1:
-            mask = self._mask(experience, shape)
             weights = self.reuse.matrix.index_select(0, learner.index).index_select(1, learner.sources)
             used = weights.gt(0).expand(shape)
             experience.set(keys.mask, used if mask is None else used & mask)

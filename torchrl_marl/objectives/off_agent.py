@@ -124,5 +124,5 @@ class OATRPOLoss(NaturalGradientLoss):
 def _share_experience(loss: SequentialLoss, reuse: str, options: dict[str, Any]) -> None:
     if reuse not in get_args(Reuse):
         raise ValueError(f"reuse must be weighted or sampled; got {reuse!r}.")
-    loss.reuse = ReuseMappingSampler(loss.num_agents, **options)
+    loss.reuse = ReuseMappingSampler(loss.num_agents, **options).to(loss.ratio_low.device)
     loss.sampled = reuse == "sampled"

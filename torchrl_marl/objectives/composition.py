@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -236,7 +236,7 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
             for key in self.actor_network[-1].in_keys:
                 experience.set(key, take(require(tensordict, key)))
         if self.reflection_coeff:
-            following: TensorDictBase = require(tensordict, "next")
+            following = cast("TensorDictBase", require(tensordict, "next"))
             paired = self._observed(following, take)
             for key in (keys.action, keys.sample_log_prob, self._next_advantage, keys.reflection_mask):
                 paired.set(key, take(require(following, key)))

@@ -82,7 +82,7 @@ class MARPOLoss(ReflectiveLoss):
             instead of rows. The next log-ratio is then the policy's output one step later, so only the last step of
             each sequence needs a second pass through the policy; rows need one for every step. Recurrent policies
             require ``sequences=True``; the second pass of the last step starts from the collected state.
-        **options: :class:`~torchrl_marl.objectives.adaptive_clip.AdaptiveClipOptions`; ``clip_epsilon`` belongs to the
+        **options: :class:`~torchrl_marl.objectives.reflection.ReflectiveOptions`; ``clip_epsilon`` belongs to the
             fixed clip.
 
     Raises:

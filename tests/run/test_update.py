@@ -260,6 +260,20 @@ def guardless(compile, backend, function, *, options, **kinds):
     return compile(function, backend=backend, options=kept, **kinds)
 
 
+def traced_graphs(monkeypatch):
+    """Let ``torch.compile`` differentiate and run what it traces, without Inductor; return a list that it fills."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        compiled = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        graphs.append(graph)  # not those that Dynamo traces anew for numbers that it took for tensors
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", partial(guardless, torch.compile, backend))
+    return graphs
+
+
 METHODS = [
     (MAPPOLoss, "gru", {}),
     (MAGPOLoss, "sable", {}),
@@ -283,15 +297,7 @@ METHODS = [
 )
 def test_every_methods_losses_and_gradients_are_the_uncompiled_ones(method, kind, options, monkeypatch):
     """The loop of a recipe; agents that update in turn share one graph, and the critic has another."""
-    torch.compiler.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        compiled = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-        graphs.append(graph)  # not those that Dynamo traces anew for numbers that it took for tensors
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", partial(guardless, torch.compile, backend))
+    graphs = traced_graphs(monkeypatch)
     monkeypatch.setattr(
         "torchrl_marl.modules.gru_sequence._compiled", lambda block, *_: block
     )  # which would be graphs of their own
@@ -339,15 +345,7 @@ def test_adams_step_in_turns_is_the_uncompiled_one_from_a_graph_for_all_agents(
     method, options, rows, kinds, monkeypatch
 ):
     """Learning rates of their own, over two batches: momentum moves nobody out of turn, and norms are the learner's."""
-    torch.compiler.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        compiled = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-        graphs.append(graph)  # not those that Dynamo traces anew for numbers that it took for tensors
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", partial(guardless, torch.compile, backend))
+    graphs = traced_graphs(monkeypatch)
     torch.manual_seed(0)
     env = make_coordsum("CoordSum-3x4", num_envs=4, seed=0)
     actor, critic = networks(env, method, "mlp")

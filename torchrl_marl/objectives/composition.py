@@ -135,8 +135,8 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
             yield from super().phases(batch, chunk_length=chunk_length)
             return
         phase = self._phase(batch, chunk_length)
-        stored = require(phase.rows, self.tensor_keys.sample_log_prob)
         if self._mixes:
+            stored = require(phase.rows, self.tensor_keys.sample_log_prob)
             self._measure_reuse(phase.rows, self._mask(phase.rows, stored.shape))
             self._set_sources()
         yield phase
@@ -228,19 +228,17 @@ class ComposedLoss(SequentialLoss, ReflectiveLoss):
         if self.uses_kl:
             live = (learner.sources == learner.index).expand(shape)
             experience.set("own", live if mask is None else live & mask)
+            for key in self.actor_network[-1].in_keys:
+                experience.set(key, take(require(tensordict, key)))
         if len(learner.sources) > 1:
             weights = self.reuse.matrix.index_select(0, learner.index).index_select(1, learner.sources)
             used = weights.gt(0).expand(shape)
             experience.set(keys.mask, used if mask is None else used & mask)
-        if self.uses_kl:
-            for key in self.actor_network[-1].in_keys:
-                experience.set(key, take(require(tensordict, key)))
         if self.reflection_coeff:
             following = cast("TensorDictBase", require(tensordict, "next"))
             paired = self._observed(following, take)
             for key in (keys.action, keys.sample_log_prob, self._next_advantage, keys.reflection_mask):
                 paired.set(key, take(require(following, key)))
-            updates = following.get(keys.update_log_ratio, torch.zeros_like(following.get(keys.sample_log_prob)))
-            paired.set(keys.update_log_ratio, take(updates.sum(-1, keepdim=True) - updates))
+            paired.set(keys.update_log_ratio, take(self._updates_of_others(following)))
             experience.set("next", paired)
         return experience, own

@@ -288,8 +288,7 @@ class SequentialLoss(ClipLoss):
             experience.set(key, take(require(tensordict, key)))
         advantage = per_agent(tensordict.get(keys.advantage), stored.shape, keys.advantage)
         experience.set(keys.advantage, take(advantage).unsqueeze(-1))
-        updates = tensordict.get(keys.update_log_ratio, torch.zeros_like(stored))
-        experience.set(keys.update_log_ratio, take(updates.sum(-1, keepdim=True) - updates))
+        experience.set(keys.update_log_ratio, take(self._updates_of_others(tensordict)))
         mask = self._mask(tensordict, stored.shape)
         if mask is not None:
             live = take(mask)
@@ -299,6 +298,12 @@ class SequentialLoss(ClipLoss):
                 counts = mask.flatten(0, -2).sum(0).clamp(min=1)
                 experience.set("source_weight", live.sum() / take(counts.expand(mask.shape)))
         return experience, own
+
+    def _updates_of_others(self, tensordict: TensorDictBase) -> Tensor:
+        """Compound log-ratio of the updates of all agents but the row's own, ``[*B, N]``; zero outside of turns."""
+        keys = self.tensor_keys
+        updates = tensordict.get(keys.update_log_ratio, torch.zeros_like(tensordict.get(keys.sample_log_prob)))
+        return updates.sum(-1, keepdim=True) - updates
 
     @set_recurrent_mode(True)
     def _update_log_ratio(self, tensordict: TensorDictBase, learner: Learner, mask: Tensor | None) -> Tensor:

@@ -192,6 +192,8 @@ def test_values_that_papers_state_are_settings(
             "is tuned for .*env.scenario=CoordSum-3x10; got",
         ),
         ("magpo_vmas", ["setting=magpo/CoordSum-3x10", "loss=ctds"], "is tuned for loss=magpo .*; got loss=ctds"),
+        ("marpo_vmas", ["setting=tuned/reverse_transport", "loss=rpo"], "is tuned for loss=marpo .*; got loss=rpo"),
+        ("magpo_vmas", ["setting=tuned/balance"], "is for loss=mars, which this recipe does not .*takes magpo/TASK"),
     ],
 )
 def test_a_setting_of_another_method_or_task_is_refused_with_what_it_is_for(
@@ -209,10 +211,21 @@ def test_a_setting_whose_extra_is_missing_names_it(tmp_path: Path, monkeypatch: 
         run_recipe(monkeypatch, tmp_path, "setting=happo/lbf-10x10-3p-3f", "device=cpu")
 
 
-@pytest.mark.parametrize("task", ["balance", "navigation"])
-def test_a_tuned_setting_is_what_tuning_has_chosen(task: str, recipes: dict[str, Recipe]) -> None:
-    tried = json.loads((RECIPES.parent / "results/tuning.json").read_text())[task]["last_fifth"]
-    of_mars = [command for command in tried if "loss=mars " in command]
-    _, *chosen = max(of_mars, key=lambda command: tried[command]).split()
-    words = recipes["mappo"].compose([*chosen, "method=mars"]), recipes["mappo"].compose([f"setting=tuned/{task}"])
-    assert words[0] == words[1]
+@pytest.mark.parametrize(
+    ("file", "task", "recipe", "method"),
+    [
+        ("tuning", "balance", "mars_vmas", "mars"),
+        ("tuning", "balance", "oappo_vmas", "mars"),  # whose own loss is another one
+        ("tuning", "navigation", "mars_vmas", "mars"),
+        ("plan_tuning", "reverse_transport", "marpo_vmas", "marpo"),
+    ],
+)
+def test_a_tuned_setting_is_what_tuning_has_chosen(
+    file: str, task: str, recipe: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = json.loads((RECIPES.parent / f"results/{file}.json").read_text())[task]["last_fifth"]
+    of_method = [command for command in tried if f"loss={method} " in command]
+    _, *chosen = max(of_method, key=lambda command: tried[command]).split()
+    monkeypatch.syspath_prepend(str(RECIPES))
+    main: Recipe = importlib.import_module(recipe).main
+    assert main.compose([*chosen, f"method={method}"]) == main.compose([f"setting=tuned/{task}", f"method={method}"])

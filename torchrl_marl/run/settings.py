@@ -19,7 +19,7 @@ def read_settings(folder: Path) -> dict[str, dict[str, str]]:
     """Rows of ``folder/settings.csv`` by the name of the setting, ``METHOD/SCENARIO``; empty without a table.
 
     Columns are dotted keys of the configuration, except ``method``, whose common values are in
-    ``folder/setting/METHOD.yaml``, and ``env``, a choice of the group. An empty cell sets no value.
+    ``folder/setting/METHOD.yaml``, and ``env`` and ``loss``, choices of the groups. An empty cell sets no value.
 
     Args:
         folder: folder of the recipes' YAML files.
@@ -44,23 +44,27 @@ def store_settings(folder: Path, override: str, takes: Callable[[str], bool]) ->
     for name, row in table.items():
         if name not in words:
             continue
-        if not takes(loss := _loss_of(folder, row["method"])):
-            methods = dict.fromkeys(other["method"] for other in table.values())
-            taken = [f"{method}/TASK" for method in methods if takes(_loss_of(folder, method))]
+        if not takes(loss := _loss_of(folder, row)):
+            taken = dict.fromkeys(f"{own['method']}/TASK" for own in table.values() if takes(_loss_of(folder, own)))
             raise SystemExit(
                 f"setting={name} is for loss={loss}, which this recipe does not train; of the settings for one task it "
                 f"takes {', '.join(taken) or 'none'}."
             )
-        values = OmegaConf.from_dotlist([f"{key}={row[key]}" for key in row if key not in ("method", "env")])
-        defaults = [f"/setting/{row['method']}", "_self_", {"override /env": row["env"]}]
+        values = OmegaConf.from_dotlist([f"{key}={row[key]}" for key in row if key not in ("method", "env", "loss")])
+        chosen = [{f"override /{group}": row[group]} for group in ("env", "loss") if group in row]
+        defaults = [f"/setting/{row['method']}", "_self_", *chosen]
         group, scenario = f"setting/{row['method']}", row["env.scenario"]
         node = OmegaConf.merge({"defaults": defaults}, values)
         ConfigStore.instance().store(scenario, node, group=group, package="_global_")
 
 
+def _loss_of(folder: Path, row: Mapping[str, str]) -> str:
+    """The choice of ``loss=`` in a row, or else in the common values of its method."""
+    return row.get("loss") or _common_loss(folder, row["method"])
+
+
 @functools.cache
-def _loss_of(folder: Path, method: str) -> str:
-    """The choice of ``loss=`` in the common values of a method."""
+def _common_loss(folder: Path, method: str) -> str:
     entries = OmegaConf.load(folder / "setting" / f"{method}.yaml").defaults
     return next(entry["override /loss"] for entry in entries if "override /loss" in entry)
 
@@ -79,7 +83,7 @@ def check_setting(cfg: DictConfig, choices: Mapping[str, str | None], folder: Pa
     name = choices.get("setting") or ""
     if (row := read_settings(folder).get(name)) is None:
         return
-    wanted = {"loss": _loss_of(folder, row["method"]), "env": row["env"], "env.scenario": row["env.scenario"]}
+    wanted = {"loss": _loss_of(folder, row), "env": row["env"], "env.scenario": row["env.scenario"]}
     found = {**choices, "env.scenario": cfg.env.scenario}
     if changed := [f"{key}={found.get(key)}" for key, value in wanted.items() if found.get(key) != value]:
         takes = " ".join(f"{key}={value}" for key, value in wanted.items())

@@ -436,6 +436,23 @@ PLAN = [
         core_hours=0.3,
     ),
     *SCREENING,
+    Part(  # M3, M4, M6, M8: nothing but the penalty and where the targets lie: the upper one is six times the lower
+        "aerocombat",
+        grid(
+            [f"mars_vmas.py env=aerocombat env.num_envs=240 frames_per_batch=14400 minibatch_size=3600 {SMALL_MLPS}"],
+            [
+                "loss=mars loss.target_ratios=[0.5,3]",
+                "loss=mars_multiplicative loss.target_ratios.ratio=2.449",
+                "loss=mars_additive loss.target_ratios.epsilon=0.714",
+                "loss=mappo_asymmetric loss.clip_epsilon=[0.5,2]",
+                "loss=maspo_asymmetric loss.clip_epsilon=[0.5,2]",
+            ],
+            ["total_frames=5000000 evaluation.interval=250000 evaluation.video=false optimizer.lr=2e-3 compile=true"],
+        ),
+        num_seeds=5,
+        baseline="mars",
+        core_hours=1.6,
+    ),
 ]
 
 STUDIES = {
@@ -506,25 +523,6 @@ STUDIES = {
                 ("guided", "navigation", 120_000, [GUIDED]),
                 ("balance", "balance", 120_000, [*BY_THEMSELVES, GUIDED]),
             )
-        ),
-        Part(  # nothing but the penalty and where the targets lie: in all, the upper one is six times the lower
-            "mars_ablations",
-            grid(
-                [
-                    "mars_vmas.py env=aerocombat frames_per_batch=14400 minibatch_size=3600 "
-                    "actor.hidden_sizes=[64,64] critic.hidden_sizes=[64,64]"
-                ],
-                [
-                    "loss=mars loss.target_ratios=[0.5,3]",
-                    "loss=mars_multiplicative loss.target_ratios.ratio=2.449",
-                    "loss=mars_additive loss.target_ratios.epsilon=0.714",
-                    "loss=mappo_asymmetric loss.clip_epsilon=[0.5,2]",
-                    "loss=maspo_asymmetric loss.clip_epsilon=[0.5,2]",
-                ],
-                ["total_frames=864000 evaluation.interval=57600 optimizer.lr=2e-3"],
-            ),
-            num_seeds=5,
-            baseline="mars",
         ),
         guided(
             "magpo_navigation",

@@ -1,6 +1,6 @@
 """MARS's ablations: how far ratios go, when a return of 0 is reached, and what the end of training brings.
 
-    python benchmarks/ratios.py collect runs/plan/aerocombat  # writes results/aerocombat_ratios.csv.gz
+    python benchmarks/ratios.py collect runs/plan/aerocombat_ablations  # writes results/aerocombat_ablations_ratios.csv.gz
     python benchmarks/ratios.py  # rows M3, M4 and M6 of results/plan.md, from stored runs
 
 Intervals are t-intervals over seeds, 95 %. A slope is that of the logarithm of an iteration's smallest or largest
@@ -23,7 +23,7 @@ from pandas import DataFrame
 from power import RESULTS, t_quantile
 
 RATIOS = ("min_ratio", "max_ratio")
-STORED = RESULTS / "aerocombat_ratios.csv.gz"
+STORED = RESULTS / "aerocombat_ablations_ratios.csv.gz"
 
 
 def collect(folder: Path) -> DataFrame:
@@ -73,7 +73,7 @@ def table() -> str:
     """A row for each method, in Markdown."""
     ratios = pandas.read_csv(STORED)
     slopes = {name: by_method(ratios, partial(slope, name=name)) for name in RATIOS}
-    episodes = read_table(RESULTS / "aerocombat.csv.gz").dropna(subset=[FRAMES])
+    episodes = read_table(RESULTS / "aerocombat_ablations.csv.gz").dropna(subset=[FRAMES])
     evaluations = episodes.groupby(["method", "seed", FRAMES])["return"].mean().reset_index()
     reached, ends = by_method(evaluations, partial(frames_to, threshold=0)), by_method(evaluations, end)
     lines = [

@@ -437,7 +437,7 @@ PLAN = [
     ),
     *SCREENING,
     Part(  # M3, M4, M6, M8: nothing but the penalty and where the targets lie: the upper one is six times the lower
-        "aerocombat",
+        "aerocombat_ablations",
         grid(
             [f"mars_vmas.py env=aerocombat env.num_envs=240 frames_per_batch=14400 minibatch_size=3600 {SMALL_MLPS}"],
             [

@@ -1,6 +1,6 @@
 """MARS's ablations: how far ratios go, when a return of 0 is reached, and what the end of training brings.
 
-    python benchmarks/ratios.py collect runs/plan/aerocombat_ablations  # writes results/aerocombat_ablations_ratios.csv.gz
+    python benchmarks/ratios.py collect runs/plan/aerocombat_ablations  # stores their ratios
     python benchmarks/ratios.py  # rows M3, M4 and M6 of results/plan.md, from stored runs
 
 Intervals are t-intervals over seeds, 95 %. A slope is that of the logarithm of an iteration's smallest or largest

@@ -1,6 +1,6 @@
 """Every evaluation episode of a study in one compressed table, `pandas.read_csv("results/marpo.csv.gz")`.
 
-    python benchmarks/episodes.py PAGE/evaluations.json results/marpo.csv.gz
+    python benchmarks/episodes.py PAGE/evaluations.json [MORE] results/marpo.csv.gz
 
 A row is an episode: environment, task, method, seed, frames (empty in the absolute metric, played with the best
 parameters), and a column for each metric. `to_records` gives marl-eval's layout back, which recipes/compare.py writes.
@@ -79,7 +79,8 @@ def absolute_returns(table: DataFrame) -> dict[str, dict[str, list[float]]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", type=Path)
+    parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("table", type=Path)
     arguments = parser.parse_args()
-    write_table(to_table(json.loads(arguments.records.read_text())), arguments.table)
+    tables = [to_table(json.loads(path.read_text())) for path in arguments.records]
+    write_table(pandas.concat(tables, ignore_index=True), arguments.table)

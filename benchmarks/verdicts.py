@@ -20,7 +20,7 @@ from episodes import FRAMES, RUN, absolute_returns, read_table
 from pandas import DataFrame, read_csv
 from power import RESULTS, t_quantile
 
-from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves
+from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves, draw_intervals
 from torchrl_marl.evaluation.page import Page
 from torchrl_marl.evaluation.statistics import (
     iqm,
@@ -33,6 +33,10 @@ from torchrl_marl.evaluation.statistics import (
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
 """Scores of runs, by task and method."""
+
+
+BASE = "clip+off+own+turns"
+"""The cell of the composition with the first level of every axis."""
 
 
 class Comparison(NamedTuple):
@@ -262,11 +266,16 @@ def write_page(output: Path) -> Path:
         page.heading("Main effects of the composition")
         played = absolute_returns(read("composition"))  # guiders take part, too
         screened = {task: {m: runs for m, runs in each.items() if "+" in m} for task, each in played.items()}
-        cells = [
-            (f"{level} instead of {first}", str(effect))
-            for _, level, first, effect in main_effects(screened, "clip+off+own+turns")
-        ]
-        page.table(["axis", "effect, in spreads over seeds"], cells)
+        played_by = {"all tasks": screened, **{task: {task: each} for task, each in screened.items()}}
+        panels = {
+            title: {f"{level}, not {first}": effect for _, level, first, effect in main_effects(scores, BASE)}
+            for title, scores in played_by.items()
+        }
+        text = "Effects of each axis on the absolute metric, over all tasks and on each, with 95 % intervals."
+        figure = draw_intervals(panels, baseline=BASE, xlabel="effect, in spreads over seeds,", at=0)
+        page.figure(figure, "main_effects", text)
+        rows = [(name, *(str(panel[name]) for panel in panels.values())) for name in panels["all tasks"]]
+        page.table(["effect, in spreads over seeds", *panels], rows)
     page.heading("Beside published numbers")
     page.paragraph("Means and standard deviations over seeds, at the frames named, or at our last ones.")
     rows = []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves, draw_improvements
+from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves, draw_intervals
 from torchrl_marl.evaluation.page import Page
 from torchrl_marl.evaluation.statistics import (
     iqm,
@@ -349,7 +349,9 @@ def _improvements(
         return
     page.heading(f"Probability of improvement over {baseline}")
     text = f"Probability that a run scores higher than one of {baseline} ({scored}), with 95 % intervals."
-    page.figure(draw_improvements(rows, baseline=baseline), "improvements", text)
+    ticks = {0: "0", 0.25: "¼", 0.5: "½", 0.75: "¾", 1: "1"}
+    figure = draw_intervals(rows, baseline=baseline, xlabel="probability of improvement", at=0.5, ticks=ticks)
+    page.figure(figure, "improvements", text)
     cells = [(title, method, _written(values)) for title, row in rows.items() for method, values in row.items()]
     page.table(["task", "method", "probability"], cells, text_columns=2)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Band", "draw_aggregates", "draw_curves", "draw_improvements", "frames_axis", "method_styles", "subplots"]
+__all__ = ["Band", "draw_aggregates", "draw_curves", "draw_intervals", "frames_axis", "method_styles", "subplots"]
 
 # Distinct for readers with colour vision deficiency; many colours are from Okabe and Ito.
 _COLORS = {
@@ -126,12 +126,22 @@ def draw_aggregates(efficiency: Mapping[str, Band], profiles: Mapping[str, Band]
     return figure
 
 
-def draw_improvements(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], *, baseline: str) -> Figure:
-    """Draw probabilities of improvement over a baseline with intervals, one panel per task.
+def draw_intervals(
+    panels: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    *,
+    baseline: str,
+    xlabel: str,
+    at: float,
+    ticks: Mapping[float, str] | None = None,
+) -> Figure:
+    """Draw how methods compare with a baseline, estimates with intervals, one panel per task.
 
     Args:
-        panels: ``(probability, low, high)`` by panel title and method.
+        panels: ``(estimate, low, high)`` by panel title and method.
         baseline: name of the baseline.
+        xlabel: what is compared.
+        at: value of no difference, with a line.
+        ticks: labels by their places, from the lowest to the highest value that can be.
 
     Returns:
         Figure.
@@ -148,22 +158,24 @@ def draw_improvements(panels: Mapping[str, Mapping[str, tuple[float, float, floa
     names = max(0.35 * _WIDTH, 0.07 * max(map(len, methods)))
     figure, axes_of = subplots(names + 0.65 * columns / 3 * _WIDTH, height, rows, columns)
     for index, (axes, (title, panel)) in enumerate(zip(axes_of, panels.items(), strict=False)):
-        axes.axvline(0.5, color="0.45", linewidth=0.9, zorder=0)
+        axes.axvline(at, color="0.45", linewidth=0.9, zorder=0)
         for method, (center, low, high) in panel.items():
             row, color = methods.index(method), styles[method]["color"]
             axes.plot([low, high], [row, row], color=color, linewidth=2.2, solid_capstyle="butt")
             axes.plot(center, row, "o", color=color, markersize=4.5, clip_on=False)
         axes.set_title(_plain(title), **_TITLE)
         axes.set_yticks(range(len(methods)), labels if index % columns == 0 else [""] * len(methods))
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
-        axes.set(xlim=(0, 1), ylim=(-0.6, len(methods) - 0.4))
+        if ticks:
+            axes.set_xticks([*ticks], [*ticks.values()])
+            axes.set_xlim(min(ticks), max(ticks))
+        axes.set_ylim(-0.6, len(methods) - 0.4)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
     for axes in axes_of[len(panels) :]:
         axes.remove()
     space = "\n" if len(baseline) > 30 else " "
-    figure.supxlabel(f"probability of improvement over{space}{_plain(baseline)}", fontsize=9)
+    figure.supxlabel(f"{xlabel} over{space}{_plain(baseline)}", fontsize=9)
     return figure
 
 

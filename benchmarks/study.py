@@ -295,25 +295,33 @@ def composition(name: str, task: str, core_hours: float) -> Part:
     return Part(name, commands, num_seeds=3, baseline="clip+off+own+turns", core_hours=core_hours)
 
 
+MAZE_TASK = (
+    "env=maze env.scenario=black_blue_red env.num_envs=256 total_frames=256000 frames_per_batch=6400 "
+    "minibatch_size=6400 evaluation.interval=64000 evaluation.episodes=1 evaluation.video=false"
+)
+COORDSUM_TASK = (
+    "env=coordsum env.scenario=CoordSum-3x10 env.num_envs=64 total_frames=256000 frames_per_batch=6400 "
+    "minibatch_size=1600 evaluation.interval=25600 evaluation.video=false"
+)
 SCREENING = [
     *(
         composition(f"composition_{task}", f"env=vmas env.scenario={task} {SMALL_VMAS}", 0.5)
         for task in ("balance", "reverse_transport")
     ),
-    composition(
-        "composition_maze",
-        "env=maze env.scenario=black_blue_red env.num_envs=256 actor.hidden_sizes=[32] critic.hidden_sizes=[32] "
-        "total_frames=256000 frames_per_batch=6400 minibatch_size=6400 evaluation.interval=64000 evaluation.episodes=1 "
-        "evaluation.video=false",
-        0.3,
-    ),
-    composition(
-        "composition_coordsum",
-        "env=coordsum env.scenario=CoordSum-3x10 env.num_envs=64 frames_per_batch=6400 minibatch_size=1600 "
-        f"{SMALL_MLPS} total_frames=256000 evaluation.interval=25600 evaluation.video=false",
-        0.4,
-    ),
+    composition("composition_maze", f"{MAZE_TASK} actor.hidden_sizes=[32] critic.hidden_sizes=[32]", 0.3),
+    composition("composition_coordsum", f"{COORDSUM_TASK} {SMALL_MLPS}", 0.4),
     composition("composition_spread", f"{SPREAD.replace('1000000', '500000')} {SPREAD_CRITIC} {OURS}", 0.6),
+    Part(  # a guider with the barrier beside one with the clip
+        "composition_guided",
+        grid(
+            ["magpo_vmas.py loss.clip_epsilon=[0.5,1.0] guider.embed_dim=32 optimizer.lr=2e-3"],
+            ["method=magpo+clip", f"method=magpo+barrier {GAIN.format('barrier')}"],
+            [f"{MAZE_TASK} actor.hidden_sizes=[32]", f"{COORDSUM_TASK} actor.hidden_sizes=[64,64]"],
+        ),
+        num_seeds=3,
+        baseline="magpo+clip",
+        core_hours=0.5,
+    ),
 ]
 
 PLAN = [

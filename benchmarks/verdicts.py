@@ -265,7 +265,10 @@ def write_page(output: Path) -> Path:
     if "composition" in suites:
         page.heading("Main effects of the composition")
         played = absolute_returns(read("composition"))  # guiders take part, too
-        screened = {task: {m: runs for m, runs in each.items() if "+" in m} for task, each in played.items()}
+        screened = {
+            task: {method: runs for method, runs in each.items() if method.count("+") == BASE.count("+")}
+            for task, each in played.items()
+        }
         played_by = {"all tasks": screened, **{task: {task: each} for task, each in screened.items()}}
         panels = {
             title: {f"{level}, not {first}": effect for _, level, first, effect in main_effects(scores, BASE)}

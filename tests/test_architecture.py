@@ -20,7 +20,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Code lines of each room. A commit that raises one says why.
 BUDGETS = {
-    **{"objectives": 2_200, "objectives/value": 302, "modules": 1_892, "collectors": 539, "run": 1_842},
+    **{"objectives": 2_200, "objectives/value": 302, "modules": 1_892, "collectors": 539, "run": 1_844},
     **{"envs": 1_140, "envs/games": 1_141, "envs/wrappers": 1_222, "evaluation": 742},
 }
 

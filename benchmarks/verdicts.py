@@ -35,8 +35,8 @@ Scores = Mapping[str, Mapping[str, Sequence[float]]]
 """Scores of runs, by task and method."""
 
 
-BASE = "clip+off+own+turns"
-"""The cell of the composition with the first level of every axis."""
+AXES, BASE = ("trust region", "reflection", "data", "order"), "clip+off+own+turns"
+"""Axes of the composition, and the cell with the first level of each."""
 
 
 class Comparison(NamedTuple):
@@ -183,10 +183,8 @@ def estimate(values: Any, statistic: Any) -> tuple[Any, Any, Any]:
     return (statistic(values), *stratified_bootstrap_interval(values, statistic))
 
 
-def add_suite(page: Page, suite: str, table: DataFrame) -> None:
-    """Add a suite's curves, scores, and aggregates over its tasks if all methods played all of them."""
-    page.heading(suite)
-    scores, over_frames = absolute_returns(table), curves(table)
+def draw_returns(over_frames: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> Any:
+    """Learning curves: IQM over runs with its bootstrap interval."""
     bands = {
         task: {
             method: Band(frames, *estimate(returns[:, None], sample_efficiency))
@@ -194,7 +192,35 @@ def add_suite(page: Page, suite: str, table: DataFrame) -> None:
         }
         for task, of_task in over_frames.items()
     }
-    figure = draw_curves(bands, ylabel="evaluation return")
+    return draw_curves(bands, ylabel="evaluation return")
+
+
+def add_composition(page: Page, table: DataFrame) -> None:
+    """Add the main effects of the composition's cells, and the learning curves of its trust regions."""
+    page.heading("Main effects of the composition")
+    cells = table.loc[table["method"].str.count(r"\+") == BASE.count("+")]  # guiders take part, too
+    scores = absolute_returns(cells)
+    played_by = {"all tasks": scores, **{task: {task: each} for task, each in scores.items()}}
+    panels = {
+        title: {f"{AXES[axis]}: {level}": effect for axis, level, _, effect in main_effects(played, BASE)}
+        for title, played in played_by.items()
+    }
+    levels = BASE.replace("+", ", ")
+    figure = draw_intervals(panels, baseline=levels, xlabel="effect, in spreads over seeds,", at=0)
+    text = "Effects of each axis on the absolute metric, over all tasks and on each, with 95 % intervals."
+    page.figure(figure, "main_effects", text)
+    rows = [(name, *(str(panel[name]) for panel in panels.values())) for name in panels["all tasks"]]
+    page.table(["effect, in spreads over seeds", *panels], rows)
+    regions, runs = cells["method"].str.partition("+")[0], cells["method"] + cells["seed"].astype(str)
+    text = "Runs of all cells with a trust region: IQM with its 95 % bootstrap interval."
+    page.figure(draw_returns(curves(cells.assign(method=regions, seed=runs))), "trust_regions", text)
+
+
+def add_suite(page: Page, suite: str, table: DataFrame) -> None:
+    """Add a suite's curves, scores, and aggregates over its tasks if all methods played all of them."""
+    page.heading(suite)
+    scores, over_frames = absolute_returns(table), curves(table)
+    figure = draw_returns(over_frames)
     page.figure(figure, f"{suite}_curves", f"{suite}: IQM over seeds with its 95 % bootstrap interval.")
     rows = [
         (task, method, str(len(runs)), *(str(Estimate(*estimate(np.array(runs)[:, None], s))) for s in (iqm, np.mean)))
@@ -263,22 +289,7 @@ def write_page(output: Path) -> Path:
     page.table(["row", "tasks", "better", "probability", "difference, in spreads", "verdict"], rows, text_columns=3)
     suites = sorted(path.name.removesuffix(".csv.gz") for path in RESULTS.glob("*.csv.gz"))
     if "composition" in suites:
-        page.heading("Main effects of the composition")
-        played = absolute_returns(read("composition"))  # guiders take part, too
-        screened = {
-            task: {method: runs for method, runs in each.items() if method.count("+") == BASE.count("+")}
-            for task, each in played.items()
-        }
-        played_by = {"all tasks": screened, **{task: {task: each} for task, each in screened.items()}}
-        panels = {
-            title: {f"{level}, not {first}": effect for _, level, first, effect in main_effects(scores, BASE)}
-            for title, scores in played_by.items()
-        }
-        text = "Effects of each axis on the absolute metric, over all tasks and on each, with 95 % intervals."
-        figure = draw_intervals(panels, baseline=BASE, xlabel="effect, in spreads over seeds,", at=0)
-        page.figure(figure, "main_effects", text)
-        rows = [(name, *(str(panel[name]) for panel in panels.values())) for name in panels["all tasks"]]
-        page.table(["effect, in spreads over seeds", *panels], rows)
+        add_composition(page, read("composition"))
     page.heading("Beside published numbers")
     page.paragraph("Means and standard deviations over seeds, at the frames named, or at our last ones.")
     rows = []

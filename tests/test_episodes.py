@@ -18,6 +18,7 @@ DIGITS = {  # as the page prints the mean and, in brackets, the lowest and highe
     "mars_ablations": {"AeroCombat-2v2": 2},
     "tuned": {"balance": 1, "navigation": 2, "PaxMen-4": 1, "AeroCombat-2v2": 2},
 }
+CELLS = {"balance": 1, "reverse_transport": 2, "black_blue_red": 3, "CoordSum-3x10": 0, "simple_spread_3ag": 1}
 RECORDS = {
     "vmas": {
         "balance": {
@@ -51,3 +52,12 @@ def test_the_numbers_of_the_results_page_follow_from_the_stored_episodes(name: s
         for method, seeds in methods.items():
             mean, low, high = (f"{value:.{DIGITS[name][task]}f}" for value in (fmean(seeds), min(seeds), max(seeds)))
             assert f"{mean} ({low}, {high})" in page, f"{method} on {task}"
+
+
+def test_the_cells_of_the_composition_are_the_means_of_the_stored_episodes() -> None:
+    page = (RESULTS / "README.md").read_text().replace("**", "")
+    scores = absolute_returns(read_table(RESULTS / "composition.csv.gz"))
+    assert [*scores] == [*CELLS]
+    for method in scores["balance"]:
+        cells = [f"{fmean(scores[task][method]):.{digits}f}" for task, digits in CELLS.items()]
+        assert f"| {' | '.join([*method.split('+'), *cells])} |" in page

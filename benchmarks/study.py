@@ -277,6 +277,10 @@ REGIONS = {  # with the signs of two columns
 }
 
 
+BASE = "clip+off+own+turns"
+"""The composition's cell with the first level of every axis."""
+
+
 def cells() -> Iterable[str]:
     """Half of the 32 compositions, of resolution V: the order is the product of the other columns."""
     own = "loss.clip_epsilon=[0.5,1.0] loss.next_clip_epsilon=[0.5,1.0] loss.kl_threshold=0.1"
@@ -292,7 +296,7 @@ def cells() -> Iterable[str]:
 def composition(name: str, task: str, core_hours: float) -> Part:
     """The screening on one task."""
     commands = grid(cells(), [f"{APART} optimizer.lr=2e-3 {task}"])
-    return Part(name, commands, num_seeds=3, baseline="clip+off+own+turns", core_hours=core_hours)
+    return Part(name, commands, num_seeds=3, baseline=BASE, core_hours=core_hours)
 
 
 MAZE_TASK = (

@@ -19,6 +19,7 @@ import numpy as np
 from episodes import FRAMES, RUN, absolute_returns, read_table
 from pandas import DataFrame, read_csv
 from power import RESULTS, t_quantile
+from study import BASE
 
 from torchrl_marl.evaluation.figures import Band, draw_aggregates, draw_curves, draw_intervals
 from torchrl_marl.evaluation.page import Page
@@ -35,8 +36,8 @@ Scores = Mapping[str, Mapping[str, Sequence[float]]]
 """Scores of runs, by task and method."""
 
 
-AXES, BASE = ("trust region", "reflection", "data", "order"), "clip+off+own+turns"
-"""Axes of the composition, and the cell with the first level of each."""
+AXES = ("trust region", "reflection", "data", "order")
+"""Axes of the composition, as the names of its cells have them."""
 
 
 class Comparison(NamedTuple):

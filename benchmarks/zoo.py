@@ -36,7 +36,7 @@ def put(run: Path, name: str, *, episodes: int = 1000) -> None:
     made["interval"] = list(map(float, stratified_bootstrap_interval(returns, np.mean)))
     target = ROOT / f"torchrl_marl/zoo/{name}.torchrl"
     target.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {key: recorded[key] for key in ("config", "actor", "frames")} | {"zoo": made}
+    metadata = {key: recorded[key] for key in ("actor", "frames")} | {"zoo": made}
     metadata["config"] = {**config, "folder": "runs"}  # not where the run lay on this machine
     with tempfile.TemporaryDirectory() as folder:
         saved = CheckpointFolder(Path(folder), actor=policy).save(
